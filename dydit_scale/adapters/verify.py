@@ -1,0 +1,141 @@
+"""Proof that an exported file does what it should: it is loaded back by its own loader and its outputs compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dydit_scale.adapters.export import PREFIX
+from dydit_scale.adapters.state import load_td_lora
+
+Inputs = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersCheck:
+    """A plain LoRA loaded by diffusers, compared on several inputs."""
+
+    loader_error: float
+    """Largest ||v_loaded - v_expected|| / ||v_expected||, against the same update merged by hand."""
+    approximation: tuple[float, ...]
+    """||v_adapter - v_loaded|| / ||v_adapter - v_base|| for each input: 0 is exact, 1 as far off as no LoRA."""
+    layers: int
+    """Number of layers that got a LoRA."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeCheck:
+    """A TD-LoRA folder loaded into a fresh model, compared exactly."""
+
+    inputs: int
+    """Number of inputs whose outputs were equal."""
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    was_training = model.training
+    model.eval()
+    results = [_tensor(model(**kwargs)).detach().clone() for kwargs in inputs]
+    model.train(was_training)
+    return results
+
+
+def _tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm())
+
+
+def _ratio(top: float, bottom: float) -> float:
+    return top / bottom if bottom else (0.0 if top == 0 else math.inf)
+
+
+def _load_with_diffusers(path: Path, base: nn.Module) -> int:
+    # The pipeline's loader, not the transformer's: it is the one users call, and it decides what kind of file it is.
+    from diffusers import FluxPipeline  # here, because the import takes seconds
+
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipeline = FluxPipeline(transformer=base, **dict.fromkeys(parts))
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
+    return sum(isinstance(module, LoraLayer) for module in base.modules())
+
+
+@torch.no_grad()
+def _merge_by_hand(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name in tensors:
+        if name.endswith(".lora_A.weight"):
+            stem = name.removesuffix(".lora_A.weight")
+            weight = base.get_parameter(f"{stem.removeprefix(PREFIX)}.weight")
+            weight.add_((tensors[f"{stem}.lora_B.weight"] @ tensors[name]).to(weight))
+
+
+def verify_diffusers_lora(
+    path: str | Path,
+    make_base: Callable[[], nn.Module],
+    inputs: Inputs,
+    *,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    tolerance: float = 1e-5,
+) -> DiffusersCheck:
+    """Load ``path`` into a fresh Flux transformer through FluxPipeline.load_lora_weights and compare outputs.
+
+    Args:
+        path: A file written by ``export_mean_lora`` or ``export_plain_lora``.
+        make_base: Makes a fresh base transformer (without adapters, diffusers' own class) at each call; called twice.
+        inputs: Keyword arguments of the transformer's forward, best at several timesteps.
+        model: The adapted model in memory. Its routers, if any, should be open, or their effect counts as error.
+        tensors: What the file should hold (``mean_lora`` or ``plain_lora`` of ``model``), merged by hand to compare.
+        tolerance: Largest relative difference between loading and merging by hand; 1e-5 suits fp32.
+
+    Raises ValueError if layers are missing after loading or the outputs differ by more than ``tolerance``.
+    """
+    path = Path(path)
+    if not inputs:
+        raise ValueError("verify_diffusers_lora: expected inputs, got none")
+    loaded_model = make_base()
+    base = _outputs(loaded_model, inputs)
+    layers, expected_layers = _load_with_diffusers(path, loaded_model), len(tensors) // 2
+    if layers != expected_layers:
+        raise ValueError(f"{path}: diffusers made {layers} LoRA layers of it, expected {expected_layers}")
+    loaded = _outputs(loaded_model, inputs)
+    del loaded_model
+    merged_model = make_base()
+    _merge_by_hand(merged_model, tensors)
+    expected = _outputs(merged_model, inputs)
+    true = _outputs(model, inputs)
+    error = max(_ratio(_distance(a, b), float(b.double().norm())) for a, b in zip(loaded, expected, strict=True))
+    if not error <= tolerance:
+        raise ValueError(f"{path}: loaded by diffusers it is {error:.2e} off the model in memory, above {tolerance}")
+    approximation = [_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, loaded, base, strict=True)]
+    return DiffusersCheck(loader_error=error, approximation=tuple(approximation), layers=layers)
+
+
+def verify_td_lora(
+    folder: str | Path, fresh_model: nn.Module, inputs: Inputs, reference_outputs: Sequence[Tensor]
+) -> NativeCheck:
+    """Load a TD-LoRA folder into ``fresh_model`` (which keeps it) and demand exactly the reference outputs.
+
+    Raises ValueError naming the first input whose output differs, or if the numbers of inputs and outputs do.
+    """
+    if not inputs or len(inputs) != len(reference_outputs):
+        raise ValueError(
+            f"verify_td_lora: expected one output for each input, got {len(reference_outputs)}/{len(inputs)}"
+        )
+    load_td_lora(fresh_model, folder)
+    for index, (found, expected) in enumerate(zip(_outputs(fresh_model, inputs), reference_outputs, strict=True)):
+        if not torch.equal(found, expected):
+            off = _ratio(_distance(found, expected), float(expected.double().norm()))
+            raise ValueError(f"{folder}: after loading, the output for input {index} is {off:.2e} off the reference")
+    return NativeCheck(inputs=len(inputs))

@@ -1,0 +1,158 @@
+"""Each command: its options, and the workflow it calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+def _quiet() -> None:
+    from dydit_scale.models.quiet import quiet_libraries
+
+    quiet_libraries()
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    shapes = kinds.add_parser("shapes", help="draw the built-in captioned scenes into webdataset shards")
+    shapes.add_argument("out", type=Path, help="folder for the shards")
+    shapes.add_argument("--samples", type=int, default=16384)
+    shapes.add_argument("--side", type=int, default=32, help="pixels of a picture's side")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--samples-per-shard", type=int, default=2048)
+    shapes.set_defaults(run=_run_shapes)
+    index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
+    index.add_argument("folder", type=Path)
+    index.set_defaults(run=_run_index)
+
+
+def _run_shapes(args: argparse.Namespace) -> None:
+    from data_tools.shapes import write_shapes
+
+    index = write_shapes(
+        args.out, samples=args.samples, side=args.side, seed=args.seed, samples_per_shard=args.samples_per_shard
+    )
+    print(f"{args.out}: {index.num_samples} scenes in {len(index.shards)} shards, digest {index.digest[:12]}")
+
+
+def _run_index(args: argparse.Namespace) -> None:
+    from dydit_scale.data.shards import build_index
+
+    index = build_index(args.folder)
+    bad = f", {len(index.bad)} of them unusable" if index.bad else ""
+    print(f"{args.folder}: {index.num_samples} samples in {len(index.shards)} shards{bad}, digest {index.digest[:12]}")
+
+
+def _base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="folder for the pipeline")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_run_base)
+
+
+def _run_base(args: argparse.Namespace) -> None:
+    _quiet()
+    from dydit_scale.workflows.base import write_base
+
+    write_base(args.out, seed=args.seed)
+
+
+def _sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt a line")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    parser.add_argument("--out", type=Path, help="folder for the pictures (default: RUN/pictures)")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--cfg", type=float, help="classifier-free guidance with the empty prompt, for undistilled models")
+    parser.add_argument("--guidance", type=float, help="distilled guidance, for models that take it")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int)
+    parser.set_defaults(run=_run_sample)
+
+
+def _run_sample(args: argparse.Namespace) -> None:
+    _quiet()
+    from dydit_scale.workflows.sample import read_prompts, sample_run
+
+    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise ValueError('nothing to draw: give --prompts FILE or --prompt "a red circle"')
+    out = args.out or args.folder / "pictures"
+    options = ("steps", "cfg", "guidance", "batch", "seed")
+    sample_run(args.folder, prompts, out, config={name: getattr(args, name) for name in options})
+    print(f"pictures: {out}")
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("--control", type=Path, help="run of the static model fine-tuned equally long")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--cfg", type=float, default=3.0, help="classifier-free guidance")
+    parser.set_defaults(run=_run_evaluate)
+
+
+def _run_evaluate(args: argparse.Namespace) -> None:
+    _quiet()
+    from dydit_scale.workflows.evaluate import evaluate_run
+
+    result = evaluate_run(args.folder, control=args.control, prompts=args.prompts, steps=args.steps, cfg=args.cfg)
+    for name, score in result.scores.items():
+        print(f"{name:12} {score['overall']:.3f}  " + "  ".join(f"{c} {v:.2f}" for c, v in score["categories"].items()))
+    if result.speed:
+        print(f"speed-up: {result.speed['ideal']:.2f}x ideal, {result.speed['realised']:.2f}x realised")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("--format", action="append", dest="formats", choices=("td-lora", "diffusers", "pipeline"), required=True)
+    parser.add_argument("--out", type=Path, help="folder (default: RUN/export)")
+    parser.add_argument("--steps", type=int, default=28, help="sampler steps over which the mean is taken")
+    parser.add_argument("--force", action="store_true", help="write although the approximation is poor")
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(args: argparse.Namespace) -> None:
+    _quiet()
+    from dydit_scale.workflows.export import export_run
+
+    for row in export_run(args.folder, args.formats, out=args.out, steps=args.steps, force=args.force):
+        errors = f"weights {row['error_mean']:.3f} (worst layer {row['error_max']:.3f}), output {row['output_error']:.3f}"
+        print(f"{row['format']}: {row['path']}, {row['bytes'] / 1e6:.2f} MB, loaded back and compared; error: {errors}")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, help="HTML file (default: RUN/report.html)")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(args: argparse.Namespace) -> None:
+    from dydit_scale.report.page import write_report
+
+    print(f"report: {write_report(args.folder, args.out)}")
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for everything the demo makes")
+    parser.add_argument("--recipes", type=Path, default=Path("recipes/shapes"), help="folder of the demo's recipes")
+    parser.set_defaults(run=_run_demo)
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    _quiet()
+    from dydit_scale.workflows.demo import run_demo
+
+    run_demo(args.out, args.recipes)
+
+
+Add = Callable[[argparse.ArgumentParser], None]
+COMMANDS: dict[str, tuple[Add, str]] = {
+    "demo": (_demo, "adapt the small base, sample, export, verify and report, all in minutes on two CPU cores"),
+    "data": (_data, "make and index training data"),
+    "base": (_base, "write a small FLUX pipeline with random weights, to be trained by recipes/shapes/base.yaml"),
+    "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),
+    "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
+    "export": (_export, "write adapters or models, loaded back and verified"),
+    "report": (_report, "write one HTML page about a run"),
+}

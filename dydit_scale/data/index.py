@@ -1,0 +1,230 @@
+"""The index of a folder of shards: where each sample's bytes lie, their checksums, and a digest of it all.
+
+On disk it is ``index.json`` beside the shards plus two arrays. The arrays are renamed into place first and
+``index.json``, which holds their SHA-256, last: a torn index is seen when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+INDEX_FILE = "index.json"
+SAMPLES_FILE = "index-samples.npy"
+KEYS_FILE = "index-keys.npy"
+FORMAT = "dydit-index-v1"
+
+SAMPLE = np.dtype(
+    [
+        ("image_offset", "<i8"),
+        ("image_bytes", "<i8"),
+        ("image_crc", "<u4"),
+        ("caption_offset", "<i8"),
+        ("caption_bytes", "<i8"),
+        ("caption_crc", "<u4"),
+        ("caption_is_json", "u1"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("key_end", "<i8"),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard as it was when it was indexed."""
+
+    name: str
+    """File name inside the folder."""
+    bytes: int
+    """File size."""
+    sha256: str
+    """Of the whole file, in hex."""
+    count: int
+    """Samples in the shard, bad ones included."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardIndex:
+    """All samples of a folder of shards, numbered shard by shard in the order of ``shards``."""
+
+    folder: Path
+    """Where the shards are."""
+    shards: tuple[ShardInfo, ...]
+    """In the order of their names."""
+    digest: str
+    """SHA-256 (hex) over all that defines the samples: shard names and counts, places, checksums, keys, bad ones."""
+    samples: np.ndarray
+    """[num_samples] records of ``SAMPLE``; read-only."""
+    key_bytes: np.ndarray
+    """uint8: all keys in UTF-8, one after the other; ``key_end`` of a sample says where its own ends."""
+    bad: dict[int, str]
+    """Samples that were unusable when indexed, and why."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards, bad ones included."""
+        return len(self.samples)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[shards + 1], the number of each shard's first sample, and the end."""
+        return np.concatenate([[0], np.cumsum([shard.count for shard in self.shards])]).astype(np.int64)
+
+    def shard_of(self, sample: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+
+    def key(self, sample: int) -> str:
+        """A sample's key."""
+        start = int(self.samples["key_end"][sample - 1]) if sample else 0
+        return bytes(self.key_bytes[start : int(self.samples["key_end"][sample])]).decode()
+
+    def name(self, sample: int) -> str:
+        """A sample as messages name it: shard and key."""
+        return f"{self.shards[self.shard_of(sample)].name} sample {self.key(sample)!r}"
+
+
+def compute_digest(
+    shards: tuple[ShardInfo, ...], samples: np.ndarray, key_bytes: np.ndarray, bad: dict[int, str]
+) -> str:
+    """The digest of an index; a copy of the shards elsewhere, or with other times in their headers, has the same."""
+    head = {"format": FORMAT, "shards": [[shard.name, shard.count] for shard in shards], "bad": sorted(bad)}
+    digest = hashlib.sha256(json.dumps(head).encode())
+    digest.update(np.ascontiguousarray(samples).view(np.uint8).data)
+    digest.update(np.ascontiguousarray(key_bytes).data)
+    return digest.hexdigest()
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The ``*.tar`` files of a folder by name; ValueError, saying what to run, where there are none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of shards; {_how_to_get_shards(folder)}")
+    packed = sorted(
+        p.name for p in folder.iterdir() if p.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
+    )
+    if packed:
+        raise ValueError(
+            f"{folder}: compressed shards ({', '.join(packed[:5])}) cannot be read at random; unpack them to .tar"
+        )
+    shards = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+    if not shards:
+        raise ValueError(f"{folder}: holds no shards (*.tar); {_how_to_get_shards(folder)}")
+    return shards
+
+
+def save_index(index: ShardIndex) -> None:
+    """Write an index beside its shards: aside first, then renamed, ``index.json`` last."""
+    hashes = {}
+    for name, array in ((SAMPLES_FILE, index.samples), (KEYS_FILE, index.key_bytes)):
+        _replace(index.folder / name, partial(np.save, arr=array, allow_pickle=False))
+        hashes[name] = file_sha256(index.folder / name)
+    content = {
+        "format": FORMAT,
+        "digest": index.digest,
+        "shards": [asdict(shard) for shard in index.shards],
+        "arrays": hashes,
+        "bad": [{"sample": s, "name": index.name(s), "reason": reason} for s, reason in sorted(index.bad.items())],
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False).encode()
+    _replace(index.folder / INDEX_FILE, lambda file: file.write(text))
+
+
+def load_index(folder: Path | str) -> ShardIndex:
+    """The index of ``folder``, checked against the shards on disk by name and size.
+
+    Raises ValueError that says what to run: on a folder without shards, a missing or torn index, and, naming
+    every shard concerned, on shards that are missing, of another size, or not in the index.
+    """
+    folder = Path(folder)
+    if not (folder / INDEX_FILE).is_file():
+        count = len(find_shards(folder))
+        raise ValueError(f"{folder}: {count} shards but no {INDEX_FILE}; {_how_to_index(folder)}")
+    try:
+        index = _read_index(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{folder}: torn or foreign index ({error}); {_how_to_index(folder)}") from error
+    _check_shards(index)
+    return index
+
+
+def _read_index(folder: Path) -> ShardIndex:
+    content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    if content["format"] != FORMAT:
+        raise ValueError(f"{INDEX_FILE} has format {content['format']!r}, expected {FORMAT!r}")
+    arrays = {}
+    for name in (SAMPLES_FILE, KEYS_FILE):
+        if file_sha256(folder / name) != content["arrays"][name]:
+            raise ValueError(f"{name} does not belong to {INDEX_FILE}")
+        # A plain view of the mapped file: np.memmap itself makes every record that is read several times dearer.
+        arrays[name] = np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    index = ShardIndex(
+        folder=folder,
+        shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
+        digest=content["digest"],
+        samples=arrays[SAMPLES_FILE],
+        key_bytes=arrays[KEYS_FILE],
+        bad={int(entry["sample"]): str(entry["reason"]) for entry in content["bad"]},
+    )
+    if compute_digest(index.shards, index.samples, index.key_bytes, index.bad) != index.digest:
+        raise ValueError("its digest does not match its content")
+    if any(Path(shard.name).name != shard.name for shard in index.shards):
+        raise ValueError(f"shard names with folders: {[shard.name for shard in index.shards][:3]}")
+    if index.samples.dtype != SAMPLE or int(index.starts[-1]) != index.num_samples:
+        raise ValueError(
+            f"{index.num_samples} samples of {index.samples.dtype}, expected {int(index.starts[-1])} of {SAMPLE}"
+        )
+    return index
+
+
+def _check_shards(index: ShardIndex) -> None:
+    """Every shard is there with its size, and no other; a stat each, so that a run stops before its first step."""
+    wrong = []
+    for shard in index.shards:
+        path = index.folder / shard.name
+        if not path.is_file():
+            wrong.append(f"{shard.name} is missing")
+        elif (size := path.stat().st_size) != shard.bytes:
+            wrong.append(f"{shard.name} has {size} bytes, expected {shard.bytes}")
+    known = {shard.name for shard in index.shards}
+    present = (path.name for path in index.folder.glob("*.tar") if not path.name.startswith("."))
+    wrong += [f"{name} is not in the index" for name in sorted(present) if name not in known]
+    if wrong:
+        raise ValueError(
+            f"{index.folder}: the shards are not those that were indexed: {'; '.join(wrong)}. Restore them, "
+            f"or, if the change is meant, {_how_to_index(index.folder)} (which makes it another data set)"
+        )
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _how_to_index(folder: Path) -> str:
+    return f"run `dydit data index {folder}`"
+
+
+def _how_to_get_shards(folder: Path) -> str:
+    return f"make some with `dydit data shapes {folder}`, or put .tar shards there and {_how_to_index(folder)}"

@@ -1,0 +1,188 @@
+"""Batches of pictures and captions from any position of the training stream, on any rank, with any number of workers.
+
+The state of reading is one integer, ``consumed``: prefetched batches that were never trained on do not count.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dydit_scale.data.index import ShardIndex
+from dydit_scale.data.reader import BadSample, Batch, Failure, Reader
+
+__all__ = ["Batch", "DataConfig", "Loader", "make_loader"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how."""
+
+    path: str
+    """Folder with the shards and their index."""
+    image_size: int = 32
+    """Side of the square pictures, in pixels; others are resized on the shorter side and cropped at the centre."""
+    caption_dropout: float = 0.1
+    """Share of positions whose caption is replaced by "", for classifier-free guidance."""
+    workers: int = 0
+    """Processes that read and decode; 0 does it in the training process. The batches are the same."""
+    bad_samples: int = 100
+    """How many different unusable samples one process puts up with, those marked in the index included."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("data.path is empty; expected a folder of shards")
+        if self.image_size < 1:
+            raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"data.caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers cannot be negative, got {self.workers}")
+        if self.bad_samples < 0:
+            raise ValueError(f"data.bad_samples cannot be negative, got {self.bad_samples}")
+
+
+def make_loader(
+    config: DataConfig,
+    index: ShardIndex,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    global_batch: int,
+    micro_batch: int,
+    consumed: int,
+    quarantine: Path | None = None,
+) -> Loader:
+    """An endless iterable of this rank's micro-batches from position ``consumed`` on.
+
+    Step s reads the positions ``consumed + s * global_batch + [0, global_batch)``; rank r takes the r-th contiguous
+    part of them, cut in contiguous micro-batches. What is read at a position depends on (index, seed, position) alone.
+
+    Args:
+        quarantine: a file that gets one JSON line for each bad sample met; give each rank its own.
+
+    Raises ValueError when the batch does not divide, naming the nearest that do, or the index has more bad samples than
+    ``config.bad_samples``. While iterating: beyond that budget, or when a shard has vanished.
+    """
+    _check_split(rank, world_size, global_batch, micro_batch, consumed)
+    log = _BadSampleLog(config.bad_samples, index, quarantine, rank)
+    share = global_batch // world_size
+    positions = _Positions(first=consumed + rank * share, stride=global_batch, share=share, micro_batch=micro_batch)
+    reader = Reader(index, seed=seed, image_size=config.image_size, caption_dropout=config.caption_dropout)
+    return Loader(reader, positions, log, config.workers)
+
+
+class Loader:
+    """Endless micro-batches; every ``iter()`` begins at the same position again."""
+
+    def __init__(self, reader: Reader, positions: _Positions, log: _BadSampleLog, workers: int) -> None:
+        self._reader, self._positions, self._log, self._workers = reader, positions, log, workers
+
+    def __iter__(self) -> Iterator[Batch]:
+        results: DataLoader[Any] = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=self._positions,
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            # Its own, because a DataLoader draws a seed for its workers from the global generator otherwise.
+            generator=torch.Generator(),
+        )
+        try:
+            for result in results:
+                if isinstance(result, Failure):
+                    raise ValueError(result.message) from RuntimeError(result.trace)
+                self._log.add(result.bad)
+                yield result.batch
+        finally:
+            self._reader.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Positions:
+    """The ranges of positions that are one rank's micro-batches, without end."""
+
+    first: int
+    stride: int
+    share: int
+    micro_batch: int
+
+    def __iter__(self) -> Iterator[range]:
+        start = self.first
+        while True:
+            for offset in range(start, start + self.share, self.micro_batch):
+                yield range(offset, offset + self.micro_batch)
+            start += self.stride
+
+
+class _BadSampleLog:
+    """Counts the different bad samples of this process, names each once and stops beyond the budget."""
+
+    def __init__(self, budget: int, index: ShardIndex, quarantine: Path | None, rank: int) -> None:
+        self._budget, self._folder, self._quarantine, self._rank = budget, index.folder, quarantine, rank
+        self._named: set[int] = set()
+        self._found = {sample: f"{index.name(sample)}: {reason}" for sample, reason in index.bad.items()}
+        self._check()
+
+    def add(self, bad: tuple[BadSample, ...]) -> None:
+        for entry in bad:
+            if entry.sample not in self._named:
+                self._named.add(entry.sample)
+                self._found[entry.sample] = str(entry)
+                warnings.warn(f"bad {entry}; another sample takes its place", stacklevel=3)
+                self._write(entry)
+        self._check()
+
+    def _write(self, entry: BadSample) -> None:
+        if self._quarantine is not None:
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            with self._quarantine.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"rank": self._rank, **asdict(entry)}, ensure_ascii=False) + "\n")
+
+    def _check(self) -> None:
+        if len(self._found) > self._budget:
+            raise ValueError(
+                f"{self._folder}: {len(self._found)} bad samples, more than the budget of {self._budget} "
+                f"(data.bad_samples); first: {'; '.join(list(self._found.values())[:3])}. "
+                f"Repair the shards and run `dydit data index {self._folder}`, or raise data.bad_samples"
+            )
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _check_split(rank: int, world_size: int, global_batch: int, micro_batch: int, consumed: int) -> None:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"data: rank {rank} of {world_size}, expected 0 <= rank < world_size")
+    if global_batch < 1 or micro_batch < 1 or consumed < 0:
+        raise ValueError(
+            f"data: expected a global batch and a micro-batch of at least 1 and consumed of at least 0, "
+            f"got {global_batch}, {micro_batch} and {consumed}"
+        )
+    unit = world_size * micro_batch
+    below = global_batch // unit * unit
+    nearest = " or ".join(str(batch) for batch in (below, below + unit) if batch)
+    if global_batch % world_size:
+        raise ValueError(
+            f"data: a global batch of {global_batch} cannot be split over {world_size} ranks; with micro-batches of "
+            f"{micro_batch} take {nearest}"
+        )
+    share = global_batch // world_size
+    if share % micro_batch:
+        divisors = [size for size in range(1, share + 1) if share % size == 0]
+        smaller = max(size for size in divisors if size < micro_batch)
+        sizes = [smaller, *[size for size in divisors if size > micro_batch][:1]]
+        raise ValueError(
+            f"data: a rank's share of {share} (global batch {global_batch} over {world_size} ranks) cannot be cut in "
+            f"micro-batches of {micro_batch}; take micro-batches of {' or '.join(map(str, sizes))}, or a global batch "
+            f"of {nearest}"
+        )

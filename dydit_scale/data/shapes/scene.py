@@ -1,0 +1,151 @@
+"""Scenes: a prompt drawn at random, objects placed so that it holds, and their picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from dydit_scale.data.shapes.language import BACKGROUND, COLOURS, RELATIONS, SHAPES, SIZES, Prompt, Subject
+from dydit_scale.diffusion.randomness import keyed_seed
+
+CATEGORY_SHARES = {
+    "single_object": 0.12,
+    "two_object": 0.12,
+    "counting": 0.16,
+    "colors": 0.2,
+    "position": 0.2,
+    "attribute_binding": 0.2,
+}
+_GAP = 0.05  # free space between objects and to the border, as a share of the side
+_ROOM = 400  # placements tried before the sizes are drawn anew
+
+
+@dataclass(frozen=True)
+class Object:
+    """One drawn shape; centre and diameter as shares of the picture's side."""
+
+    shape: str
+    colour: str
+    diameter: float
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be seen, and the prompt that it fulfils."""
+
+    prompt: Prompt
+    objects: tuple[Object, ...]
+
+    def as_dict(self) -> dict:
+        """Plain values for a sample's JSON."""
+        return {
+            "caption": self.prompt.caption,
+            "category": self.prompt.category,
+            "objects": [asdict(o) for o in self.objects],
+        }
+
+
+def random_prompt(rng: np.random.RandomState, category: str | None = None) -> Prompt:
+    """A prompt of ``category``, or of one drawn by ``CATEGORY_SHARES``."""
+    category = category or str(rng.choice(list(CATEGORY_SHARES), p=list(CATEGORY_SHARES.values())))
+    shapes = [str(s) for s in rng.choice(SHAPES, size=3, replace=False)]
+    colours = [str(c) for c in rng.choice(list(COLOURS), size=3, replace=False)]
+    if category == "single_object":
+        return Prompt(category, (Subject(shapes[0]),))
+    if category == "colors":
+        size = str(rng.choice(list(SIZES))) if rng.rand() < 0.3 else None
+        return Prompt(category, (Subject(shapes[0], colours[0], size),))
+    if category == "counting":
+        return Prompt(category, (Subject(shapes[0], count=int(rng.choice([2, 3]))),))
+    if category == "two_object":
+        return Prompt(category, (Subject(shapes[0]), Subject(shapes[1])))
+    pair = (Subject(shapes[0], colours[0]), Subject(shapes[1], colours[1]))
+    if category == "position":
+        return Prompt(category, pair, str(rng.choice(list(RELATIONS))))
+    if category == "attribute_binding":
+        return Prompt(category, (*pair, Subject(shapes[2], colours[2])) if rng.rand() < 0.25 else pair)
+    raise ValueError(f"category {category!r}: expected one of {', '.join(CATEGORY_SHARES)}")
+
+
+def make_scene(seed: int, number: int) -> Scene:
+    """Scene ``number`` of the endless set named by ``seed``."""
+    rng = np.random.RandomState(keyed_seed(seed, "scene", number) % 2**32)
+    return place(random_prompt(rng), rng)
+
+
+def place(prompt: Prompt, rng: np.random.RandomState) -> Scene:
+    """A scene that fulfils ``prompt``: objects inside the picture, apart from each other, in the stated relation."""
+    subjects = [s for s in prompt.subjects for _ in range(s.count)]
+    one_colour = str(rng.choice(list(COLOURS)))
+    while True:
+        sizes = [_diameter(s, len(subjects), rng) for s in subjects]
+        colours = [s.colour or (one_colour if s.count > 1 else str(rng.choice(list(COLOURS)))) for s in subjects]
+        for _ in range(_ROOM):
+            centres = [rng.uniform(_GAP + d / 2, 1 - _GAP - d / 2, size=2) for d in sizes]
+            if _apart(centres, sizes) and _related(centres, prompt.relation):
+                objects = zip(subjects, colours, sizes, centres, strict=True)
+                return Scene(prompt, tuple(Object(s.shape, c, d, float(p[0]), float(p[1])) for s, c, d, p in objects))
+
+
+def _diameter(subject: Subject, objects: int, rng: np.random.RandomState) -> float:
+    name = subject.size or (str(rng.choice(list(SIZES))) if objects == 1 else "small")
+    return float(rng.uniform(*SIZES[name]))
+
+
+def _apart(centres: list[np.ndarray], sizes: list[float]) -> bool:
+    pairs = [(i, j) for i in range(len(sizes)) for j in range(i)]
+    return all(np.abs(centres[i] - centres[j]).max() > (sizes[i] + sizes[j]) / 2 + _GAP for i, j in pairs)
+
+
+def _related(centres: list[np.ndarray], relation: str | None) -> bool:
+    if relation is None:
+        return True
+    direction = np.array(RELATIONS[relation])
+    offset = centres[0] - centres[1]
+    along, across = float(offset @ direction), float(np.abs(offset @ direction[::-1]))
+    return along > 0.2 and along > 1.3 * across
+
+
+def draw(scene: Scene, side: int, oversample: int = 4) -> np.ndarray:
+    """The picture, uint8 [side, side, 3], with smooth edges (box filter over ``oversample`` squared points a pixel)."""
+    picture = np.empty((side, side, 3))
+    picture[:] = BACKGROUND
+    for o in scene.objects:
+        rows, cols = _span(o.y, o.diameter, side), _span(o.x, o.diameter, side)
+        y, x = (_points(span, side, oversample) for span in (rows, cols))
+        inside = shape_mask(o.shape, (x[None, :] - o.x) / (o.diameter / 2), (y[:, None] - o.y) / (o.diameter / 2))
+        cover = inside.reshape(len(rows), oversample, len(cols), oversample).mean(axis=(1, 3))[..., None]
+        box = picture[rows.start : rows.stop, cols.start : cols.stop]
+        box += (np.array(COLOURS[o.colour]) - box) * cover
+    return np.round(picture).astype(np.uint8)
+
+
+def _span(centre: float, diameter: float, side: int) -> range:
+    """The pixels along one axis that a shape can touch; the widest shape reaches 1.1 radii."""
+    reach = 0.55 * diameter
+    return range(max(0, int((centre - reach) * side)), min(side, int((centre + reach) * side) + 2))
+
+
+def _points(span: range, side: int, oversample: int) -> np.ndarray:
+    return (np.arange(span.start * oversample, span.stop * oversample) + 0.5) / (side * oversample)
+
+
+def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points lie inside; ``x`` to the right and ``y`` down, in units of the shape's radius."""
+    r = np.hypot(x, y)
+    if shape == "circle":
+        return r <= 1
+    if shape == "ring":
+        return (r <= 1) & (r >= 0.5)
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.9
+    if shape == "diamond":
+        return abs(x) + abs(y) <= 1.1
+    if shape == "triangle":
+        return (y <= 0.9) & (y >= -1) & (abs(x) <= (y + 1) / 1.9)
+    if shape == "cross":
+        return (np.minimum(abs(x), abs(y)) <= 0.34) & (np.maximum(abs(x), abs(y)) <= 1)
+    raise ValueError(f"shape {shape!r}: expected one of {', '.join(SHAPES)}")

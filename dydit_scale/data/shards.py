@@ -1,0 +1,194 @@
+"""Shards: write samples as webdataset tars, and index a folder of such tars.
+
+Readers never open a tar as a stream: they go by the index, so what is wrong with a shard is found while indexing it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from tqdm import tqdm
+
+from dydit_scale.data.decode import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    BadSampleError,
+    decode_caption,
+    decode_image,
+)
+from dydit_scale.data.index import (
+    INDEX_FILE,
+    SAMPLE,
+    ShardIndex,
+    ShardInfo,
+    compute_digest,
+    file_sha256,
+    find_shards,
+    load_index,
+    save_index,
+)
+from dydit_scale.data.tar import REPAIR, Member, read_at, split_name, walk_members
+
+__all__ = ["ShardIndex", "ShardInfo", "build_index", "load_index", "write_shards"]
+
+
+def write_shards(
+    samples: Iterable[dict[str, bytes | str]], out: Path | str, *, samples_per_shard: int, progress: bool = True
+) -> ShardIndex:
+    """Write samples as ``out/shard-000000.tar``, ... and index them; the same samples give the same bytes.
+
+    Args:
+        samples: ``{"__key__": "000001", "png": bytes, "txt": caption, ...}``; strings are written in UTF-8.
+        out: a folder without shards; all shards appear in it at the end, or none.
+        samples_per_shard: the last shard may hold fewer.
+        progress: show a bar on a terminal.
+
+    Raises ValueError when ``out`` holds shards or an index already, there are no samples, or a key is unfit for a tar.
+    """
+    out = Path(out)
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+    out.mkdir(parents=True, exist_ok=True)
+    held = sorted(path.name for path in (*out.glob("*.tar"), *out.glob(INDEX_FILE)))
+    if held:
+        raise ValueError(
+            f"{out}: already holds shards ({', '.join(held[:5])}); choose another folder, or remove them first"
+        )
+    aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=out))
+    try:
+        _write_tars(samples, aside, samples_per_shard, progress)
+        build_index(aside, progress=progress)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == INDEX_FILE):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(aside)
+    return load_index(out)
+
+
+def _write_tars(
+    samples: Iterable[dict[str, bytes | str]], folder: Path, samples_per_shard: int, progress: bool
+) -> None:
+    pattern = f"{folder.resolve()}/".replace("%", "%%") + "shard-%06d.tar"
+    limits = {"maxcount": samples_per_shard, "maxsize": float("inf")}
+    with webdataset.ShardWriter(pattern, **limits, encoder=False, mtime=0, verbose=0) as writer:
+        for sample in tqdm(samples, desc="writing shards", unit="sample", disable=None if progress else True):
+            _check_key(sample.get("__key__"))
+            writer.write({k: v.encode() if isinstance(v, str) and k != "__key__" else v for k, v in sample.items()})
+        if not writer.total:
+            raise ValueError("no samples to write: the source is empty")
+
+
+def _check_key(key: object) -> None:
+    if not isinstance(key, str) or split_name(f"{key}.txt") != (key, "txt") or key.endswith("/"):
+        raise ValueError(
+            f'sample key {key!r}: expected a name under "__key__" without dots, since its first dot would end it'
+        )
+
+
+def build_index(folder: Path | str, *, progress: bool = True) -> ShardIndex:
+    """Index the ``*.tar`` files of ``folder``: a strict walk, then a checksum and a trial decode of every sample.
+
+    The tars stay as they are; ``index.json`` and two arrays are written beside them.
+    Samples without a usable picture or caption stay in the index as ``bad``, with the reason.
+
+    Raises ValueError naming shard and sample on a damaged or truncated tar, a shard without samples, a key that comes
+    twice, members that are no regular files or have unsafe names; and on a folder without shards, saying what to run.
+    """
+    folder = Path(folder)
+    shards: list[ShardInfo] = []
+    rows: list[np.ndarray] = []
+    keys: list[bytes] = []
+    bad: dict[int, str] = {}
+    owners: dict[str, str] = {}
+    for path in tqdm(find_shards(folder), desc="indexing", unit="shard", disable=None if progress else True):
+        first = len(rows)
+        for key, row, reason in _scan_shard(path):
+            if owners.setdefault(key, path.name) != path.name:
+                raise ValueError(
+                    f"{path.name}: sample {key!r} is also in {owners[key]}; keys must differ, rename one of them"
+                )
+            if reason is not None:
+                bad[len(rows)] = reason
+            rows.append(row)
+            keys.append(key.encode())
+        if len(rows) == first:
+            raise ValueError(f"{path.name}: holds no samples; remove it, or {REPAIR}")
+        info = ShardInfo(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path), count=len(rows) - first)
+        shards.append(info)
+    samples = np.stack(rows)
+    samples["key_end"] = np.cumsum([len(key) for key in keys])
+    key_bytes = np.frombuffer(b"".join(keys), np.uint8)
+    digest = compute_digest(tuple(shards), samples, key_bytes, bad)
+    index = ShardIndex(
+        folder=folder, shards=tuple(shards), digest=digest, samples=samples, key_bytes=key_bytes, bad=bad
+    )
+    save_index(index)
+    return index
+
+
+def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
+    """Key, index record and, if bad, the reason for each sample: consecutive members with the same key."""
+    seen: set[str] = set()
+    with path.open("rb") as file:
+        for key, group in groupby(walk_members(path), key=lambda member: split_name(member.name)[0]):
+            members: dict[str, Member] = {}
+            for member in group:
+                extension = split_name(member.name)[1]
+                if extension in members:
+                    raise ValueError(
+                        f"{path.name}: sample {key!r} holds {extension!r} twice (two samples with one key?); rename one"
+                    )
+                members[extension] = member
+            if key in seen:
+                raise ValueError(
+                    f"{path.name}: sample {key!r} comes twice, with other samples between; give the second another "
+                    "key or, if its files belong together, write the shard again in the order of the files' names"
+                )
+            seen.add(key)
+            row = np.zeros((), SAMPLE)
+            yield key, row, _scan_sample(file.fileno(), members, row)
+
+
+def _scan_sample(fd: int, members: dict[str, Member], row: np.ndarray) -> str | None:
+    """Fill a sample's index record; the reason if the sample is bad."""
+    try:
+        image = _pick_image(members)
+        data = _fill(fd, row, "image", image, MAX_IMAGE_BYTES)
+        row["width"], row["height"] = decode_image(data).size
+        extension = next((extension for extension in CAPTION_EXTENSIONS if extension in members), None)
+        if extension is None:
+            raise BadSampleError("caption missing: neither .txt nor .json")
+        row["caption_is_json"] = extension == "json"
+        data = _fill(fd, row, "caption", members[extension], MAX_CAPTION_BYTES)
+        decode_caption(data, is_json=extension == "json")
+    except BadSampleError as error:
+        return str(error)
+    return None
+
+
+def _pick_image(members: dict[str, Member]) -> Member:
+    images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+    if len(images) != 1:
+        found = (
+            f"two images ({', '.join(images)})" if images else f"image missing (found: {', '.join(sorted(members))})"
+        )
+        raise BadSampleError(f"{found}, expected one of {', '.join(IMAGE_EXTENSIONS)}")
+    return members[images[0]]
+
+
+def _fill(fd: int, row: np.ndarray, part: str, member: Member, limit: int) -> bytes:
+    if member.size > limit:
+        raise BadSampleError(f"{part} of {member.size} bytes, more than the limit of {limit}")
+    data = read_at(fd, member.offset, member.size)
+    row[f"{part}_offset"], row[f"{part}_bytes"], row[f"{part}_crc"] = member.offset, member.size, zlib.crc32(data)
+    return data

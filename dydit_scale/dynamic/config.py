@@ -1,0 +1,46 @@
+"""What is dynamic in a model, and how its routers start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+TokenRouterKind = Literal["dit", "flux"]
+SingleBypass = Literal["mlp", "attn_out+mlp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicConfig:
+    """Saved in a dynamic model's ``config.json`` under ``dynamic``; the defaults suit runs of hundreds of steps."""
+
+    heads: bool = True
+    """Attention heads are switched by the timestep (TDW, DyDiT section 3.2)."""
+    mlp: bool = True
+    """Groups of MLP channels are switched by the timestep (TDW)."""
+    tokens: bool = True
+    """Image tokens may skip work in a block (SDT, DyDiT section 3.3)."""
+    mlp_groups: int | None = None
+    """Channel groups per MLP; None takes the number of heads, as in the paper."""
+    token_router: TokenRouterKind = "flux"
+    """``dit``: two layers on the residual stream. ``flux``: modulated by time and text, as in DyFLUX."""
+    token_bottleneck: int = 64
+    """Width between the time embedding and the ``flux`` router's modulation; 0 for DyFLUX's single wide layer."""
+    single_bypass: SingleBypass = "mlp"
+    """What a skipped image token misses in FLUX's single blocks: the MLP, or (as released) the whole output."""
+    width_bias: float = 3.0
+    """Start of the width routers' bias; sigmoid(bias / temperature) is the first keep rate. The release uses 15."""
+    token_bias: float = 3.0
+    """Start of the token routers' last bias. The release uses 35, which takes 100,000s of steps to move."""
+    temperature: float = 1.0
+    """Temperature of the Gumbel-sigmoid; 1 keeps the ratio in training close to the one at evaluation. Release: 5."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("token_router", get_args(TokenRouterKind)), ("single_bypass", get_args(SingleBypass))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"dynamic.{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.temperature <= 0:
+            raise ValueError(f"dynamic.temperature: expected a positive number; got {self.temperature}")
+        if self.mlp_groups is not None and self.mlp_groups < 1:
+            raise ValueError(f"dynamic.mlp_groups: expected 1 or more, or null for the number of heads; got {self.mlp_groups}")
+        if self.token_bottleneck < 0:
+            raise ValueError(f"dynamic.token_bottleneck: expected 0 or more; got {self.token_bottleneck}")

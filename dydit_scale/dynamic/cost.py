@@ -1,0 +1,80 @@
+"""The one cost model: MACs (multiply-accumulates; papers often call them FLOPs) from shapes, static and dynamic.
+
+Counted are matrix products and attention, as ``torch.utils.flop_counter.FlopCounterMode`` does (its FLOPs are twice these
+MACs) on the packed run: width routers are not in it, because packed sampling reads their answers from a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dydit_scale.dynamic.masks import DynamicMasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCost:
+    """MACs of one block for one sample: those that always run, and those that follow heads, groups and tokens."""
+
+    fixed: int | float = 0
+    """Runs always: modulation."""
+    router: int | float = 0
+    """The token router; absent from the static model."""
+    heads: int | float = 0
+    """In proportion to the active heads: projections and attention."""
+    heads_tokens: int | float = 0
+    """In proportion to active heads and kept tokens (an output projection that skipped tokens miss)."""
+    groups: int | float = 0
+    """In proportion to the active MLP groups: tokens that never skip (text)."""
+    groups_tokens: int | float = 0
+    """In proportion to active MLP groups and kept image tokens."""
+
+    @property
+    def static(self) -> int | float:
+        """MACs with everything on and no router."""
+        return self.fixed + self.heads + self.heads_tokens + self.groups + self.groups_tokens
+
+
+class KeepRates(NamedTuple):
+    """Shares of heads, MLP groups and image tokens that work."""
+
+    heads: Float[Tensor, "layers batch"]
+    groups: Float[Tensor, "layers batch"]
+    tokens: Float[Tensor, "layers batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """MACs of one forward for one sample."""
+
+    blocks: tuple[BlockCost, ...]
+    outside: int | float
+    """Embedders, final modulation and projection."""
+
+    @property
+    def static(self) -> int | float:
+        """MACs of the static model."""
+        return self.outside + sum(b.static for b in self.blocks)
+
+    def dynamic(self, rates: KeepRates) -> Float[Tensor, " batch"]:
+        """MACs of each sample, differentiable in the rates."""
+        h, g, t = rates.heads.double(), rates.groups.double(), rates.tokens.double()
+        c = {name: self._column(name, h) for name in ("fixed", "router", "heads", "heads_tokens", "groups", "groups_tokens")}
+        blocks = h * (c["heads"] + c["heads_tokens"] * t) + g * (c["groups"] + c["groups_tokens"] * t)
+        return (blocks + c["fixed"] + c["router"]).sum(0) + self.outside
+
+    def ratio(self, masks: DynamicMasks) -> Float[Tensor, " batch"]:
+        """MACs dynamic / static of each sample, fp32, with gradient to the gates."""
+        return (self.dynamic(KeepRates(*masks.keep_rates())) / self.static).float()
+
+    def floor(self, heads: int, groups: int, *, tokens: bool = True) -> float:
+        """The lowest ratio that gates can reach: the always-on unit of ``heads`` and ``groups``, and no image token."""
+        ones = torch.ones(len(self.blocks), 1)
+        return float(self.dynamic(KeepRates(ones / heads, ones / groups, ones * (0.0 if tokens else 1.0))) / self.static)
+
+    def _column(self, name: str, like: Tensor) -> Float[Tensor, "layers 1"]:
+        return like.new_tensor([getattr(b, name) for b in self.blocks])[:, None]

@@ -1,0 +1,94 @@
+"""Slices in place of masks: a linear layer cut to its active rows and columns, and work on chosen tokens only."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def shallow(module: M, **changes: object) -> M:
+    """The module again, sharing every tensor and submodule, except for ``changes`` by attribute name."""
+    clone = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        clone.__dict__[registry] = dict(module.__dict__[registry])
+    for name, value in changes.items():
+        setattr(clone, name, value)
+    return clone
+
+
+def effective_weight(linear: nn.Module, t_emb: Float[Tensor, "1 dim"] | None) -> Float[Tensor, "out in"]:
+    """The layer's weight; that of a timestep-dependent layer (``weight_at``) at ``t_emb``."""
+    if hasattr(linear, "weight_at"):
+        return linear.weight_at(t_emb)
+    if not isinstance(linear.weight, Tensor) or not linear.weight.is_floating_point():
+        raise ValueError(f"{type(linear).__name__} with a quantised weight cannot be sliced; sample without packing")
+    return linear.weight
+
+
+def slice_linear(
+    linear: nn.Module,
+    *,
+    rows: Int64[Tensor, " out_active"] | None = None,
+    cols: Int64[Tensor, " in_active"] | None = None,
+    t_emb: Float[Tensor, "1 dim"] | None = None,
+    bias: bool = True,
+) -> nn.Linear:
+    """A plain ``nn.Linear`` with the given rows (outputs) and columns (inputs), frozen. None keeps all of them.
+
+    Ascending runs without holes are views of the original; everything else is a copy.
+    """
+    weight = effective_weight(linear, t_emb).detach()
+    offset = getattr(linear, "bias", None)
+    if rows is not None:
+        weight = _take(weight, rows, 0)
+        offset = None if offset is None else _take(offset.detach(), rows, 0)
+    if cols is not None:
+        weight = _take(weight, cols, 1)
+    with torch.device("meta"):
+        out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias and offset is not None)
+    out.weight = nn.Parameter(weight, requires_grad=False)
+    if bias and offset is not None:
+        out.bias = nn.Parameter(offset.detach(), requires_grad=False)
+    return out
+
+
+def _take(x: Tensor, index: Int64[Tensor, " n"], dim: int) -> Tensor:
+    n, first = len(index), int(index[0]) if len(index) else 0
+    if n and bool((index == torch.arange(first, first + n, device=index.device)).all()):
+        return x.narrow(dim, first, n)
+    return x.index_select(dim, index.to(x.device))
+
+
+def chosen_rows(keep: Float[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"]) -> Int64[Tensor, " rows"]:
+    """Places of the kept tokens among the flattened (batch, token) rows."""
+    return keep.flatten().nonzero().squeeze(1)
+
+
+def add_on_rows(
+    x: Float[Tensor, "batch tokens dim"],
+    rows: Int64[Tensor, " rows"],
+    done: Float[Tensor, "rows dim"],
+    gate: Float[Tensor, "batch dim"],
+) -> Float[Tensor, "batch tokens dim"]:
+    """``x`` with ``gate * done`` added to the chosen rows of the flattened tokens, each gated by its own sample's gate."""
+    return x.flatten(0, 1).index_add(0, rows, done * gate[rows // x.shape[1]]).view_as(x)
+
+
+def fold(module: M, t_emb: Float[Tensor, "1 dim"] | None) -> M | nn.Linear:
+    """The module with every timestep-dependent linear inside replaced by a plain one at ``t_emb``; shared where none is."""
+    if hasattr(module, "weight_at"):
+        return slice_linear(module, t_emb=t_emb)
+    folded = {name: fold(child, t_emb) for name, child in module.named_children()}
+    changes = {name: new for name, new in folded.items() if new is not module.get_submodule(name)}
+    return shallow(module, **changes) if changes else module
+
+
+def active(mask: Bool[Tensor, " units"] | Float[Tensor, " units"], unit_of: Int64[Tensor, " members"]) -> Int64[Tensor, " active"]:
+    """Indices of the heads or channels whose unit is on, ascending."""
+    return mask.bool()[unit_of.to(mask.device)].nonzero().squeeze(1)

@@ -1,0 +1,106 @@
+"""Routers for tokens: which image tokens a block works on (DyDiT section 3.3, SDT; DyFLUX)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.gates import gumbel_gate, threshold_gate
+from dydit_scale.dynamic.width import Router
+
+
+class TokenRouter(Router):
+    """DiT's kind: ``Linear(C -> C/16), ReLU, Linear(C/16 -> 1)`` on the residual stream, without time or text."""
+
+    def __init__(self, dim: int, bias: float) -> None:
+        super().__init__()
+        self.start = bias
+        self.down = nn.Linear(dim, max(1, dim // 16))
+        self.up = nn.Linear(max(1, dim // 16), 1)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Small weights under a positive bias: every token starts on."""
+        _start((self.down, self.up), self.up, self.start, generator)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        temb: Float[Tensor, "batch dim_t"],
+        text: Float[Tensor, "batch text dim"],
+    ) -> Float[Tensor, "batch tokens"]:
+        """Logits in fp32 (``temb`` and ``text`` are not used)."""
+        return _linear(self.up, F.relu(_linear(self.down, x))).squeeze(-1)
+
+
+class ModulatedTokenRouter(Router):
+    """DyFLUX's kind: the normalised token, modulated by time, plus the mean of the equally modulated text tokens.
+
+    The modulation is ``Linear(SiLU(temb) -> 4C)``; with a bottleneck of r it costs r (C_t + 4C) instead of 4C C_t.
+    """
+
+    def __init__(self, dim: int, bottleneck: int, bias: float) -> None:
+        super().__init__()
+        self.start = bias
+        self.reduce = nn.Linear(dim, bottleneck, bias=False) if bottleneck else None
+        self.modulate = nn.Linear(bottleneck or dim, 4 * dim)
+        self.up = nn.Linear(dim, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Small weights under a positive bias: every token starts on."""
+        linears = (self.modulate, self.up) if self.reduce is None else (self.reduce, self.modulate, self.up)
+        _start(linears, self.up, self.start, generator)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        temb: Float[Tensor, "batch dim_t"],
+        text: Float[Tensor, "batch text dim"],
+    ) -> Float[Tensor, "batch tokens"]:
+        """Logits in fp32."""
+        t = F.silu(temb.float())
+        t = t if self.reduce is None else _linear(self.reduce, t)
+        shift_x, scale_x, shift_text, scale_text = _linear(self.modulate, t)[:, None].chunk(4, dim=-1)
+        x = F.layer_norm(x.float(), x.shape[-1:]) * (1 + scale_x) + shift_x
+        text = F.layer_norm(text.float(), text.shape[-1:]) * (1 + scale_text) + shift_text
+        return _linear(self.up, x + text.mean(1, keepdim=True)).squeeze(-1)
+
+
+def make_token_router(config: DynamicConfig, dim: int) -> TokenRouter | ModulatedTokenRouter:
+    """The router that ``config`` names, for tokens of ``dim`` channels."""
+    if config.token_router == "dit":
+        return TokenRouter(dim, config.token_bias)
+    if config.token_router == "flux":
+        return ModulatedTokenRouter(dim, config.token_bottleneck, config.token_bias)
+    raise ValueError(f"dynamic.token_router: {config.token_router!r}")
+
+
+def route_tokens(
+    router: TokenRouter | ModulatedTokenRouter,
+    x: Float[Tensor, "batch tokens dim"],
+    temb: Float[Tensor, "batch dim_t"],
+    text: Float[Tensor, "batch text dim"],
+    noise: Float[Tensor, "batch tokens"] | None,
+    temperature: float,
+) -> Float[Tensor, "batch tokens"]:
+    """Token gates in fp32: random with a straight-through gradient where ``noise`` is given, else by threshold."""
+    with torch.autocast(x.device.type, enabled=False):
+        logits = router(x, temb, text)
+    return threshold_gate(logits) if noise is None else gumbel_gate(logits, noise, temperature)
+
+
+def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """In fp32 whatever the weights are stored in."""
+    return F.linear(x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float())
+
+
+def _start(linears: tuple[nn.Linear, ...], last: nn.Linear, bias: float, generator: torch.Generator | None) -> None:
+    for linear in linears:
+        if not linear.weight.is_meta:
+            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+            if linear.bias is not None:
+                nn.init.constant_(linear.bias, bias if linear is last else 0.0)

@@ -1,0 +1,70 @@
+"""Routers for width: which heads and channel groups work at a timestep (DyDiT section 3.2, TDW)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dydit_scale.dynamic.gates import gumbel_gate, threshold_gate
+from dydit_scale.dynamic.masks import GateMode, WidthMasks
+
+
+class Router(nn.Module):
+    """A module whose parameters are made by ``reset_parameters`` alone, so that it can be built without storage."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        raise TypeError(f"{type(self).__name__} must define reset_parameters")
+
+
+class UnitRouter(Router):
+    """One logit per layer and unit from the timestep embedding; unit 0 has none and is always on."""
+
+    def __init__(self, layers: int, dim: int, units: int, bias: float) -> None:
+        super().__init__()
+        self.start = bias
+        self.weight = nn.Parameter(torch.empty(layers, units - 1, dim))
+        self.bias = nn.Parameter(torch.empty(layers, units - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Small weights under a positive bias: every unit starts on at every timestep."""
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=0.01, generator=generator)
+            nn.init.constant_(self.bias, self.start)
+
+    def forward(self, t_emb: Float[Tensor, "batch dim"]) -> Float[Tensor, "layers batch units_1"]:
+        """Logits in fp32; autocast must be off."""
+        return torch.einsum("bd,lud->lbu", t_emb, self.weight.float()) + self.bias.float()[:, None]
+
+
+class WidthRouter(nn.Module):
+    """All width routers of a model in one place, evaluated once per forward on the pure fp32 timestep embedding.
+
+    They belong to the root: a router inside block k would still be sharded when the root asks for it.
+    """
+
+    def __init__(
+        self, *, layers: int, dim: int, heads: int | None, groups: int | None, bias: float, temperature: float
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.heads = UnitRouter(layers, dim, heads, bias) if heads else None
+        self.groups = UnitRouter(layers, dim, groups, bias) if groups else None
+
+    def forward(self, t_emb: Float[Tensor, "batch dim"], mode: GateMode) -> WidthMasks:
+        """Masks for every layer; ``mode`` "open" is the caller's affair (no router is asked then)."""
+        with torch.autocast(t_emb.device.type, enabled=False):
+            heads, groups = (None if r is None else r(t_emb.float()) for r in (self.heads, self.groups))
+        if mode == "threshold":
+            return WidthMasks(*(None if x is None else _with_first(threshold_gate(x)) for x in (heads, groups)))
+        if isinstance(mode, str):
+            raise ValueError(f"gate mode {mode!r}: expected 'threshold' or noise")
+        noisy = ((heads, mode.heads), (groups, mode.groups))
+        return WidthMasks(
+            *(None if x is None else _with_first(gumbel_gate(x, n[..., 1:], self.temperature)) for x, n in noisy)
+        )
+
+
+def _with_first(gates: Float[Tensor, "layers batch units_1"]) -> Float[Tensor, "layers batch units"]:
+    return torch.cat([gates.new_ones(*gates.shape[:-1], 1), gates], dim=-1)

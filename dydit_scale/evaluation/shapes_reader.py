@@ -1,0 +1,198 @@
+"""Reads the objects off a picture of coloured shapes on the dark ground, without knowing its caption.
+
+Made for what a small diffusion model paints: edges are soft, colours a little off, the ground a little noisy.
+Every pixel is taken for a mix of the ground and one palette colour; connected pixels of a colour are an object; the
+object's covered area and centre give, for each shape, the one template that could be it, and the best overlap wins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from dydit_scale.data.shapes.language import BACKGROUND, COLOURS, SHAPES
+from dydit_scale.data.shapes.scene import shape_mask
+
+MIN_OVERLAP = 0.75
+"""Soft intersection over union with the best template below which an object has no shape.
+
+Its own shape gives 0.85 or more at 32 pixels, noise, blur and JPEG artefacts included.
+"""
+DIAMETERS = (0.22, 0.62)
+"""What a shape can measure, as shares of the side; all sizes of the language with room for error."""
+COLOUR_TOLERANCE = 75.0
+"""Largest distance in RGB of an object's colour from the palette's; the closest two palette colours are 85 apart."""
+_SPECK = 6 / 32**2  # share of the picture's pixels below which something is dirt, not an object
+_OVERSAMPLE = 4  # points a pixel and axis when a template is drawn
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object of a picture; centre and diameter as shares of the picture's side, y down."""
+
+    shape: str | None
+    """None: something is there, but it has the form of no shape of the language."""
+    colour: str | None
+    """None: the colour is too far from every one of the palette."""
+    x: float
+    y: float
+    diameter: float
+    confidence: float
+    """Soft intersection over union with the best template, 0 to 1."""
+
+    def __str__(self) -> str:
+        return f"{self.colour or 'oddly coloured'} {self.shape or 'blob'}"
+
+
+def read_scene(picture: np.ndarray) -> list[Found]:
+    """The objects of ``picture`` (uint8 [side, side, 3]), largest area first.
+
+    Something with no readable shape or colour is listed too: it is an object that should not be there. Things of less
+    than 6 pixels (at 32 x 32; in proportion elsewhere) and lines one pixel thin, such as the mixed colours where two
+    objects touch, are not. Raises ValueError for any other dtype or shape.
+    """
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape != (len(picture), len(picture), 3):
+        raise ValueError(f"picture: expected uint8 [side, side, 3], got {picture.dtype} {list(picture.shape)}")
+    offset = picture.astype(np.float64) - np.array(BACKGROUND)  # [side, side, 3]
+    components = _components(_colours_by_area(offset))
+    thick = [c for c in range(components.max() + 1) if _is_object(components == c)]
+    taken = np.isin(components, thick)
+    objects = [_read_object(offset, components == c, taken) for c in thick]
+    return [found for _, found in sorted(objects, key=lambda pair: -pair[0])]
+
+
+def _colours_by_area(offset: np.ndarray) -> np.ndarray:
+    """Palette index for each pixel that is at least half covered, else -1; [side, side].
+
+    A connected area is all of one colour unless several are plainly there. Pixel by pixel one could not tell: at a soft
+    edge, and after JPEG, which halves the resolution of colour, orange lies on the line to red as well as to yellow.
+    """
+    colours = np.array(list(COLOURS.values()), dtype=np.float64) - np.array(BACKGROUND)  # [colours, 3]
+    cover, misfit = _mixes(offset, colours)
+    covered = np.take_along_axis(cover, misfit.argmin(-1)[..., None], -1)[..., 0] >= 0.5
+    distance = np.linalg.norm(offset[..., None, :] - colours, axis=-1)  # [side, side, colours]
+    pure = np.where(distance.min(-1) <= COLOUR_TOLERANCE, distance.argmin(-1), -1)
+    around = _windows(misfit).sum(0)
+    areas, labels = _components(np.where(covered, 0, -1)), np.full(covered.shape, -1)
+    for area in (areas == a for a in range(areas.max() + 1)):
+        counts = np.bincount(pure[area] + 1, minlength=len(colours) + 1)[1:]
+        present = np.flatnonzero(counts >= _SPECK * area.size)
+        present = present if len(present) else np.arange(len(colours))
+        labels[area] = present[around[area][:, present].argmin(-1)]
+    return labels
+
+
+def _mixes(offset: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel as a mix of the ground and each colour: the colour's share and the squared error, [side, side, colours]."""
+    cover = np.clip(offset @ (colours / (colours**2).sum(1, keepdims=True)).T, 0, 1)
+    return cover, ((offset[..., None, :] - cover[..., None] * colours) ** 2).sum(-1)
+
+
+def _windows(field: np.ndarray) -> np.ndarray:
+    """The nine neighbours of every pixel, itself included and zero outside: [9, side, side, ...]."""
+    side = len(field)
+    padded = np.pad(field, [(1, 1), (1, 1)] + [(0, 0)] * (field.ndim - 2))
+    return np.stack([padded[i : i + side, j : j + side] for i in range(3) for j in range(3)])
+
+
+def _components(labels: np.ndarray) -> np.ndarray:
+    """Numbers 0, 1, ... for the 4-connected areas of equal label, -1 where the label is -1; both [side, side].
+
+    Every pixel takes the lowest pixel index among its like neighbours', then jumps to that pixel's own, until all agree.
+    """
+    index = np.arange(labels.size).reshape(labels.shape)
+    across = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)
+    down = (labels[1:] == labels[:-1]) & (labels[1:] >= 0)
+    one = np.concatenate([index[:, 1:][across], index[1:][down]])  # [joints]
+    other = np.concatenate([index[:, :-1][across], index[:-1][down]])
+    lowest, before = index.ravel().copy(), None
+    while before is None or (lowest != before).any():
+        before = lowest.copy()
+        low = np.minimum(lowest[one], lowest[other])
+        np.minimum.at(lowest, one, low)
+        np.minimum.at(lowest, other, low)
+        lowest = lowest[lowest]
+    lowest = lowest.reshape(labels.shape)
+    return np.where(labels >= 0, np.searchsorted(np.unique(lowest[labels >= 0]), lowest), -1)
+
+
+def _is_object(area: np.ndarray) -> bool:
+    """Neither a speck nor a line of one pixel's width."""
+    thick = area[1:, 1:] & area[:-1, 1:] & area[1:, :-1] & area[:-1, :-1]
+    return bool(area.sum() >= _SPECK * area.size and thick.any())
+
+
+def _read_object(offset: np.ndarray, area: np.ndarray, taken: np.ndarray) -> tuple[float, Found]:
+    """Covered pixels and what the object is; ``taken`` are the pixels of all objects."""
+    side = len(area)
+    ray = _body_colour(offset[area])
+    near = _windows(area).any(0) & (area | ~taken)  # the soft edge belongs to the object, another object's pixels do not
+    cover = np.where(near, np.clip(offset @ (ray / (ray**2).sum()), 0, 1), 0.0)
+    x, y, mass = _moments(cover)
+    overlaps = {s: _overlap(s, cover, x, y, mass) for s in SHAPES}
+    shape = max(SHAPES, key=lambda s: overlaps[s])
+    diameter, cx, cy = _placed(shape, x, y, mass)
+    readable = overlaps[shape] >= MIN_OVERLAP and DIAMETERS[0] <= diameter / side <= DIAMETERS[1]
+    named = shape if readable else None
+    return mass, Found(named, _name_colour(ray), cx / side, cy / side, diameter / side, overlaps[shape])
+
+
+def _body_colour(pixels: np.ndarray) -> np.ndarray:
+    """An object's colour less the ground's, from the best covered sixth of its pixels ([n, 3])."""
+    brightest = np.argsort(-(pixels @ pixels.mean(0)), kind="stable")[: max(1, len(pixels) // 6)]
+    return np.median(pixels[brightest], axis=0)
+
+
+def _name_colour(ray: np.ndarray) -> str | None:
+    colour = ray + np.array(BACKGROUND)
+    distances = {name: float(np.linalg.norm(colour - np.array(rgb))) for name, rgb in COLOURS.items()}
+    name = min(distances, key=lambda n: distances[n])
+    return name if distances[name] <= COLOUR_TOLERANCE else None
+
+
+def _moments(cover: np.ndarray) -> tuple[float, float, float]:
+    """Centre of mass x, y in pixels (a pixel's middle lies at .5) and covered area in pixels."""
+    mass = float(cover.sum())
+    at = np.arange(len(cover)) + 0.5
+    return float(cover.sum(0) @ at) / mass, float(cover.sum(1) @ at) / mass, mass
+
+
+@cache
+def _template_moments(shape: str) -> tuple[float, float]:
+    """Area and centre of mass (y; x is 0 for all) of a shape of radius 1."""
+    at = (np.arange(800) + 0.5) / 320 - 1.25
+    inside = shape_mask(shape, at[None, :], at[:, None])
+    return float(inside.sum()) / 320**2, float(inside.sum(1) @ at / inside.sum())
+
+
+def _placed(shape: str, x: float, y: float, mass: float) -> tuple[float, float, float]:
+    """Diameter, centre x and y of the shape that covers ``mass`` pixels around the centre of mass (x, y)."""
+    area, sag = _template_moments(shape)
+    radius = float(np.sqrt(mass / area))
+    return 2 * radius, x, y - sag * radius
+
+
+def _overlap(shape: str, cover: np.ndarray, x: float, y: float, mass: float) -> float:
+    """Soft intersection over union of ``cover`` and the shape with the same area and centre of mass, sharp or blurred."""
+    diameter, cx, cy = _placed(shape, x, y, mass)
+    rows, columns = (_points(c, diameter, len(cover)) for c in (cy, cx))
+    inside = shape_mask(shape, (columns.ravel() - cx) * 2 / diameter, (rows.reshape(-1, 1) - cy) * 2 / diameter)
+    sharp = inside.reshape(len(rows), _OVERSAMPLE, len(columns), _OVERSAMPLE).mean(axis=(1, 3))
+    seen = cover[int(rows[0, 0]) : int(rows[-1, 0]) + 1, int(columns[0, 0]) : int(columns[-1, 0]) + 1]
+    both = max(float(np.minimum(seen, template).sum()) for template in (sharp, _blurred(sharp)))
+    return both / (mass + float(sharp.sum()) - both)
+
+
+def _points(centre: float, diameter: float, side: int) -> np.ndarray:
+    """Sampling points, in pixels, of the pixels along one axis that a blurred shape can touch: [pixels, oversample]."""
+    first, last = max(0, int(centre - diameter * 0.55 - 1)), min(side, int(centre + diameter * 0.55 + 2))
+    return np.arange(first, last)[:, None] + (np.arange(_OVERSAMPLE) + 0.5) / _OVERSAMPLE
+
+
+def _blurred(field: np.ndarray) -> np.ndarray:
+    """The field after a triangle filter two pixels wide along both axes."""
+    padded = np.pad(field, 1)
+    rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4

@@ -1,0 +1,297 @@
+"""DyFlux: FLUX.1's transformer with dynamic heads, MLP channels and image tokens (DyDiT++ section 4; DyFLUX).
+
+A subclass of diffusers' FluxTransformer2DModel with the same parameter names for the base weights. All gates open, it
+computes what the static model computes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401  (diffusers looks for ModelMixin in this namespace)
+from diffusers.configuration_utils import register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.cost import BlockCost, ModelCost
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
+from dydit_scale.models.base import DynamicModelMixin
+from dydit_scale.models.flux_blocks import BlockGates, DyFluxAttnProcessor, DyFluxSingleTransformerBlock, DyFluxTransformerBlock
+
+
+class DyFluxOutput(NamedTuple):
+    """What a forward returns when it is asked for its masks."""
+
+    sample: Float[Tensor, "batch image_tokens channels"]
+    masks: DynamicMasks
+
+
+class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
+    """FLUX.1 with timestep-wise dynamic width and spatial-wise dynamic tokens.
+
+    Args (beyond FluxTransformer2DModel's):
+        dynamic: the fields of :class:`DynamicConfig`.
+    """
+
+    static_class = FluxTransformer2DModel
+    _no_split_modules = ["DyFluxTransformerBlock", "DyFluxSingleTransformerBlock"]
+    _repeated_blocks = ["DyFluxTransformerBlock", "DyFluxSingleTransformerBlock"]
+    _keep_in_fp32_modules = ["dy_width", "dy_token"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "dy_"]
+    _tp_plan = None  # head masks would have to be sharded with the heads
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        dynamic: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        self.dynamic = DynamicConfig(**(dynamic or {}))
+        shape = {"dim": self.inner_dim, "num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim}
+        self.transformer_blocks = nn.ModuleList(DyFluxTransformerBlock(**shape, config=self.dynamic) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            DyFluxSingleTransformerBlock(**shape, config=self.dynamic) for _ in range(num_single_layers)
+        )
+        self._init_dynamic(layers=num_layers + num_single_layers, dim=self.inner_dim, heads=num_attention_heads)
+        for block in self.dynamic_blocks():
+            block.timestep_state = self.timestep_state
+
+    @apply_lora_scale("joint_attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor = None,  # type: ignore[assignment]
+        pooled_projections: Tensor = None,  # type: ignore[assignment]
+        timestep: Tensor = None,  # type: ignore[assignment]
+        img_ids: Tensor = None,  # type: ignore[assignment]
+        txt_ids: Tensor = None,  # type: ignore[assignment]
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: list[Tensor] | None = None,
+        controlnet_single_block_samples: list[Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+        gates: GateMode = "threshold",
+        collect: bool = False,
+    ) -> Transformer2DModelOutput | DyFluxOutput | tuple[Tensor]:
+        """FluxTransformer2DModel's forward (same arguments, same shapes), and:
+
+        Args:
+            timestep: [batch] in 0..1; keep it in fp32, routing reads it before it is rounded to the activations' dtype.
+            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            collect: return :class:`DyFluxOutput` with the masks of all layers.
+        """
+        self._check(joint_attention_kwargs)
+        steps = self._planned_steps(timestep) if gates == "threshold" and not torch.is_grad_enabled() else {}
+        if len(steps) > 1:
+            if controlnet_block_samples or controlnet_single_block_samples:
+                raise ValueError("packed sampling of a batch with several timesteps does not go with ControlNet")
+            batched = (hidden_states, encoder_hidden_states, pooled_projections, timestep)
+            shared = {"img_ids": img_ids, "txt_ids": txt_ids, "joint_attention_kwargs": joint_attention_kwargs}
+            sample = torch.empty_like(hidden_states[..., :1]).repeat(1, 1, self.proj_out.out_features)
+            for rows in steps.values():
+                guide = None if guidance is None else guidance[rows]
+                sample[rows] = self(*(x[rows] for x in batched), guidance=guide, return_dict=False, **shared)[0]
+            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+        step = next(iter(steps), None)
+        if self._plan is not None and step is not None:
+            t_emb, width, blocks = self._plan.table.t_emb[step : step + 1], WidthMasks(None, None), self._plan.blocks[step]
+        else:
+            t_emb, blocks = self.routing_embedding(timestep), tuple(self.dynamic_blocks())
+            width = self.width_masks(t_emb, gates)
+        control = ControlNetResiduals(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat)
+        with self.timestep_state.scope(t_emb):
+            hidden_states, encoder_hidden_states, temb, rotary = self._embed(
+                hidden_states, encoder_hidden_states, pooled_projections, timestep, guidance, img_ids, txt_ids
+            )
+            tokens = []
+            for i, block in enumerate(blocks):
+                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
+                state = (hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs)
+                options = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    out = self._gradient_checkpointing_func(block, *state, *options)
+                else:
+                    out = block(*state, *options)
+                encoder_hidden_states, hidden_states = out[:2]
+                tokens.append(out[2] if collect else None)
+                hidden_states = control.add(hidden_states, i, len(self.transformer_blocks), len(self.single_transformer_blocks))
+            sample = self.proj_out(self.norm_out(hidden_states, temb))
+        if collect:
+            if step is not None:
+                width = self.width_masks(self.routing_embedding(timestep), "threshold")
+            return DyFluxOutput(sample, self._masks(width, torch.stack(tokens)))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def dynamic_blocks(self) -> list[nn.Module]:
+        """Double blocks, then single ones."""
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    def routing_embedding(self, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
+        """The output of the timestep embedder alone, computed in fp32 from timesteps in 0..1."""
+        embed = self.time_text_embed
+        with torch.autocast(timestep.device.type, enabled=False):
+            x = embed.time_proj(timestep.float() * 1000)
+            for linear in (embed.timestep_embedder.linear_1, embed.timestep_embedder.linear_2):
+                x = x if linear is embed.timestep_embedder.linear_1 else F.silu(x)
+                x = F.linear(x.float(), linear.weight.float(), linear.bias.float())
+        return x
+
+    def rank_units(self) -> None:
+        """The most important heads and channels of each block become its always-on unit."""
+        for block in self.dynamic_blocks():
+            block.rank_units()  # type: ignore[operator]
+
+    def cost(self, image_tokens: int, text_tokens: int) -> ModelCost:
+        """MACs of one forward for one sample, from shapes."""
+        config, d = self.config, self.inner_dim
+        double = _double_cost(self.dynamic, d, self.mlp_dim, image_tokens, text_tokens)
+        single = _single_cost(self.dynamic, d, self.mlp_dim, image_tokens, text_tokens)
+        embedders = 256 * d + d * d + config["pooled_projection_dim"] * d + d * d
+        embedders += (256 * d + d * d) if config["guidance_embeds"] else 0
+        per_token = image_tokens * d * (config["in_channels"] + self.proj_out.out_features)
+        per_token += text_tokens * d * config["joint_attention_dim"]
+        return ModelCost(
+            blocks=(double,) * config["num_layers"] + (single,) * config["num_single_layers"],
+            outside=embedders + 2 * d * d + per_token,
+        )
+
+    def fuse_qkv_projections(self) -> None:
+        """Refused: fused projections would bypass adapters, and cannot be cut by head."""
+        raise ValueError("a dynamic model cuts q, k and v by head; do not fuse them")
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden channels of each MLP."""
+        return 4 * self.inner_dim
+
+    def _check(self, joint_attention_kwargs: dict[str, Any] | None) -> None:
+        for name, processor in self.attn_processors.items():
+            if not isinstance(processor, DyFluxAttnProcessor):
+                raise ValueError(
+                    f"{name} is a {type(processor).__name__}, which ignores head masks; "
+                    "choose kernels with set_attention_backend, or use to_static() for IP adapters"
+                )
+        if joint_attention_kwargs and "ip_adapter_image_embeds" in joint_attention_kwargs:
+            raise ValueError("IP adapters replace the attention that head masks act on; use to_static() for them")
+
+    def _planned_steps(self, timestep: Float[Tensor, " batch"]) -> dict[int | None, list[int]]:
+        """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan."""
+        rows: dict[int | None, list[int]] = {}
+        if self._plan is not None:
+            for row, t in enumerate(timestep.float().tolist()):
+                rows.setdefault(self._plan.step_of(t), []).append(row)
+        return rows
+
+    def _embed(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """(image tokens, text tokens, modulation embedding, rotary tables)."""
+        hidden_states = self.x_embedder(hidden_states)
+        scaled = [None if x is None else x.to(hidden_states.dtype) * 1000 for x in (timestep, guidance)]
+        temb = self.time_text_embed(*(x for x in scaled if x is not None), pooled_projections)
+        ids = torch.cat([x[0] if x.ndim == 3 else x for x in (txt_ids, img_ids)])
+        return hidden_states, self.context_embedder(encoder_hidden_states), temb, self.pos_embed(ids)
+
+    def _masks(self, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
+        """All masks, ones where nothing is dynamic."""
+        layers, batch = tokens.shape[:2]
+        heads = self.config["num_attention_heads"]
+        units = (heads, self.dynamic.mlp_groups or heads)
+        full = (torch.ones(layers, batch, n, device=tokens.device) if m is None else m for m, n in zip(width, units, strict=True))
+        return DynamicMasks(*full, tokens)
+
+
+class ControlNetResiduals(NamedTuple):
+    """ControlNet's samples for double and single blocks, spread over the blocks as diffusers does."""
+
+    double: list[Tensor] | None
+    single: list[Tensor] | None
+    repeat: bool
+
+    def add(self, x: Tensor, i: int, doubles: int, singles: int) -> Tensor:
+        """``x`` after block i of all blocks, with the residual that belongs to it."""
+        samples, i, blocks = (self.double, i, doubles) if i < doubles else (self.single, i - doubles, singles)
+        if samples is None:
+            return x
+        if self.repeat and samples is self.double:
+            return x + samples[i % len(samples)]
+        return x + samples[i // math.ceil(blocks / len(samples))]
+
+
+def _double_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -> BlockCost:
+    both = image + text
+    return BlockCost(
+        fixed=12 * d * d,
+        router=_router_cost(config, d, image),
+        heads=4 * d * d * both + 2 * both * both * d,
+        groups=2 * d * f * text,
+        groups_tokens=2 * d * f * image,
+    )
+
+
+def _single_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -> BlockCost:
+    both = image + text
+    skips_output = config.single_bypass == "attn_out+mlp"
+    return BlockCost(
+        fixed=3 * d * d,
+        router=_router_cost(config, d, image),
+        heads=3 * d * d * both + 2 * both * both * d + d * d * (text if skips_output else both),
+        heads_tokens=d * d * image if skips_output else 0,
+        groups=2 * d * f * text,
+        groups_tokens=2 * d * f * image,
+    )
+
+
+def _router_cost(config: DynamicConfig, d: int, image: int) -> int:
+    if not config.tokens:
+        return 0
+    if config.token_router == "dit":
+        return image * (d + 1) * max(1, d // 16)
+    r = config.token_bottleneck
+    return (d * r + r * 4 * d if r else 4 * d * d) + image * d
+
+
+for _block in (DyFluxTransformerBlock, DyFluxSingleTransformerBlock):
+    TransformerBlockRegistry.register(
+        _block, TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+    )

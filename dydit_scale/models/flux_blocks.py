@@ -1,0 +1,328 @@
+"""FLUX's double and single blocks with gates.
+
+Each block runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with
+the MLP on the chosen image tokens only. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.dynamic.packing import active, add_on_rows, chosen_rows, fold, shallow, slice_linear
+from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank, units_in_place
+from dydit_scale.dynamic.timestep import TimestepState
+from dydit_scale.dynamic.tokens import make_token_router, route_tokens
+
+
+class BlockGates(NamedTuple):
+    """The gates of one block in one forward."""
+
+    heads: Float[Tensor, "batch units"] | None = None
+    groups: Float[Tensor, "batch units"] | None = None
+    token_noise: Float[Tensor, "batch tokens"] | None = None
+    open: bool = False
+    """No token is skipped."""
+
+
+class DyFluxAttnProcessor(FluxAttnProcessor):
+    """FLUX's attention with a head mask, for any number of heads that the projections hold."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: FluxAttention,
+        hidden_states: Float[Tensor, "batch image_tokens dim"],
+        encoder_hidden_states: Float[Tensor, "batch text_tokens dim"] | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        head_mask: Float[Tensor, "batch heads"] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention over text then image tokens; a masked head contributes zero. Returns (image, text), or all tokens of a
+        single block before their output projection."""
+        query, key, value = (_heads(proj(hidden_states), attn.head_dim) for proj in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        text_tokens = 0
+        if encoder_hidden_states is not None:
+            text_tokens = encoder_hidden_states.shape[1]
+            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (_heads(proj(encoder_hidden_states), attn.head_dim) for proj in added)
+            query = torch.cat([attn.norm_added_q(text_q), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_k), key], dim=1)
+            value = torch.cat([text_v, value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        if head_mask is not None:
+            out = out * head_mask[:, None, :, None].to(out.dtype)
+        out = out.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text, image = out[:, :text_tokens], out[:, text_tokens:]
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+
+class _DyFluxBlock(nn.Module):
+    """What both kinds of block share. ``dy_*_unit`` tables say which routing unit a head or channel belongs to."""
+
+    timestep_state: TimestepState | None = None
+    is_packed: bool = False
+    attn: FluxAttention
+    dy_head_unit: Tensor
+    dy_channel_unit: Tensor
+
+    def _init_dynamic(self, dim: int, heads: int, channels: int, config: DynamicConfig) -> None:
+        groups = config.mlp_groups or heads
+        if channels % groups:
+            raise ValueError(f"dynamic.mlp_groups: {channels} MLP channels cannot be cut into {groups} equal groups")
+        self.dynamic = config
+        self.attn.set_processor(DyFluxAttnProcessor())
+        self.register_buffer("dy_head_unit", torch.arange(heads))
+        self.register_buffer("dy_channel_unit", units_in_place(channels, groups))
+        self.dy_token = make_token_router(config, dim) if config.tokens else None
+
+    def depends_on_timestep(self) -> bool:
+        """Whether an adapter makes a weight depend on the timestep."""
+        return any(hasattr(m, "weight_at") for m in self.modules())
+
+    def _route(self, image: Tensor, text: Tensor, temb: Tensor, gates: BlockGates) -> Float[Tensor, "batch tokens"] | None:
+        if self.dy_token is None or gates.open:
+            return None
+        return route_tokens(self.dy_token, image, temb, text, gates.token_noise, self.dynamic.temperature)
+
+    def _head_mask(self, gates: BlockGates) -> Float[Tensor, "batch heads"] | None:
+        return None if gates.heads is None else gates.heads[:, self.dy_head_unit]
+
+    def _cut(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> tuple[FluxAttention, Tensor | None]:
+        heads = None if width.heads is None else active(width.heads, self.dy_head_unit)
+        channels = None if width.groups is None else active(width.groups, self.dy_channel_unit)
+        return cut_attention(self.attn, heads, t_emb), channels
+
+
+class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
+    """Double block: image and text streams share the heads; skipped image tokens miss their feed-forward."""
+
+    dy_context_channel_unit: Tensor
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, config: DynamicConfig) -> None:
+        FluxTransformerBlock.__init__(self, dim, num_attention_heads, attention_head_dim)
+        channels = self.ff.net[2].in_features
+        self._init_dynamic(dim, num_attention_heads, channels, config)
+        self.register_buffer("dy_context_channel_unit", self.dy_channel_unit.clone())
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Float[Tensor, "batch image_tokens dim"],
+        encoder_hidden_states: Float[Tensor, "batch text_tokens dim"],
+        temb: Float[Tensor, "batch dim"],
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        t_emb: Float[Tensor, "batch_t dim"] | None = None,
+        gates: BlockGates = BlockGates(),
+        collect: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """(text, image), and the token gates if ``collect``."""
+        with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
+            image, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
+            text, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
+            image_out, text_out = self.attn(
+                hidden_states=image,
+                encoder_hidden_states=text,
+                image_rotary_emb=image_rotary_emb,
+                head_mask=self._head_mask(gates),
+                **(joint_attention_kwargs or {}),
+            )
+            hidden_states = hidden_states + gate_msa[:, None] * image_out
+            encoder_hidden_states = encoder_hidden_states + c_gate_msa[:, None] * text_out
+
+            keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
+            image = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+            text = self.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
+            if self.is_packed and keep is not None:
+                rows = chosen_rows(keep)
+                hidden_states = add_on_rows(hidden_states, rows, self.ff(image.flatten(0, 1)[rows]), gate_mlp)
+            else:
+                image = gate_mlp[:, None] * _feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
+                hidden_states = hidden_states + (image if keep is None else image * keep[..., None].to(image.dtype))
+            text = _feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
+            encoder_hidden_states = _finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
+        return _result(encoder_hidden_states, hidden_states, keep, collect)
+
+    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxTransformerBlock:
+        """The block cut to one sample's active units."""
+        attn, channels = self._cut(width, t_emb)
+        context = None if width.groups is None else active(width.groups, self.dy_context_channel_unit)
+        ff, ff_context = _cut_feed_forward(self.ff, channels, t_emb), _cut_feed_forward(self.ff_context, context, t_emb)
+        return fold(shallow(self, attn=attn, ff=ff, ff_context=ff_context, is_packed=True), t_emb)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def rank_units(self) -> None:
+        """Let the most important heads and channels be unit 0."""
+        attn, heads = self.attn, self.attn.heads
+        paths = [(attn.to_v, attn.to_out[0].weight), (attn.add_v_proj, attn.to_add_out.weight)]
+        self.dy_head_unit.copy_(units_by_rank(head_importance(paths, heads), heads))
+        for ff, table in ((self.ff, self.dy_channel_unit), (self.ff_context, self.dy_context_channel_unit)):
+            importance = path_importance(ff.net[0].proj, ff.net[2].weight)
+            table.copy_(units_by_rank(importance, int(table.max()) + 1))
+
+
+class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
+    """Single block: text and image in one sequence, attention beside the MLP.
+
+    A skipped image token misses the MLP (``single_bypass="mlp"``), or everything but its part as key and value, as in the
+    released DyFLUX (``"attn_out+mlp"``). The router reads the block's input.
+    """
+
+    out_attn: nn.Linear
+    out_mlp: nn.Linear
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, config: DynamicConfig) -> None:
+        FluxSingleTransformerBlock.__init__(self, dim, num_attention_heads, attention_head_dim)
+        self._init_dynamic(dim, num_attention_heads, self.mlp_hidden_dim, config)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Float[Tensor, "batch image_tokens dim"],
+        encoder_hidden_states: Float[Tensor, "batch text_tokens dim"],
+        temb: Float[Tensor, "batch dim"],
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        t_emb: Float[Tensor, "batch_t dim"] | None = None,
+        gates: BlockGates = BlockGates(),
+        collect: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """(text, image), and the token gates if ``collect``."""
+        with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
+            keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
+            text_tokens = encoder_hidden_states.shape[1]
+            stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+            x, gate = self.norm(stream, emb=temb)
+            attn = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+            # The text is never skipped.
+            keep_all = None if keep is None else torch.cat([keep.new_ones(len(keep), text_tokens), keep], dim=1)
+            run = self._packed_output if self.is_packed else self._masked_output
+            stream = _finite(run(stream, x, attn, gate, keep_all, gates))
+        return _result(stream[:, :text_tokens], stream[:, text_tokens:], keep, collect)
+
+    def _masked_output(
+        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
+    ) -> Tensor:
+        mlp = self.act_mlp(self.proj_mlp(x))
+        if gates.heads is not None:
+            mask = self._head_mask(gates).repeat_interleave(self.attn.head_dim, dim=1)  # type: ignore[union-attr]
+            attn = attn * mask[:, None].to(attn.dtype)
+        if gates.groups is not None:
+            mlp = mlp * gates.groups[:, self.dy_channel_unit][:, None].to(mlp.dtype)
+        keep = None if keep is None else keep[..., None].to(mlp.dtype)
+        if keep is not None and self.dynamic.single_bypass == "mlp":
+            mlp = mlp * keep
+        out = gate[:, None] * self.proj_out(torch.cat([attn, mlp], dim=2))
+        if keep is not None and self.dynamic.single_bypass == "attn_out+mlp":
+            out = out * keep
+        return stream + out
+
+    def _packed_output(
+        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
+    ) -> Tensor:
+        rows = chosen_rows(keep if keep is not None else x.new_ones(x.shape[:2]))
+        mlp = self.out_mlp(self.act_mlp(self.proj_mlp(x.flatten(0, 1)[rows])))
+        if self.dynamic.single_bypass == "mlp":
+            stream = stream + gate[:, None] * self.out_attn(attn)
+        else:
+            mlp = mlp + self.out_attn(attn.flatten(0, 1)[rows])
+        return add_on_rows(stream, rows, mlp, gate)
+
+    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxSingleTransformerBlock:
+        """The block cut to one sample's active units; the output projection falls into an attention and an MLP part."""
+        attn, channels = self._cut(width, t_emb)
+        dim = self.attn.inner_dim
+        heads = None if width.heads is None else active(width.heads, self.dy_head_unit)
+        device = self.dy_channel_unit.device
+        attn_cols = torch.arange(dim, device=device) if heads is None else channels_of(heads, self.attn.head_dim)
+        mlp_cols = torch.arange(self.mlp_hidden_dim, device=device) if channels is None else channels
+        proj_out = fold(self.proj_out, t_emb)
+        changes: dict[str, Any] = {
+            "attn": attn,
+            "proj_mlp": slice_linear(self.proj_mlp, rows=channels, t_emb=t_emb),
+            "out_attn": slice_linear(proj_out, cols=attn_cols),
+            "out_mlp": slice_linear(proj_out, cols=dim + mlp_cols, bias=False),
+            "proj_out": None,
+        }
+        return fold(shallow(self, is_packed=True, **changes), t_emb)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def rank_units(self) -> None:
+        """Let the most important heads and channels be unit 0."""
+        dim, heads = self.attn.inner_dim, self.attn.heads
+        out = self.proj_out.weight
+        self.dy_head_unit.copy_(units_by_rank(head_importance([(self.attn.to_v, out[:, :dim])], heads), heads))
+        importance = path_importance(self.proj_mlp, out[:, dim:])
+        self.dy_channel_unit.copy_(units_by_rank(importance, int(self.dy_channel_unit.max()) + 1))
+
+
+def cut_attention(attn: FluxAttention, heads: Int64[Tensor, " active"] | None, t_emb: Float[Tensor, "1 dim"]) -> FluxAttention:
+    """The attention with the given heads only (None: all), sharing norms and processor."""
+    rows = None if heads is None else channels_of(heads, attn.head_dim)
+    names = ["to_q", "to_k", "to_v"] + (["add_q_proj", "add_k_proj", "add_v_proj"] if attn.added_kv_proj_dim else [])
+    changes: dict[str, Any] = {name: slice_linear(getattr(attn, name), rows=rows, t_emb=t_emb) for name in names}
+    if not attn.pre_only:
+        changes["to_out"] = nn.ModuleList([slice_linear(attn.to_out[0], cols=rows, t_emb=t_emb), attn.to_out[1]])
+    if attn.added_kv_proj_dim:
+        changes["to_add_out"] = slice_linear(attn.to_add_out, cols=rows, t_emb=t_emb)
+    return shallow(attn, heads=attn.heads if heads is None else len(heads), **changes)
+
+
+def channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor, " channels"]:
+    """The channels of the given heads."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+
+
+def _heads(x: Float[Tensor, "batch tokens channels"], head_dim: int) -> Float[Tensor, "batch tokens heads head_dim"]:
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def _feed_forward(ff: nn.Module, x: Tensor, groups: Tensor | None, unit_of: Tensor) -> Tensor:
+    # Masked after the activation: GELU(0) = 0, so the value is that of masking before it, and the gate's gradient is the
+    # channel's whole contribution.
+    if groups is None:
+        return ff(x)
+    up, dropout, down = ff.net
+    hidden = up(x)
+    return down(dropout(hidden * groups[:, unit_of][:, None].to(hidden.dtype)))
+
+
+def _cut_feed_forward(ff: Any, channels: Tensor | None, t_emb: Tensor) -> nn.Module:
+    up, dropout, down = ff.net
+    up = shallow(up, proj=slice_linear(up.proj, rows=channels, t_emb=t_emb))
+    return shallow(ff, net=nn.ModuleList([up, dropout, slice_linear(down, cols=channels, t_emb=t_emb)]))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _result(text: Tensor, image: Tensor, keep: Tensor | None, collect: bool) -> tuple[Tensor, ...]:
+    if not collect:
+        return text, image
+    return text, image, torch.ones(image.shape[:2], device=image.device) if keep is None else keep

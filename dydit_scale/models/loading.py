@@ -1,0 +1,63 @@
+"""The parts of a pipeline from a folder or the hub, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
+
+
+def load_pipeline(base: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    """The pipeline around the transformer (scheduler, autoencoder, text encoders, tokenizers), without it."""
+    _check_folder(base)
+    pipe = FluxPipeline.from_pretrained(base, transformer=None, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        getattr(pipe, name).requires_grad_(False).eval()
+    return pipe
+
+
+def load_transformer(base: str, cls: Any = FluxTransformer2DModel, *, from_scratch: bool = False) -> Any:
+    """The transformer of a pipeline folder in fp32, strictly: every weight must be there and fit.
+
+    Raises:
+        ValueError: the folder has none, or a weight is missing, too much, or of another shape (the first is named).
+    """
+    _check_folder(base)
+    if from_scratch:
+        return cls.from_config(cls.load_config(base, subfolder="transformer"))
+    if Path(base).is_dir():
+        _check_weights(Path(base) / "transformer", cls)
+    try:
+        model, info = cls.from_pretrained(base, subfolder="transformer", dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"base {base}: its transformer does not load as {cls.__name__}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"base {base}: {len(missing)} weights are missing, first {missing[0]}")
+    return model
+
+
+def _check_folder(base: str) -> None:
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
+    if looks_local and not (Path(base) / "model_index.json").is_file():
+        raise ValueError(f"model.base {base}: expected the folder of a FluxPipeline (with model_index.json) or a hub name")
+
+
+def _check_weights(folder: Path, cls: Any) -> None:
+    """Compare names and shapes in the files with what the config asks for, without reading a weight."""
+    with init_empty_weights():
+        wanted = {name: tuple(t.shape) for name, t in cls.from_config(cls.load_config(folder)).state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"base {folder}: {name}: config.json asks for {wanted.get(name, 'no such weight')}, "
+                f"the file holds {found.get(name, 'no such weight')}; the weights do not belong to this config"
+            )

@@ -1,0 +1,104 @@
+"""Sub-networks for the timesteps of a sampler, cut once before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dydit_scale.dynamic.masks import WidthMasks
+
+if TYPE_CHECKING:
+    from dydit_scale.models.base import DynamicModelMixin
+
+_TOLERANCE = 0.006
+"""How far, as a share, a pipeline's timestep may be from the planned one: bf16 rounds by up to 0.4 %."""
+
+
+class PackableBlock(Protocol):
+    """A block that can cut itself."""
+
+    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> nn.Module:
+        """The block with its active heads and channels only; ``width`` [units] for one sample."""
+
+    def depends_on_timestep(self) -> bool:
+        """Whether a layer's weight changes with the timestep even where the masks do not (TD-LoRA)."""
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Width masks of a schedule, for one sample."""
+
+    timesteps: Float[Tensor, " steps"]
+    t_emb: Float[Tensor, "steps dim"]
+    heads: Bool[Tensor, "layers steps heads"] | None
+    groups: Bool[Tensor, "layers steps groups"] | None
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, model: DynamicModelMixin, timesteps: Float[Tensor, " steps"]) -> StepTable:
+        device = next(p.device for p in model.parameters())  # type: ignore[attr-defined]
+        t_emb = model.routing_embedding(timesteps.to(device).float())
+        masks = model.width_masks(t_emb, "threshold")
+        return cls(timesteps.float().cpu(), t_emb, *(None if m is None else m.bool() for m in masks))
+
+    def masks(self, layer: int, step: int) -> WidthMasks:
+        """[units] of one layer at one step."""
+        return WidthMasks(*(None if m is None else m[layer, step] for m in (self.heads, self.groups)))
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """For each step, one sub-block per layer."""
+
+    table: StepTable
+    blocks: tuple[tuple[nn.Module, ...], ...]
+    """[steps][layers]"""
+    distinct: int
+    """Sub-blocks that had to be cut."""
+    bytes: int
+    """Memory of the weights that were copied, not viewed."""
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, model: DynamicModelMixin, timesteps: Float[Tensor, " steps"], *, max_bytes: int | None) -> PackedPlan:
+        table = model.step_table(timesteps)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}  # type: ignore[attr-defined]
+        cut: dict[tuple, nn.Module] = {}
+        used = 0
+        rows = []
+        for step in range(len(table.timesteps)):
+            row = []
+            for layer, block in enumerate(model.dynamic_blocks()):
+                key = _key(block, table, layer, step)
+                if key not in cut:
+                    cut[key] = block.packed(table.masks(layer, step), table.t_emb[step : step + 1])
+                    used += _copied_bytes(cut[key], own)
+                    if max_bytes is not None and used > max_bytes:
+                        raise ValueError(
+                            f"pack: the sub-networks of {step + 1} of {len(table.timesteps)} steps already take "
+                            f"{used / 2**20:.0f} MiB, more than max_bytes = {max_bytes / 2**20:.0f} MiB; "
+                            "raise it, sample in fewer steps, or sample without packing"
+                        )
+                row.append(cut[key])
+            rows.append(tuple(row))
+        return cls(table, tuple(rows), len(cut), used)
+
+    def step_of(self, timestep: float) -> int | None:
+        """The planned step nearest to ``timestep``, or None where none is near."""
+        distance = (self.table.timesteps - timestep).abs()
+        nearest = int(distance.argmin())
+        return nearest if float(distance[nearest]) <= _TOLERANCE * max(abs(timestep), 1e-3) else None
+
+
+def _key(block: Any, table: StepTable, layer: int, step: int) -> tuple:
+    units = tuple(None if m is None else m.cpu().numpy().tobytes() for m in table.masks(layer, step))
+    return (layer, *units, step if block.depends_on_timestep() else None)
+
+
+def _copied_bytes(block: nn.Module, own: set[int]) -> int:
+    tensors = [p for p in block.parameters() if p.untyped_storage().data_ptr() not in own]
+    return sum(p.numel() * p.element_size() for p in tensors)

@@ -1,0 +1,263 @@
+"""One protocol for the ways to train on one or many devices; the trainer never asks which one it has.
+
+Every engine keeps the trainable parameters, their moments and the gradient reduction in fp32 and takes bf16 from
+autocast alone, so that all of them compute the same thing and a checkpoint of one continues under another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dydit_scale.parallel.reduce import broadcast_module
+from dydit_scale.parallel.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a run is spread over devices."""
+
+    name: Literal["single", "zero", "fsdp"] = "single"
+    """single: one process. zero: DeepSpeed ZeRO. fsdp: torch FSDP2."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the forward runs under autocast; parameters and moments stay fp32."""
+    zero_stage: int = 2
+    """1 shards the moments, 2 the gradients too. Only for zero."""
+    clip_norm: float = 1.0
+    """Largest L2 norm of the gradient over all trainable parameters; 0 clips nothing."""
+    compile: bool = False
+    """Compile the shard units (the whole module, if there are none) with torch.compile."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("name", ("single", "zero", "fsdp")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"engine.{field}: expected one of {allowed}, got {getattr(self, field)!r}")
+        if self.zero_stage not in (1, 2):
+            raise ValueError(f"engine.zero_stage: expected 1 or 2, got {self.zero_stage}; use fsdp to shard parameters")
+        if not 0 <= self.clip_norm < float("inf"):
+            raise ValueError(f"engine.clip_norm: expected a finite number >= 0, got {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroup:
+    """Trainable parameters that share a learning rate."""
+
+    name: str
+    """For messages and logs."""
+    params: dict[str, nn.Parameter]
+    """Parameters under their names in the unwrapped module."""
+    lr: float
+    """Learning rate at lr_scale 1."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+
+    def __post_init__(self) -> None:
+        if not self.params:
+            raise ValueError(f"group {self.name}: expected parameters, got none; leave the group out")
+        if not (self.lr > 0 and self.weight_decay >= 0):
+            got = f"{self.lr} and {self.weight_decay}"
+            raise ValueError(f"group {self.name}: expected lr > 0 and weight_decay >= 0, got {got}")
+
+
+class AdamWConfig(NamedTuple):
+    """The constants of AdamW that all groups share."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+
+ADAMW = AdamWConfig()
+
+
+class StepResult(NamedTuple):
+    """What one optimiser step did."""
+
+    grad_norm: float  # before clipping; not finite if the step was refused
+    applied: bool  # False: the gradients were not finite; weights and moments are untouched, on every rank alike
+
+
+class Engine(ABC):
+    """A module made trainable over the ranks of ``world``.
+
+    One step is ``backward`` for each micro-batch and one ``step``:
+
+        for n, batch in enumerate(batches):
+            with engine.forward_context():
+                loss = objective(engine.module, batch) / len(batches)
+            engine.backward(loss, last=n == len(batches) - 1)
+        result = engine.step(lr_scale)
+
+    The gradient is the average over ranks and micro-batches; a parameter that took no part counts with a zero
+    gradient. A parameter must take part on all ranks or on none. ``local`` dictionaries hold, under canonical names,
+    what this rank owns: a shard, a flat piece, or everything; a name without a piece here is absent.
+    """
+
+    world: World
+    module: nn.Module
+    """What the trainer calls for the forward; never ask it for attributes."""
+    network: nn.Module
+    """The module that was given to ``make_engine``: attributes, config, train() and eval()."""
+
+    def __init__(self, config: EngineConfig, network: nn.Module, groups: Sequence[ParamGroup], world: World) -> None:
+        self.config, self.network, self.module, self.world = config, network, network, world
+        self.groups = tuple(groups)
+        self.shapes = {name: param.shape for group in groups for name, param in group.params.items()}
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        """Autocast to bf16 if the precision says so; forward and loss belong inside."""
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of one micro-batch; ``loss`` is already divided by the number of micro-batches. Collective.
+
+        ``last``: the gradients of the step are complete and ``step`` follows.
+        """
+
+    @abstractmethod
+    def step(self, lr_scale: float) -> StepResult:
+        """One guarded, clipped AdamW step with lr = group.lr * lr_scale; then the gradients are cleared. Collective."""
+
+    @abstractmethod
+    def local_parameters(self) -> dict[str, Tensor]:
+        """This rank's live fp32 pieces of the trainable parameters; ``step`` changes them in place."""
+
+    @abstractmethod
+    def local_moments(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's live pieces of exp_avg and exp_avg_sq, in the layout of ``local_parameters``."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Make the forward see values that were written into ``local_parameters``. Collective."""
+
+    @abstractmethod
+    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Full fp32 CPU tensors from pieces in the layout of ``local_parameters``. Collective; other ranks get {}."""
+
+    @abstractmethod
+    def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's pieces (on its device) of full tensors that every rank passes; no communication."""
+
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Number of steps applied, as AdamW's bias correction counts them."""
+
+    @updates.setter
+    @abstractmethod
+    def updates(self, value: int) -> None: ...
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Full fp32 CPU copies of the trainable parameters on rank 0, {} elsewhere. Collective."""
+        return self.gather(self.local_parameters())
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """exp_avg.<name>, exp_avg_sq.<name> (full, fp32, CPU) and the 0-d "step"; {} but on rank 0. Collective."""
+        moments = self.local_moments()
+        state = {f"{kind}.{name}": full for kind in MOMENTS for name, full in self.gather(moments[kind]).items()}
+        return state | {"step": torch.tensor(self.updates)} if self.world.is_main else {}
+
+    @torch.no_grad()
+    def load(self, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None) -> None:
+        """Continue from states of any engine and any number of ranks; every rank passes the full tensors. Collective.
+
+        ``optimizer`` None starts AdamW afresh. Raises ValueError on the first name or shape that differs, before
+        anything is changed.
+        """
+        check_state("trainable state", trainable, self.shapes)
+        if optimizer is not None:
+            shapes = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in self.shapes.items()}
+            check_state("optimizer state", optimizer, shapes | {"step": torch.Size([])})
+        _copy(self.local_parameters(), self.scatter(trainable))
+        for kind, local in self.local_moments().items():
+            if optimizer is None:
+                _copy(local, {name: torch.zeros_like(tensor) for name, tensor in local.items()})
+            else:
+                _copy(local, self.scatter({name: optimizer[f"{kind}.{name}"] for name in self.shapes}))
+        self.updates = 0 if optimizer is None else int(optimizer["step"])
+        self.refresh()
+
+
+def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    for name, tensor in to.items():
+        tensor.copy_(source[name])
+
+
+def check_state(where: str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError naming the first tensor of ``state`` that is missing, misshapen or unknown."""
+    for name, shape in shapes.items():
+        if name not in state:
+            raise ValueError(f"{where}: {name} is missing ({len(shapes)} tensors expected, {len(state)} came)")
+        if state[name].shape != shape:
+            raise ValueError(f"{where}: {name}: expected shape {tuple(shape)}, got {tuple(state[name].shape)}")
+    for name in state:
+        if name not in shapes:
+            raise ValueError(f"{where}: {name} is not trainable here; load it into the model it was saved from")
+
+
+def make_engine(
+    config: EngineConfig,
+    module: nn.Module,
+    groups: Sequence[ParamGroup],
+    world: World,
+    *,
+    shard_units: Sequence[nn.Module] = (),
+    accumulation: int = 1,
+    adamw: AdamWConfig = ADAMW,
+) -> Engine:
+    """Move ``module`` to the device of ``world`` and make it trainable there; collective.
+
+    ``groups`` hold every parameter that requires a gradient, in fp32; the others stay frozen in any dtype.
+    ``shard_units`` are the blocks that FSDP2 gathers one at a time. ``accumulation`` is the number of micro-batches
+    of a step. Every rank starts from rank 0's parameters and buffers.
+
+    Raises ValueError if groups and module do not fit, or if the engine cannot run in ``world``.
+    """
+    check_groups(module, groups)
+    if accumulation < 1:
+        raise ValueError(f"make_engine: accumulation: expected >= 1, got {accumulation}")
+    module.to(world.device)
+    broadcast_module(module)
+    if config.compile:
+        for unit in shard_units or (module,):
+            unit.compile()
+    if config.name == "single":
+        from dydit_scale.parallel.single import SingleEngine
+
+        return SingleEngine(config, module, groups, world, adamw)
+    if config.name == "zero":
+        from dydit_scale.parallel.zero import ZeroEngine  # here, for deepspeed takes seconds to import
+
+        return ZeroEngine(config, module, groups, world, adamw, accumulation)
+    if config.name == "fsdp":
+        from dydit_scale.parallel.fsdp import FsdpEngine
+
+        return FsdpEngine(config, module, groups, world, adamw, shard_units)
+    raise ValueError(f"make_engine: {config}")
+
+
+def check_groups(module: nn.Module, groups: Sequence[ParamGroup]) -> None:
+    """Raise ValueError unless ``groups`` hold exactly the trainable parameters of ``module``, each once and in fp32."""
+    trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
+    owner: dict[str, str] = {}
+    for group in groups:
+        for name, param in group.params.items():
+            if name in owner:
+                raise ValueError(f"group {group.name}: {name} is already in group {owner[name]}")
+            if trainable.get(name) is not param:
+                raise ValueError(f"group {group.name}: {name} is not a trainable parameter of the module")
+            if param.dtype != torch.float32:
+                raise ValueError(f"group {group.name}: {name}: expected torch.float32, got {param.dtype}; cast it")
+            owner[name] = group.name
+    if left := [name for name in trainable if name not in owner]:
+        raise ValueError(f"groups: {left[0]} and {len(left) - 1} more are trainable but in no group; freeze them")

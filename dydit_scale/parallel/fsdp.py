@@ -1,0 +1,84 @@
+"""torch FSDP2: parameters, gradients and moments sharded over the ranks (ZeRO-3 in DeepSpeed's words)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dydit_scale.parallel.engine import AdamWConfig, EngineConfig, ParamGroup
+from dydit_scale.parallel.reduce import sum_tensor
+from dydit_scale.parallel.single import SingleEngine
+from dydit_scale.parallel.world import World, ensure_group
+
+
+class FsdpEngine(SingleEngine):
+    """Each shard unit is gathered for its own forward and backward; the root holds what is left.
+
+    Gradients are reduced after every micro-batch and accumulate as shards: holding them whole until the last one
+    would save traffic and cost the memory that sharding is for.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        network: nn.Module,
+        groups: Sequence[ParamGroup],
+        world: World,
+        adamw: AdamWConfig,
+        shard_units: Sequence[nn.Module],
+    ) -> None:
+        ensure_group(world)
+        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        for unit in shard_units:
+            fully_shard(unit, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+        super().__init__(config, network, _sharded(network, groups), world, adamw)
+
+    def refresh(self) -> None:
+        # a forward without backward leaves the root gathered, and the next forward would use it as it is
+        for module in self.network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        full = {}
+        for name, shard in local.items():
+            tensor = self._as_dtensor(name, shard).full_tensor()
+            if self.world.is_main:
+                full[name] = tensor.to("cpu", copy=True)
+        return full
+
+    def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        local = {}
+        for name, tensor in full.items():
+            like = self._param(name)
+            moved = tensor.to(self.world.device, torch.float32)
+            # no source rank: every rank has the tensor and cuts its own piece
+            local[name] = distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None).to_local()
+        return local
+
+    def _as_dtensor(self, name: str, shard: Tensor) -> DTensor:
+        like = self._param(name)
+        return DTensor.from_local(
+            shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+
+    def _param(self, name: str) -> DTensor:
+        param = self.params[name]
+        assert isinstance(param, DTensor), f"{name} was not sharded"
+        return param
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return sum_tensor(x)
+
+
+def _sharded(network: nn.Module, groups: Sequence[ParamGroup]) -> list[ParamGroup]:
+    """``groups`` with the sharded parameters that took the place of the given ones."""
+    params = dict(network.named_parameters())
+    return [replace(group, params={name: params[name] for name in group.params}) for group in groups]

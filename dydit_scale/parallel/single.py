@@ -1,0 +1,119 @@
+"""One process, plain torch. Its steps are the reference that the other engines are tested against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, StepResult
+from dydit_scale.parallel.world import World
+
+
+class SingleEngine(Engine):
+    """Everything in one process; ``local`` and full tensors are the same."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        network: nn.Module,
+        groups: Sequence[ParamGroup],
+        world: World,
+        adamw: AdamWConfig,
+    ) -> None:
+        if config.name == "single" and world.world_size > 1:
+            raise ValueError(f"engine.name: single is for one process, got {world.world_size}; use zero or fsdp")
+        super().__init__(config, network, groups, world)
+        self.params = {name: param for group in groups for name, param in group.params.items()}
+        self.optimizer = build_adamw(groups, adamw)
+        self._ready = False
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+        self._ready = last
+
+    @torch.no_grad()
+    def step(self, lr_scale: float) -> StepResult:
+        assert self._ready, "step() before backward(last=True)"
+        self._ready = False
+        grads = [_local(_grad(param)) for param in self.params.values()]
+        norm = math.sqrt(float(self._sum(_square_sum(grads))))
+        if applied := math.isfinite(norm):
+            clip_(grads, norm, self.config.clip_norm)
+            for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+                settings["lr"] = group.lr * lr_scale
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, applied)
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        return {name: _local(param.detach()) for name, param in self.params.items()}
+
+    def local_moments(self) -> dict[str, dict[str, Tensor]]:
+        state = self.optimizer.state
+        return {kind: {name: _local(state[param][kind]) for name, param in self.params.items()} for kind in MOMENTS}
+
+    def refresh(self) -> None:
+        """The forward reads the parameters themselves."""
+
+    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in local.items()}
+
+    def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.world.device, torch.float32) for name, tensor in full.items()}
+
+    @property
+    def updates(self) -> int:
+        return int(next(iter(self.optimizer.state.values()))["step"])
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(value)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """``x`` summed over the owners of distinct pieces."""
+        return x
+
+
+def build_adamw(groups: Sequence[ParamGroup], adamw: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW over ``groups`` with its moments already there (zero), so that they can be read and loaded at any time."""
+    optimizer = torch.optim.AdamW(
+        [{"params": list(g.params.values()), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups],
+        betas=adamw.betas,
+        eps=adamw.eps,
+    )
+    for group in groups:
+        for param in group.params.values():
+            start_moments(optimizer, param)
+    return optimizer
+
+
+def start_moments(optimizer: torch.optim.AdamW, param: Tensor) -> None:
+    """Give ``param`` the state that AdamW itself would make in its first step."""
+    zeros = {kind: torch.zeros_like(param, requires_grad=False) for kind in MOMENTS}
+    optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
+
+
+def clip_(grads: Sequence[Tensor], norm: float, limit: float) -> None:
+    """Scale ``grads``, of L2 norm ``norm`` together, down to ``limit`` in place, as torch does; 0 is no limit."""
+    if limit and (factor := limit / (norm + 1e-6)) < 1:
+        torch._foreach_mul_(list(grads), factor)
+
+
+def _square_sum(grads: Sequence[Tensor]) -> Tensor:
+    norms = [torch.linalg.vector_norm(grad) for grad in grads]
+    return torch.stack(norms).square().sum()
+
+
+def _grad(param: nn.Parameter) -> Tensor:
+    # a parameter left out would keep its moments while ZeRO, which steps flat buffers, decays them
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

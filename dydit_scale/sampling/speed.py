@@ -1,0 +1,107 @@
+"""Ideal and realised speed-up, measured beside the static model in one run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedReport:
+    """One comparison; ``share`` says how much of what the cost model promises the clock confirms."""
+
+    machine: str
+    versions: dict[str, str]
+    date: str
+    batch: int
+    steps: int
+    macs_static: float
+    """MACs of one picture, all steps, transformer only."""
+    macs_dynamic: float
+    seconds_static: float
+    """Median seconds of one batch, text encoding and decoding included."""
+    seconds_dynamic: float
+    ideal: float
+    """macs_static / macs_dynamic."""
+    realised: float
+    """seconds_static / seconds_dynamic, median over pairs run one after the other."""
+    share: float
+    """realised / ideal."""
+
+    def table(self) -> str:
+        """For the terminal."""
+        rows = [
+            ("", "static", "dynamic", "ratio"),
+            ("MACs a picture", f"{self.macs_static / 1e9:.2f} G", f"{self.macs_dynamic / 1e9:.2f} G", f"{self.ideal:.2f}x ideal"),
+            ("seconds a batch", f"{self.seconds_static:.2f}", f"{self.seconds_dynamic:.2f}", f"{self.realised:.2f}x realised"),
+            ("share of the ideal", "", "", f"{self.share:.0%}"),
+        ]
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def compare_speed(
+    static: Callable[[], Any], dynamic: Callable[[], Any], *, macs_static: float, macs_dynamic: float, batch: int, steps: int,
+    pairs: int = 3, progress: bool = True,
+) -> SpeedReport:  # fmt: skip
+    """Time two callables in turn (A B A B ...) after one warm-up each; CUDA is synchronised around each."""
+    for run in (static, dynamic):
+        run()
+    seconds: list[tuple[float, float]] = []
+    for _ in tqdm(range(pairs), desc="timing static beside dynamic", unit="pair", disable=not progress, dynamic_ncols=True):
+        seconds.append((_time(static), _time(dynamic)))
+    realised = statistics.median(a / b for a, b in seconds)
+    ideal = macs_static / macs_dynamic
+    return SpeedReport(
+        **machine(),
+        batch=batch,
+        steps=steps,
+        macs_static=macs_static,
+        macs_dynamic=macs_dynamic,
+        seconds_static=statistics.median(a for a, _ in seconds),
+        seconds_dynamic=statistics.median(b for _, b in seconds),
+        ideal=ideal,
+        realised=realised,
+        share=realised / ideal,
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what something is measured: ``machine``, ``versions``, ``date``."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    packages = ("torch", "diffusers", "peft", "deepspeed")
+    return {"machine": name, "versions": {p: version(p) for p in packages}, "date": date.today().isoformat()}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _time(run: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

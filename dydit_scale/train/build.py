@@ -1,0 +1,115 @@
+"""From a recipe to the network that it trains."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
+from torch import nn
+
+from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora
+from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.loading import load_pipeline, load_transformer
+from dydit_scale.parallel.engine import ParamGroup
+from dydit_scale.train.recipe import AdapterConfig, Recipe
+
+
+class Parts(NamedTuple):
+    """A run's network and what surrounds it."""
+
+    network: Any
+    """The transformer that learns: dynamic or static, adapters in place, fp32, frozen where the recipe says so."""
+    pipeline: FluxPipeline
+    """The rest of the pipeline, with ``network`` as its transformer."""
+    teacher: Any
+    """The frozen static model to distil from, where it is not the network itself with its adapters off; or None."""
+
+
+def build_parts(recipe: Recipe) -> Parts:
+    """Load the base and make of it what the recipe trains; the same tensors on every rank, device CPU.
+
+    Raises ValueError if the base does not fit, or the target ratio is below what the architecture can reach.
+    """
+    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    pipeline = load_pipeline(recipe.model.base, dtype)
+    torch.manual_seed(recipe.seed)  # fresh weights (from_scratch, plain LoRA) are equal on every rank
+    network = load_transformer(recipe.model.base, from_scratch=recipe.model.from_scratch)
+    teacher = None
+    if recipe.dynamic is not None:
+        network = DyFluxTransformer2DModel.from_static(network, recipe.dynamic, seed=recipe.seed)
+        _check_target(recipe, network, pipeline)
+        if recipe.supervision.kind == "distill" and recipe.adapter.kind == "none":
+            teacher = load_transformer(recipe.model.base).requires_grad_(False).eval()
+    network.requires_grad_(recipe.adapter.kind == "none")
+    for name, parameter in network.named_parameters():
+        if is_router(name):
+            parameter.requires_grad_(True)
+    if network.config["guidance_embeds"]:
+        network.time_text_embed.guidance_embedder.requires_grad_(False)
+    add_adapter(network, recipe.adapter, recipe.seed)
+    for parameter in network.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    pipeline.register_modules(transformer=network)
+    return Parts(network, pipeline, teacher)
+
+
+def add_adapter(network: nn.Module, config: AdapterConfig, seed: int) -> None:
+    """Put the recipe's adapter into the network; only adapters and routers stay trainable then."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    if config.kind == "td_lora":
+        add_td_lora(
+            network,
+            TDLoraConfig(target_modules=config.targets, rank=config.rank, alpha=alpha, experts=config.experts, seed=seed),
+        )
+    elif config.kind == "lora":
+        routers = [p for name, p in network.named_parameters() if is_router(name)]
+        network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=config.targets))  # type: ignore[operator]
+        for parameter in routers:
+            parameter.requires_grad_(True)
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter belongs to a router of width or tokens."""
+    return any(part.startswith("dy_") for part in name.split("."))
+
+
+def param_groups(recipe: Recipe, network: nn.Module) -> list[ParamGroup]:
+    """Trainable parameters: routers and adapter gates learn at ``router_lr``, everything else at ``lr``."""
+    train = recipe.train
+    trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    routers = {n: p for n, p in trainable.items() if is_router(n) or ".td_router." in n}
+    weights = {n: p for n, p in trainable.items() if n not in routers}
+    groups = (("weights", weights, train.lr, train.weight_decay), ("routers", routers, train.router_lr or train.lr, 0.0))
+    return [ParamGroup(name=n, params=p, lr=lr, weight_decay=decay) for n, p, lr, decay in groups if p]
+
+
+def shard_units(network: FluxTransformer2DModel) -> list[nn.Module]:
+    """The blocks, which FSDP gathers one at a time."""
+    return [*network.transformer_blocks, *network.single_transformer_blocks]
+
+
+def picture_tokens(pipeline: FluxPipeline, side: int) -> int:
+    """Image tokens of a square picture.
+
+    Raises:
+        ValueError: the side is not a whole number of tokens.
+    """
+    patch = 2 * pipeline.vae_scale_factor
+    if side % patch:
+        raise ValueError(f"data.image_size {side}: expected a multiple of {patch} pixels, the side of one token")
+    return (side // patch) ** 2
+
+
+def _check_target(recipe: Recipe, network: DyFluxTransformer2DModel, pipeline: FluxPipeline) -> None:
+    cost = network.cost(picture_tokens(pipeline, recipe.data.image_size), recipe.model.text_tokens)
+    d = network.dynamic
+    heads = network.config["num_attention_heads"]
+    floor = cost.floor(heads if d.heads else 1, (d.mlp_groups or heads) if d.mlp else 1, tokens=d.tokens)
+    if recipe.cost.target < floor:
+        raise ValueError(
+            f"cost.target {recipe.cost.target}: with one head and one MLP group per block, and no image token in any MLP, "
+            f"this model still costs {floor:.3f} of the static one; choose a target between that and 1"
+        )

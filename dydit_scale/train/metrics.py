@@ -1,0 +1,69 @@
+"""What a run says while it trains: JSON lines (the record), TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Metrics:
+    """Writes one record per step. On other ranks than the first it is not made."""
+
+    def __init__(self, run: Path, *, name: str, steps: int, first_step: int) -> None:
+        self._path = run / "metrics.jsonl"
+        _drop_from(self._path, first_step)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._shown: dict[str, str] = {}
+
+    def step(self, record: dict[str, Any]) -> None:
+        """The record of a training step; ``record["step"]`` counts from 0."""
+        self._write(record)
+        shown = {"loss": record["loss_flow"], "ratio": record["ratio"], "target": record["target"]}
+        self._shown |= {k: f"{v:.3f}" for k, v in shown.items()}
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update()
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """The record of an evaluation."""
+        self._write(record)
+        self._shown |= {"eval ratio": f"{record['ratio_eval']:.3f}", "eval mse": f"{record['mse_eval']:.4f}"}
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for key, value in record.items():
+            if key != "step":
+                self._board.add_scalar(key, value, record["step"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a file."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # a line cut short by a kill
+    return records
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Forget the records that a resumed run will write again."""
+    kept = [r for r in read_metrics(path) if r["step"] < step]
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept))

@@ -1,0 +1,272 @@
+"""Recipes: YAML files read into frozen dataclasses, strict about names, types and what fits together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dydit_scale.data.loader import DataConfig
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.losses import TargetSchedule
+from dydit_scale.parallel.engine import EngineConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The static model to start from."""
+
+    base: str
+    """Folder or hub name of a FluxPipeline."""
+    from_scratch: bool = False
+    """Start the transformer from random weights instead of the base's; for making a base."""
+    text_tokens: int = 512
+    """Length to which T5 pads captions (FLUX.1-dev 512, schnell 256)."""
+    guidance: float = 1.0
+    """Distilled guidance given in training, where the base has a guidance embedder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which weights learn, besides the routers."""
+
+    kind: Literal["none", "lora", "td_lora"] = "none"
+    """``none``: all weights (full fine-tuning)."""
+    rank: int = 16
+    """Rank of the update; for td_lora that of the shared down-projection."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; null for alpha = rank."""
+    experts: int = 4
+    """Experts of td_lora, mixed by the timestep."""
+    targets: str = r".*transformer_blocks\.\d+\..*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out)"
+    """Regular expression on the names of linear layers."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.experts < 1:
+            raise ValueError(f"adapter: rank and experts must be 1 or more; got {self.rank} and {self.experts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisionConfig:
+    """A second target for the dynamic model, besides the data."""
+
+    kind: Literal["none", "complete", "distill"] = "none"
+    """``complete``: the complete model learns from the data too (DyDiT). ``distill``: the dynamic one imitates the static
+    base, which costs a forward only; with adapters the base is this model with adapters off and gates open."""
+    weight: float = 1.0
+    """Weight of the term."""
+    steps: int | None = None
+    """Steps from the start in which it acts; null for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """The budget."""
+
+    target: float = 1.0
+    """lambda: MACs dynamic / static to reach."""
+    weight: float = 2.0
+    """Weight of the squared distance from the target."""
+    hold_steps: int = 0
+    """Steps at a target of 1."""
+    ramp_steps: int = 1000
+    """Steps from 1 down to the target."""
+
+    @property
+    def schedule(self) -> TargetSchedule:
+        """The target over steps."""
+        return TargetSchedule(target=self.target, hold_steps=self.hold_steps, ramp_steps=self.ramp_steps)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise ValueError(f"cost.target: expected a ratio in (0, 1]; got {self.target}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Density of noise levels in training: sigmoid(mean + std * normal), shifted."""
+
+    mean: float = 0.0
+    """Mean of the normal."""
+    std: float = 1.0
+    """Its standard deviation."""
+    shift: float = 1.0
+    """More than 1 trains more on noisy levels; FLUX at 1024² uses e^1.15 = 3.16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation and what is written when."""
+
+    steps: int
+    """Optimiser steps."""
+    batch_size: int
+    """Samples per step over all ranks."""
+    accumulation: int = 1
+    """Micro-batches per step and rank."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    router_lr: float | None = None
+    """Peak learning rate of routers and adapter gates; null for ``lr``."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay (routers have none)."""
+    warmup_steps: int = 50
+    """Linear warm-up."""
+    final_lr: float = 0.02
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    ema: float | None = 0.999
+    """Decay of the averaged weights, which are the ones evaluated and exported; null for none."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass."""
+    evaluate_every: int = 50
+    """Steps between evaluations on fixed noise; 0 for only at the end."""
+    evaluate_samples: int = 256
+    """Samples of that evaluation."""
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Verified checkpoints to keep."""
+    sample_every: int = 0
+    """Steps between grids of pictures; 0 for none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Captions of that grid."""
+    sample_steps: int = 20
+    """Sampler steps of that grid."""
+    sample_cfg: float = 1.0
+    """Classifier-free guidance of that grid, for undistilled models."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}: expected 1 or more; got {getattr(self, name)}")
+        if self.lr <= 0 or (self.router_lr is not None and self.router_lr <= 0):
+            raise ValueError(f"train.lr, train.router_lr: expected positive numbers; got {self.lr} and {self.router_lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All of a training run. ``dynamic: null`` trains the static model."""
+
+    name: str
+    run: str
+    """Folder of the run."""
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    dynamic: DynamicConfig | None = None
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.dynamic is None and self.cost.target < 1:
+            raise ValueError(f"cost.target is {self.cost.target}, but dynamic is null: a static model always costs 1")
+        if self.dynamic is None and self.supervision.kind != "none":
+            raise ValueError(f"supervision.kind is {self.supervision.kind!r}, but dynamic is null: there is nothing to supervise")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with dotted overrides such as ``train.lr=1e-4``.
+
+    Raises:
+        ValueError: no such file, bad YAML, an unknown key (with the likely one), a wrong type, or values that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe {path}: no such file")
+    try:
+        for text in overrides:
+            if "=" not in text:
+                raise ValueError(f"override {text!r}: expected key=value, e.g. train.lr=1e-4")
+        config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"recipe {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path}: expected a mapping of keys to values")
+    return build(Recipe, values, where="")
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe; :func:`load_recipe` reads it back equal."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(_plain(recipe))))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Lines ``key: old -> new`` for every value that differs."""
+    a, b = (_flat(_plain(r)) for r in (old, new))
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """``cls`` from plain values; errors name the dotted key."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            likely = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {where}{likely[0]}?" if likely else f"known keys: {', '.join(fields)}"
+            raise ValueError(f"recipe: unknown key {where}{key}; {hint}")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise ValueError(f"recipe: {where}{missing[0]} is missing")
+    return cls(**{key: _convert(value, hints[key], f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"recipe: {where}: expected one of {', '.join(map(str, args))}; got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"recipe: {where}: expected keys below it; got {value!r}")
+        return build(typing.cast(type, hint), value, f"{where}.")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(v, args[0], where) for v in value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"recipe: {where}: expected {getattr(hint, '__name__', hint)}; got {value!r}")
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+    return plain(dataclasses.asdict(recipe))
+
+
+def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return out

@@ -1,0 +1,82 @@
+"""Looking at the model during training: loss and cost on fixed noise, and a grid of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dydit_scale.data.loader import Batch, make_loader
+from dydit_scale.data.shards import ShardIndex
+from dydit_scale.diffusion.randomness import keyed_seed
+from dydit_scale.parallel.reduce import mean_values, sum_tensor
+from dydit_scale.parallel.world import World
+from dydit_scale.sampling.generate import SampleConfig, generate, picture_grid
+from dydit_scale.train.objective import Objective
+from dydit_scale.train.recipe import Recipe
+
+
+class Evaluation(NamedTuple):
+    """Means over the fixed batch, all ranks."""
+
+    mse_eval: float
+    """Flow-matching error with thresholded gates."""
+    ratio_eval: float
+    """MACs dynamic / static with thresholded gates: what sampling will cost."""
+
+
+class Validator:
+    """The same pictures, noise and noise levels at every evaluation, and for every run with the same seed and data."""
+
+    def __init__(self, recipe: Recipe, index: ShardIndex, objective: Objective, world: World) -> None:
+        self.recipe, self.objective, self.world = recipe, objective, world
+        samples = recipe.train.evaluate_samples
+        share = samples // world.world_size
+        micro = next(n for n in range(min(share, 64), 0, -1) if share % n == 0)
+        self.seed = keyed_seed(recipe.seed, "evaluation")
+        loader = make_loader(
+            recipe.data, index, seed=self.seed, rank=world.rank, world_size=world.world_size,
+            global_batch=samples, micro_batch=micro, consumed=0,
+        )  # fmt: skip
+        batches = iter(loader)
+        self.batches: list[Batch] = [next(batches) for _ in range(share // micro)]
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> Evaluation:
+        """Collective."""
+        totals, count = torch.zeros(2, dtype=torch.float64), 0
+        for batch in self.batches:
+            inputs = self.objective.prepare(batch, self._levels(batch.positions), self.seed)
+            sample, ratio = self.objective.predict(module, inputs)
+            error = (sample.float() - inputs.target).square().flatten(1).mean(1)
+            totals += torch.stack([error.double().sum(), ratio.double().sum()]).cpu()
+            count += len(batch.positions)
+        means = (totals / count).tolist()
+        return Evaluation(**mean_values({"mse_eval": means[0], "ratio_eval": means[1]}))
+
+    def _levels(self, positions: Tensor) -> Tensor:
+        """Evenly spread over (0, 1), whatever the density in training."""
+        return ((positions.double() * 0.6180339887498949) % 1.0).clamp(1e-3, 1 - 1e-3).float()
+
+    def sample(self, path: Path) -> None:
+        """Write a grid of the recipe's prompts; every rank draws its share. Collective."""
+        train, prompts = self.recipe.train, self.recipe.train.sample_prompts
+        ranks = self.world.world_size
+        per_rank = -(-len(prompts) // ranks)
+        numbers = [min(self.world.rank * per_rank + i, len(prompts) - 1) for i in range(per_rank)]
+        config = SampleConfig(
+            steps=train.sample_steps, side=self.recipe.data.image_size, cfg=train.sample_cfg, batch=per_rank,
+            text_tokens=self.recipe.model.text_tokens, seed=self.recipe.seed,
+        )  # fmt: skip
+        own = generate(self.objective.pipeline, [prompts[i] for i in numbers], config, first=numbers[0])
+        sheet = torch.zeros(ranks * per_rank, *own.shape[1:], dtype=torch.float32, device=self.objective.device)
+        sheet[self.world.rank * per_rank : (self.world.rank + 1) * per_rank] = torch.from_numpy(own).to(sheet)
+        sheet = sum_tensor(sheet)
+        if self.world.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pictures = sheet[: len(prompts)].cpu().numpy().astype("uint8")
+            scale = max(1, 96 // pictures.shape[1])
+            Image.fromarray(picture_grid(pictures, min(8, len(prompts)), scale)).save(path)

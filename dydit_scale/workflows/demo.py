@@ -1,0 +1,83 @@
+"""``dydit demo``: the whole journey in minutes: data, adaptation under a launcher, control, evaluation, export, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dydit_scale.report.page import write_report
+from dydit_scale.train.metrics import read_metrics
+from dydit_scale.train.recipe import load_recipe
+from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
+from dydit_scale.workflows.export import export_run
+
+PROMPTS, STEPS, SAMPLES = 256, 12, 8192
+
+
+def run_demo(out: Path, recipes: Path) -> Path:
+    """Run everything, print what was achieved, and return the report's path.
+
+    Raises ValueError if a step fails, naming its command.
+    """
+    began = time.monotonic()
+    bin_dir = Path(sys.executable).parent
+    if out.exists():
+        shutil.rmtree(out)
+    adapted, control = recipes / "demo.yaml", recipes / "demo_control.yaml"
+    runs = {name: out / "runs" / name for name in ("td_lora", "control")}
+    data = [f"data.path={out / 'shards'}"]
+    _step("1/6  data: captioned scenes as webdataset shards", began)
+    _call([bin_dir / "dydit", "data", "shapes", out / "shards", "--samples", str(SAMPLES)])
+    _step("2/6  adapt the base to half its compute: TD-LoRA and routers, DeepSpeed ZeRO-2 on 2 processes", began)
+    launcher = [bin_dir / "deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train"]
+    _call([*launcher, adapted, *data, f"run={runs['td_lora']}"])
+    _step("3/6  control: the static base fine-tuned equally long with plain LoRA, FSDP2 on 2 processes", began)
+    launcher = [bin_dir / "torchrun", "--nproc-per-node", "2", "-m", "dydit_scale.train"]
+    _call([*launcher, control, *data, f"run={runs['control']}"])
+    _step("4/6  evaluate: packed sub-networks beside base and control", began)
+    result = evaluate_run(runs["td_lora"], control=runs["control"], prompts=PROMPTS, steps=STEPS, pairs=2)
+    _step("5/6  export the adapter and load it back", began)
+    exports = export_run(runs["td_lora"], ["td-lora", "diffusers"], force=True)
+    _step("6/6  report", began)
+    report = write_report(runs["td_lora"])
+    print(_achieved(runs["td_lora"], adapted, result, exports, time.monotonic() - began))
+    print(f"\nreport: {report}")
+    return report
+
+
+def _achieved(run: Path, recipe: Path, result: EvaluationResult, exports: Sequence[dict], seconds: float) -> str:
+    ratio = [r["ratio_eval"] for r in read_metrics(run / "metrics.jsonl") if "ratio_eval" in r][-1]
+    scores = {name: s["overall"] for name, s in result.scores.items()}
+    share = scores["dynamic"] / scores["control"] if scores["control"] else float("nan")
+    speed = result.speed or {}
+    mean = next(r for r in exports if r["format"] == "diffusers")
+    rows = [
+        ("cost ratio at evaluation", f"{ratio:.3f}", f"target {load_recipe(recipe).cost.target:.2f}"),
+        ("score, dynamic", f"{scores['dynamic']:.3f}", f"{share:.0%} of its control"),
+        ("score, control", f"{scores['control']:.3f}", "static, plain LoRA of equal size"),
+        ("score, base", f"{scores['base']:.3f}", "untouched"),
+        ("speed-up", f"{speed['realised']:.2f}x", f"ideal {speed['ideal']:.2f}x, {speed['share']:.0%} of it"),
+        ("adapter", f"{exports[0]['bytes'] / 1e6:.2f} MB", "loaded back, equal bit for bit"),
+        ("mean plain LoRA", f"{mean['bytes'] / 1e6:.2f} MB", f"error {mean['output_error']:.2f} of the adapter's effect"),
+        ("time", f"{seconds / 60:.1f} min", "without installation"),
+    ]
+    lines = [f"  {name:26}{value:>10}   {note}" for name, value, note in rows]
+    return "\n" + "\n".join(lines)
+
+
+def _step(title: str, began: float) -> None:
+    print(f"\n[{time.monotonic() - began:5.0f} s] {title}", flush=True)
+
+
+def _call(command: Sequence[str | Path]) -> None:
+    words = [str(word) for word in command]
+    print("  $ " + " ".join([Path(words[0]).name, *words[1:]]), flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment["PATH"] = f"{Path(words[0]).parent}{os.pathsep}{environment['PATH']}"
+    if subprocess.run(words, env=environment, check=False).returncode:
+        raise ValueError(f"the command above failed: {' '.join(words)}")

@@ -1,0 +1,111 @@
+"""``dydit evaluate``: base, control and dynamic model on the same prompts and noise, judged; and what the gates do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dydit_scale.evaluation.prompts import evaluation_prompts
+from dydit_scale.evaluation.shapes_judge import judge, score
+from dydit_scale.sampling.generate import Recording, SampleConfig, generate, recorded, sampler_timesteps
+from dydit_scale.sampling.speed import machine
+from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, static_pipeline
+from dydit_scale.workflows.sample import measure
+
+SHOWN = 24
+"""Pictures kept for the report."""
+MAPPED = 6
+"""Pictures whose token maps are kept."""
+
+
+class EvaluationResult(NamedTuple):
+    """What ``dydit evaluate`` found."""
+
+    scores: dict[str, dict[str, Any]]
+    """By model: base, control (if there is one) and the run's own."""
+    speed: dict[str, Any] | None
+    """The timing of a dynamic run."""
+
+
+def evaluate_run(
+    folder: Path, *, control: Path | None = None, prompts: int = 256, steps: int = 12, cfg: float = 3.0, pairs: int = 3, batch: int = 64
+) -> EvaluationResult:
+    """Judge a run trained on the built-in scenes; writes ``evaluation/`` in its folder.
+
+    Raises ValueError if a folder is no run, or the pictures are not of the built-in kind (the judge cannot read others).
+    """
+    run = load_run(folder)
+    out = run.folder / "evaluation"
+    out.mkdir(exist_ok=True)
+    config = sample_config(run, steps=steps, batch=batch, cfg=cfg)
+    captions = evaluation_prompts(prompts, seed=0)
+    pictures = {"base": generate(static_pipeline(run), captions, config, progress="base")}
+    if control is not None:
+        pictures["control"] = generate(load_run(control).pipeline, captions, config, progress="control")
+    speed = None
+    if run.recipe.dynamic is None:
+        pictures["fine-tuned"] = generate(run.pipeline, captions, config, progress=run.recipe.name)
+    else:
+        run.network.pack(sampler_timesteps(run.pipeline, config))
+        with recorded(run.network) as recording:
+            pictures["dynamic"] = generate(run.pipeline, captions, config, progress="dynamic, packed")
+        _save_gates(out, run, recording, config, pictures["dynamic"])
+        report = measure(run, captions[:batch], config, pairs=pairs)
+        speed = report.as_dict()
+        (out / "speed.json").write_text(json.dumps(speed, indent=1))
+    scores = {name: dict(score(p, captions)) for name, p in pictures.items()}
+    _save_scores(out, scores, run, control, config, prompts)
+    _save_pictures(out, pictures, captions)
+    return EvaluationResult(scores, speed)
+
+
+def _save_scores(
+    out: Path, scores: dict[str, dict[str, Any]], run: LoadedRun, control: Path | None, config: SampleConfig, prompts: int
+) -> None:
+    where = {"run": str(run.folder), "control": None if control is None else str(control), **machine()}
+    text = {"prompts": prompts, "steps": config.steps, "cfg": config.cfg, "models": scores, **where}
+    (out / "scores.json").write_text(json.dumps(text, indent=1))
+
+
+def _save_pictures(out: Path, pictures: dict[str, np.ndarray], captions: Sequence[str]) -> None:
+    chosen = np.linspace(0, len(captions) - 1, min(SHOWN, len(captions))).astype(int)
+    arrays: dict[str, np.ndarray] = {"captions": np.array([captions[i] for i in chosen])}
+    for name, all_pictures in pictures.items():
+        arrays[name] = all_pictures[chosen]
+        arrays[f"ok_{name}"] = np.array([judge(all_pictures[i], captions[i]).correct for i in chosen])
+    np.savez_compressed(out / "pictures.npz", **arrays)  # type: ignore[arg-type]
+
+
+def _save_gates(out: Path, run: LoadedRun, recording: Recording, config: SampleConfig, pictures: np.ndarray) -> None:
+    network = run.network
+    table = network.step_table(sampler_timesteps(run.pipeline, config))
+    steps = config.steps
+    conditional = recording.masks[:: config.forwards // steps]  # under guidance, the prompt's forward comes first
+    tokens = [np.concatenate([m.tokens.numpy() for m in conditional[s::steps]], axis=1) for s in range(steps)]
+    layers = len(network.dynamic_blocks())
+    heads = network.config["num_attention_heads"]
+    names = [f"double {i}" for i in range(len(network.transformer_blocks))]
+    names += [f"single {i}" for i in range(len(network.single_transformer_blocks))]
+    np.savez_compressed(
+        out / "widths.npz",
+        timesteps=table.timesteps.numpy() * 1000,
+        heads=_by_step(table.heads, steps, layers, heads),
+        groups=_by_step(table.groups, steps, layers, network.dynamic.mlp_groups or heads),
+        tokens=np.stack([t.mean(axis=(1, 2)) for t in tokens]),
+        names=np.array(names),
+    )
+    side = int(tokens[0].shape[-1] ** 0.5)
+    shown = np.linspace(0, steps - 1, min(4, steps)).astype(int)
+    keep = np.stack([tokens[s][:, :MAPPED].mean(axis=0).reshape(-1, side, side) for s in shown], axis=1)
+    np.savez_compressed(
+        out / "tokens.npz", pictures=pictures[:MAPPED], keep=keep, timesteps=table.timesteps.numpy()[shown] * 1000
+    )
+
+
+def _by_step(masks: Any, steps: int, layers: int, units: int) -> np.ndarray:
+    """[steps, layers, units], ones where nothing is dynamic."""
+    return np.ones((steps, layers, units)) if masks is None else masks.permute(1, 0, 2).cpu().numpy()

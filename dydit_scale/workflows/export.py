@@ -1,0 +1,156 @@
+"""``dydit export``: adapters and models out of a run, each loaded back by its own consumer and compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dydit_scale.adapters.export import ModelSpec, export_mean_lora, export_plain_lora, mean_lora, plain_lora
+from dydit_scale.adapters.state import save_td_lora
+from dydit_scale.adapters.verify import verify_diffusers_lora, verify_td_lora
+from dydit_scale.diffusion.randomness import keyed_generator
+from dydit_scale.models.encoders import image_ids
+from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.loading import load_transformer
+from dydit_scale.sampling.generate import sampler_timesteps
+from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config
+
+FORMATS = ("td-lora", "diffusers", "pipeline")
+
+
+def export_run(folder: Path, formats: list[str], *, out: Path | None = None, steps: int = 28, force: bool = False) -> list[dict[str, Any]]:
+    """Write and verify each format; returns (and adds to ``export/export.json``) a row for each.
+
+    ``td-lora``: the adapter and routers as they are. ``diffusers``: the mean over the sampler's timesteps as a plain LoRA
+    for the static model (routers are dropped). ``pipeline``: a whole pipeline folder with the trained transformer.
+
+    Raises ValueError for a format that the run does not have, or whose file fails its verification.
+    """
+    run = load_run(folder)
+    out = out or run.folder / "export"
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in formats:
+        if name not in _WRITERS:
+            raise ValueError(f"export format {name!r}: expected one of {', '.join(FORMATS)}")
+        rows.append({"format": name, **_WRITERS[name](run, out, steps, force)})
+    _record(run.folder / "export" / "export.json", rows)
+    return rows
+
+
+def _write_td_lora(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
+    if run.recipe.adapter.kind != "td_lora":
+        raise ValueError(f"run {run.folder} has adapter.kind {run.recipe.adapter.kind!r}; td-lora export needs td_lora")
+    path = save_td_lora(run.network, out / "td_lora", metadata={"base": run.recipe.model.base, "recipe": run.recipe.name})
+    inputs = _probe_inputs(run)
+    with torch.no_grad():
+        reference = [run.network(**x, return_dict=False)[0] for x in inputs]
+    fresh = load_transformer(run.recipe.model.base)
+    if run.recipe.dynamic is not None:
+        fresh = DyFluxTransformer2DModel.from_static(fresh, run.recipe.dynamic)
+    verify_td_lora(path, fresh.eval(), inputs, reference)
+    return _row(path, error_mean=0.0, error_max=0.0, output_error=0.0)
+
+
+def _write_diffusers(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
+    spec = ModelSpec(title=run.recipe.name, date=date.today().isoformat(), description=f"Adapts {run.recipe.model.base}")
+    path = out / "pytorch_lora_weights.safetensors"
+    network = run.network
+    if run.recipe.adapter.kind == "lora":
+        export_plain_lora(network, path, spec)
+        errors, tensors = {"error_mean": 0.0, "error_max": 0.0}, plain_lora(network)
+    elif run.recipe.adapter.kind == "td_lora":
+        timesteps = sampler_timesteps(run.pipeline, sample_config(run, steps=steps))
+        t_embs = _embeddings(network, timesteps)
+        error = export_mean_lora(network, t_embs, path, spec, max_error=0.5, force=force)
+        errors = {"error_mean": error.total, "error_max": max(error.layers.values())}
+        tensors = mean_lora(network, t_embs)
+    else:
+        raise ValueError(f"run {run.folder} trained all weights; there is no LoRA in it (use --format pipeline)")
+    check = verify_diffusers_lora(
+        path, lambda: load_transformer(run.recipe.model.base).eval(), _probe_inputs(run),
+        model=_OpenGates(network) if run.recipe.dynamic is not None else network, tensors=tensors,
+    )  # fmt: skip
+    mean = sum(check.approximation) / len(check.approximation)
+    return _row(path, **errors, output_error=mean)
+
+
+def _write_pipeline(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
+    if run.recipe.adapter.kind != "none":
+        raise ValueError(f"run {run.folder} trained an adapter; export it as td-lora or diffusers")
+    folder = out if (out / "model_index.json").is_file() else out / "pipeline"
+    half = copy.deepcopy(run.network).to(torch.float16)
+    run.pipeline.register_modules(transformer=half)
+    run.pipeline.save_pretrained(folder)
+    back = type(run.network).from_pretrained(folder, subfolder="transformer", dtype=torch.float32).eval()
+    inputs = _probe_inputs(run)
+    with torch.no_grad():
+        pairs = [(back(**x, return_dict=False)[0], run.network(**x, return_dict=False)[0]) for x in inputs]
+    error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    if error > 0.02:
+        raise ValueError(f"{folder}: read back from fp16, the transformer's output is {error:.3f} off; keep fp32")
+    return _row(folder, error_mean=0.0, error_max=0.0, output_error=error)
+
+
+_WRITERS: dict[str, Callable[[LoadedRun, Path, int, bool], dict[str, Any]]] = {
+    "td-lora": _write_td_lora,
+    "diffusers": _write_diffusers,
+    "pipeline": _write_pipeline,
+}
+
+
+class _OpenGates(nn.Module):
+    """The complete model: what a static base with the adapter is compared to."""
+
+    def __init__(self, network: DyFluxTransformer2DModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.network(**inputs, gates="open")
+
+
+def _embeddings(network: Any, timesteps: Tensor) -> Tensor:
+    if isinstance(network, DyFluxTransformer2DModel):
+        return network.routing_embedding(timesteps)
+    embed = network.time_text_embed
+    return embed.timestep_embedder(embed.time_proj(timesteps * 1000)).float()
+
+
+def _probe_inputs(run: LoadedRun) -> list[dict[str, Tensor]]:
+    """Random inputs of the transformer at several timesteps."""
+    config, side = run.network.config, run.recipe.data.image_size // (2 * run.pipeline.vae_scale_factor)
+    generator = keyed_generator(0, "probe")
+    inputs = []
+    for t in (0.98, 0.75, 0.5, 0.25, 0.05):
+        x = {
+            "hidden_states": torch.randn(2, side * side, config["in_channels"], generator=generator),
+            "encoder_hidden_states": torch.randn(2, run.recipe.model.text_tokens, config["joint_attention_dim"], generator=generator),
+            "pooled_projections": torch.randn(2, config["pooled_projection_dim"], generator=generator),
+            "timestep": torch.full((2,), t),
+            "img_ids": image_ids(side, side),
+            "txt_ids": torch.zeros(run.recipe.model.text_tokens, 3),
+        }
+        if config["guidance_embeds"]:
+            x["guidance"] = torch.full((2,), run.recipe.model.guidance)
+        inputs.append(x)
+    return inputs
+
+
+def _row(path: Path, **errors: float) -> dict[str, Any]:
+    size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return {"path": str(path), "bytes": size, **errors, "verified": True}
+
+
+def _record(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if path.is_file() else []
+    kept = [r for r in old if r["format"] not in {row["format"] for row in rows}]
+    path.write_text(json.dumps(kept + rows, indent=1))

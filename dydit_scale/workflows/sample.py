@@ -1,0 +1,85 @@
+"""``dydit sample``: pictures from the packed model beside the static one's, with what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dydit_scale.dynamic.cost import KeepRates
+from dydit_scale.sampling.generate import (
+    Recording,
+    SampleConfig,
+    generate,
+    image_tokens,
+    picture_grid,
+    recorded,
+    sampler_timesteps,
+)
+from dydit_scale.sampling.speed import SpeedReport, compare_speed
+from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, static_pipeline
+
+
+def sample_run(folder: Path, prompts: Sequence[str], out: Path, *, config: dict[str, Any]) -> SpeedReport | None:
+    """Write numbered pictures and ``grid.png`` (static above dynamic) to ``out``; print and return the comparison.
+
+    Args:
+        config: fields of SampleConfig; None keeps the run's own.
+    """
+    run = load_run(folder)
+    settings = sample_config(run, **config)
+    if run.recipe.dynamic is None:
+        pictures, rows, report = generate(run.pipeline, prompts, settings, progress="sampling"), [], None
+    else:
+        run.network.pack(sampler_timesteps(run.pipeline, settings))
+        static = static_pipeline(run)
+        pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
+        rows = [generate(static, prompts, settings, progress="static")]
+        report = measure(run, list(prompts)[: settings.batch], settings)
+        print(report.table())
+    out.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(out / f"{i:05d}.png")
+    side = pictures.shape[1]
+    sheet = np.concatenate([*rows, pictures])
+    Image.fromarray(picture_grid(sheet, len(pictures) if rows else min(8, len(pictures)), max(1, 128 // side))).save(out / "grid.png")
+    if report is not None:
+        (out / "speed.json").write_text(json.dumps(report.as_dict(), indent=1))
+    return report
+
+
+def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pairs: int = 3) -> SpeedReport:
+    """Time the packed dynamic pipeline beside the static one on the same prompts and noise."""
+    static = static_pipeline(run)
+    with recorded(run.network) as recording:
+        generate(run.pipeline, prompts, config)
+    cost = run.network.cost(image_tokens(run.pipeline, config.side), config.text_tokens)
+    return compare_speed(
+        lambda: generate(static, prompts, config),
+        lambda: generate(run.pipeline, prompts, config),
+        macs_static=cost.static * config.forwards,
+        macs_dynamic=macs_of(run, recording, config),
+        batch=len(prompts),
+        steps=config.steps,
+        pairs=pairs,
+    )
+
+
+def macs_of(run: LoadedRun, recording: Recording, config: SampleConfig) -> float:
+    """MACs per picture over all recorded forwards."""
+    cost = run.network.cost(image_tokens(run.pipeline, config.side), config.text_tokens)
+    return sum(float(cost.dynamic(KeepRates(*m.keep_rates())).mean()) for m in recording.masks) * config.forwards / len(recording.masks)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones.
+
+    Raises ValueError if there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"prompts {path}: no such file; expected a text file with one prompt a line")
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,368 @@
+"""Batches: the same stream for every number of ranks and workers, from any position, with bad samples replaced."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dydit_scale.data.loader import Batch, DataConfig, Loader, make_loader
+from dydit_scale.data.reader import MAX_SUBSTITUTES
+from dydit_scale.data.shards import ShardIndex, build_index, load_index, write_shards
+from dydit_scale.diffusion.randomness import keyed_seed
+
+COUNT = 30
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.RandomState(number).randint(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def samples(count: int) -> Iterator[dict[str, bytes | str]]:
+    for number in range(count):
+        yield {"__key__": f"{number:04d}", "png": png(number), "txt": f"picture {number:04d}"}
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    """Thirty samples in five shards."""
+    return write_shards(samples(COUNT), tmp_path / "shards", samples_per_shard=7)
+
+
+def loader(
+    index: ShardIndex,
+    *,
+    seed: int = 5,
+    rank: int = 0,
+    world_size: int = 1,
+    global_batch: int = 8,
+    micro_batch: int = 4,
+    consumed: int = 0,
+    quarantine: Path | None = None,
+    **config: float,
+) -> Loader:
+    return make_loader(
+        DataConfig(path=str(index.folder), **{"image_size": 8, **config}),
+        index,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        consumed=consumed,
+        quarantine=quarantine,
+    )
+
+
+def take(some: Loader, count: int) -> list[Batch]:
+    return list(islice(iter(some), count))
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(
+        torch.cat([batch.positions for batch in batches]),
+        torch.cat([batch.pixels for batch in batches]),
+        tuple(chain.from_iterable(batch.captions for batch in batches)),
+        tuple(chain.from_iterable(batch.keys for batch in batches)),
+    )
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert torch.equal(one.positions, other.positions)
+    assert torch.equal(one.pixels, other.pixels)
+    assert (one.captions, one.keys) == (other.captions, other.keys)
+
+
+def change(index: ShardIndex, sample: int, part: str) -> None:
+    """Invert one byte of a sample, as a disk might after indexing."""
+    row = index.samples[sample]
+    with (index.folder / index.shards[index.shard_of(sample)].name).open("r+b") as file:
+        at = int(row[f"{part}_offset"]) + int(row[f"{part}_bytes"]) // 2
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0xFF]))
+
+
+def test_batches_hold_the_samples(index: ShardIndex) -> None:
+    batches = take(loader(index, caption_dropout=0), 8)
+    for batch in batches:
+        assert isinstance(batch, Batch)
+        assert (batch.positions.dtype, batch.pixels.dtype, batch.pixels.shape) == (
+            torch.int64,
+            torch.float32,
+            (4, 3, 8, 8),
+        )
+        for row, key in enumerate(batch.keys):
+            pixels = np.random.RandomState(int(key)).randint(0, 256, (8, 8, 3), dtype=np.uint8)
+            assert torch.equal(
+                ((batch.pixels[row] + 1) * 127.5).round(), torch.from_numpy(pixels).float().movedim(2, 0)
+            )
+            assert batch.captions[row] == f"picture {key}"
+    assert joined(batches).positions.tolist() == list(range(32))
+    assert sorted(joined(batches).keys[:COUNT]) == [f"{number:04d}" for number in range(COUNT)]
+    assert joined(batches).keys[:COUNT] != tuple(f"{number:04d}" for number in range(COUNT))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_read_what_one_reads(index: ShardIndex, workers: int) -> None:
+    steps = 10
+    reference = joined(take(loader(index, caption_dropout=0.3), 2 * steps))
+    ranks = [
+        take(loader(index, rank=rank, world_size=2, micro_batch=2, caption_dropout=0.3, workers=workers), 2 * steps)
+        for rank in range(2)
+    ]
+    in_order = [batch for step in range(steps) for rank in ranks for batch in rank[2 * step : 2 * step + 2]]
+    assert_same(joined(in_order), reference)
+    assert len(reference.keys) == 80 > 2 * COUNT
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_continues_exactly(index: ShardIndex, workers: int) -> None:
+    reference = joined(take(loader(index), 20))
+    for consumed in (8, 24, 37):
+        # More is prefetched than was trained on; only the position counts.
+        first = joined(take(loader(index, workers=workers), 10))
+        second = joined(take(loader(index, consumed=consumed, global_batch=4, workers=workers), 10))
+        pieces = Batch(*(part[:consumed] for part in first)), Batch(*(part[: 80 - consumed] for part in second))
+        resumed = joined(list(pieces))
+        assert_same(resumed, Batch(*(part[: len(resumed.keys)] for part in reference)))
+
+
+def test_random_plans_of_stops_and_world_sizes_give_one_order(index: ShardIndex) -> None:
+    """Each plan trains some steps on some ranks, loses some of them, and resumes on others."""
+    reference = joined(take(loader(index), 30))
+    plans = np.random.RandomState(1)
+    for _ in range(6):
+        consumed, read = 0, []
+        while consumed < 72:
+            world_size = int(plans.choice([1, 2, 4]))
+            steps, lost = int(plans.randint(1, 4)), int(plans.randint(0, 2))
+            ranks = [
+                take(
+                    loader(index, rank=rank, world_size=world_size, micro_batch=1, consumed=consumed),
+                    steps * 8 // world_size,
+                )
+                for rank in range(world_size)
+            ]
+            kept = steps - min(lost, steps - 1)
+            share = 8 // world_size
+            read += [batch for s in range(kept) for rank in ranks for batch in rank[s * share : (s + 1) * share]]
+            consumed += 8 * kept
+        got = joined(read)
+        assert got.positions.tolist() == list(range(consumed))
+        assert_same(got, Batch(*(part[:consumed] for part in reference)))
+        counts = Counter(got.keys)
+        assert set(counts.values()) <= {consumed // COUNT, -(-consumed // COUNT)} and len(counts) == COUNT
+
+
+def test_iterating_twice_begins_at_the_same_position(index: ShardIndex) -> None:
+    some = loader(index, consumed=16)
+    assert_same(joined(take(some, 3)), joined(take(some, 3)))
+
+
+def test_global_randomness_is_left_alone(index: ShardIndex) -> None:
+    before = torch.get_rng_state()
+    take(loader(index), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seed_changes_order_and_dropout(index: ShardIndex) -> None:
+    one, other = (joined(take(loader(index, seed=seed, caption_dropout=0.5), 8)) for seed in (1, 2))
+    assert one.keys != other.keys
+    assert [not caption for caption in one.captions] != [not caption for caption in other.captions]
+
+
+def test_caption_dropout_has_the_right_share_and_extremes(index: ShardIndex) -> None:
+    def dropped(share: float, count: int = 4) -> float:
+        captions = joined(take(loader(index, caption_dropout=share, global_batch=200, micro_batch=200), count)).captions
+        return sum(not caption for caption in captions) / len(captions)
+
+    assert dropped(0.0, 1) == 0
+    assert dropped(1.0, 1) == 1
+    # Three standard deviations of a mean over 800 draws.
+    assert abs(dropped(0.25) - 0.25) < 3 * (0.25 * 0.75 / 800) ** 0.5
+
+
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = write_shards(samples(20), tmp_path / "many", samples_per_shard=1)
+    reference = joined(take(loader(index), 10))
+    monkeypatch.setattr("dydit_scale.data.reader.MAX_OPEN_SHARDS", 2)
+    some = loader(index)
+    batches, most = [], 0
+    for batch in islice(iter(some), 10):
+        batches.append(batch)
+        most = max(most, len(some._reader._open))
+    assert_same(joined(batches), reference)
+    assert most == 2
+    assert len(some._reader._open) == 0, "a closed iterator leaves files open"
+
+
+# --- bad samples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("part", ["image", "caption"])
+def test_changed_bytes_are_substituted_counted_and_named(
+    index: ShardIndex, tmp_path: Path, part: str, workers: int
+) -> None:
+    sound = joined(take(loader(index, caption_dropout=0), 16))
+    change(index, 11, part)
+    quarantine = tmp_path / "run" / "quarantine.jsonl"
+    with pytest.warns(UserWarning) as warned:
+        batches = take(loader(index, caption_dropout=0, workers=workers, quarantine=quarantine), 16)
+    got = joined(batches)
+    hit = [position for position in range(64) if sound.keys[position] == "0011"]
+    assert len(hit) >= 2
+    for position in range(64):
+        if position in hit:
+            candidates = (keyed_seed(5, "substitute", position, k) % COUNT for k in range(9))
+            expected = f"{next(sample for sample in candidates if sample != 11):04d}"
+            assert (got.keys[position], got.captions[position]) == (expected, f"picture {expected}")
+        else:
+            assert got.keys[position] == sound.keys[position]
+            assert torch.equal(got.pixels[position], sound.pixels[position])
+    assert got.positions.tolist() == list(range(64))
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 1, "a bad sample is named once, not in every epoch"
+    assert f"bad shard-000001.tar sample '0011': {part} checksum (CRC32) differs" in messages[0]
+    lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert [(line["rank"], line["position"], line["shard"], line["key"]) for line in lines] == [
+        (0, hit[0], "shard-000001.tar", "0011")
+    ]
+
+
+def test_substitutes_do_not_depend_on_ranks(index: ShardIndex) -> None:
+    for sample in (2, 3, 11, 12, 13, 29):
+        change(index, sample, "image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = joined(take(loader(index), 10))
+        ranks = [take(loader(index, rank=rank, world_size=2), 10) for rank in range(2)]
+    assert_same(Batch(*(part[:40] for part in joined(list(chain.from_iterable(zip(*ranks, strict=True)))))), reference)
+
+
+def test_bad_samples_of_the_index_are_substituted(tmp_path: Path) -> None:
+    some = list(samples(12))
+    some[3] = {"__key__": "0003", "png": png(3)}
+    some[7]["png"] = b"no picture"
+    index = write_shards(some, tmp_path / "shards", samples_per_shard=5)
+    assert sorted(index.bad) == [3, 7]
+    with pytest.warns(UserWarning) as warned:
+        batches = take(loader(index, bad_samples=2), 6)
+    assert not {"0003", "0007"} & set(joined(batches).keys)
+    assert len(warned) == 2
+    with pytest.raises(ValueError, match=r"2 bad samples, more than the budget of 1 .*'0003': caption missing.*'0007'"):
+        loader(index, bad_samples=1)
+
+
+def test_sample_beyond_a_shrunk_shard_is_bad(index: ShardIndex) -> None:
+    shard = index.folder / index.shards[4].name
+    shard.write_bytes(shard.read_bytes()[: int(index.samples["image_offset"][29]) + 5])
+    with pytest.warns(UserWarning, match=r"sample '0029': image has 5 bytes, expected \d+: the shard was cut off"):
+        keys = joined(take(loader(index), 8)).keys
+    assert "0029" not in keys
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_beyond_the_budget_is_an_error(index: ShardIndex, tmp_path: Path, workers: int) -> None:
+    order = [int(key) for key in joined(take(loader(index), 8)).keys[:COUNT]]
+    worst = order[5], order[14], order[22]
+    for sample in worst:
+        change(index, sample, "image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert len(take(loader(index, bad_samples=3, workers=workers), 20)) == 20
+        batches = iter(loader(index, bad_samples=2, workers=workers))
+        with pytest.raises(ValueError) as caught:
+            list(islice(batches, 20))
+    message = str(caught.value)
+    assert f"{index.folder}: 3 bad samples, more than the budget of 2 (data.bad_samples); first: " in message
+    assert all(f"sample '{sample:04d}': image checksum" in message for sample in worst)
+    assert "run `dydit data index" in message
+
+
+@pytest.mark.parametrize("damage", ["vanished", "all bad"])
+def test_errors_in_workers_arrive_with_their_message(index: ShardIndex, damage: str) -> None:
+    if damage == "vanished":
+        for shard in index.shards:
+            (index.folder / shard.name).unlink()
+        expected = "the shard cannot be opened any more"
+    else:
+        for sample in range(COUNT):
+            change(index, sample, "caption")
+        expected = f"at position 0 is bad and so are {MAX_SUBSTITUTES} substitutes; first: shard-00000"
+    messages = []
+    for workers in (0, 2):
+        with pytest.raises(ValueError, match=expected) as caught:
+            take(loader(index, workers=workers), 1)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "Traceback" not in messages[0]
+
+
+def test_picture_that_this_pillow_cannot_read_is_bad(tmp_path: Path) -> None:
+    """The index may come from a machine whose image library takes what this one does not."""
+    some = list(samples(6))
+    some[2]["png"] = b"no picture"
+    folder = write_shards(some, tmp_path / "shards", samples_per_shard=6).folder
+    index = load_index(folder)
+    index.bad.clear()
+    with pytest.warns(UserWarning, match=r"sample '0002': broken image .*no PNG, JPEG or WebP picture"):
+        assert "0002" not in joined(take(loader(index), 2)).keys
+    assert sorted(build_index(folder).bad) == [2]
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "global_batch", "micro_batch", "message"),
+    [
+        (4, 10, 1, r"global batch of 10 cannot be split over 4 ranks; with micro-batches of 1 take 8 or 12$"),
+        (4, 10, 2, r"with micro-batches of 2 take 8 or 16$"),
+        (8, 4, 1, r"with micro-batches of 1 take 8$"),
+        (2, 12, 4, r"share of 6 .*micro-batches of 4; take micro-batches of 3 or 6, or a global batch of 8 or 16$"),
+        (1, 4, 8, r"share of 4 .*micro-batches of 8; take micro-batches of 4, or a global batch of 8$"),
+        (2, 0, 1, r"at least 1.*got 0, 1 and 0"),
+        (1, 4, 0, r"at least 1.*got 4, 0 and 0"),
+    ],
+)
+def test_batches_that_do_not_divide_name_those_that_do(
+    index: ShardIndex, world_size: int, global_batch: int, micro_batch: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader(index, world_size=world_size, global_batch=global_batch, micro_batch=micro_batch)
+
+
+def test_the_named_batches_work(index: ShardIndex) -> None:
+    for world_size, global_batch, micro_batch in [(4, 8, 2), (4, 16, 2), (8, 8, 1), (2, 12, 3), (2, 12, 6), (2, 16, 4)]:
+        loader(index, world_size=world_size, global_batch=global_batch, micro_batch=micro_batch)
+
+
+def test_rank_and_position_are_checked(index: ShardIndex) -> None:
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank {rank} of 2"):
+            loader(index, rank=rank, world_size=2)
+    with pytest.raises(ValueError, match=r"got 8, 4 and -1"):
+        loader(index, consumed=-1)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"path": ""}, {"image_size": 0}, {"caption_dropout": 1.1}, {"workers": -1}, {"bad_samples": -1}]
+)
+def test_settings_are_checked(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"data.{next(iter(setting))}"):
+        DataConfig(**{"path": "x", **setting})

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.models.flux import DyFluxOutput, DyFluxTransformer2DModel
+from tests.models.tiny import BATCH, HEADS, IMAGE, LAYERS, TEXT, inputs, noise, scramble, tiny_dynamic, tiny_flux, without_gradient
+
+KINDS = [
+    {"token_router": router, "single_bypass": bypass, "mlp_groups": groups}
+    for router in ("dit", "flux")
+    for bypass in ("mlp", "attn_out+mlp")
+    for groups in (None, 8)
+]
+PARTS = [{"heads": False}, {"mlp": False}, {"tokens": False}, {"heads": False, "mlp": False}]
+
+
+@pytest.mark.parametrize("config", KINDS + PARTS, ids=str)
+@torch.no_grad()
+def test_all_gates_open_is_the_static_model_bit_for_bit(config: dict) -> None:
+    static, model = tiny_flux(), tiny_dynamic(**config)
+    x = inputs([0.1, 0.6, 0.95])
+    expected = static(**x).sample
+    assert torch.equal(model(**x).sample, expected)  # all routers start open
+    scramble(model)
+    assert torch.equal(model(**x, gates="open").sample, expected)
+    assert not torch.equal(model(**x).sample, expected)
+
+
+@pytest.mark.parametrize("config", KINDS + PARTS, ids=str)
+@torch.no_grad()
+def test_packed_equals_masked_for_mixed_batches_too(config: dict) -> None:
+    timesteps = [0.9, 0.5, 0.2]
+    model = scramble(tiny_dynamic(**config))
+    for x in (inputs([0.5] * 4), inputs([0.9, 0.2, 0.9, 0.5, 0.33]), inputs([0.2])):  # 0.33 is not planned: masked
+        masked = model(**x).sample
+        model.pack(torch.tensor(timesteps))
+        torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
+        model.unpack()
+
+
+@pytest.mark.parametrize("config", KINDS + PARTS, ids=str)
+@torch.no_grad()
+def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict) -> None:
+    model = scramble(tiny_dynamic(**config))
+    cost = model.cost(IMAGE, TEXT)
+    for t in (0.9, 0.5):
+        x = inputs([t])
+        masks = model(**x, collect=True).masks
+        model.pack(torch.tensor([t]))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's flash kernel counts as 0
+            model(**x)
+        predicted = float(cost.ratio(masks)) * cost.static
+        assert counter.get_total_flops() / 2 == pytest.approx(predicted, rel=5e-3)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tiny_flux()(**inputs([0.5]))
+    assert counter.get_total_flops() / 2 == pytest.approx(cost.static, rel=1e-6)
+
+
+def test_cost_counts_the_guidance_embedder() -> None:
+    static = tiny_flux(guidance=True)
+    model = DyFluxTransformer2DModel.from_static(static)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        static(**inputs([0.5]), guidance=torch.ones(1))
+    assert counter.get_total_flops() / 2 == pytest.approx(model.cost(IMAGE, TEXT).static, rel=1e-6)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_every_parameter_gets_a_gradient_and_checkpointing_changes_none(config: dict) -> None:
+    model = tiny_dynamic(**config).train()
+    x, gates = inputs([0.1, 0.6, 0.95]), noise(groups=config["mlp_groups"] or HEADS)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        out = model(**x, gates=gates, collect=True)
+        other = model(**x, gates="open").sample  # two forwards before one backward
+        cost = model.cost(IMAGE, TEXT).ratio(out.masks).mean()
+        (out.sample.square().mean() + other.square().mean() + cost).backward()
+        assert without_gradient(model) == []
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    again = gradients()
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
+
+
+@torch.no_grad()
+def test_a_batch_is_its_samples_one_by_one() -> None:
+    model = scramble(tiny_dynamic())
+    x = inputs([0.1, 0.6, 0.95])
+    out = model(**x, collect=True)
+    for i in range(BATCH):
+        one = {k: v[i : i + 1] if v.shape[0] == BATCH else v for k, v in x.items()}
+        alone = model(**one, collect=True)
+        torch.testing.assert_close(alone.sample[0], out.sample[i], atol=1e-5, rtol=1e-5)
+        assert all(torch.equal(a[:, 0], b[:, i]) for a, b in zip(alone.masks, out.masks, strict=True))
+
+
+@torch.no_grad()
+def test_masks_are_named_and_full_where_nothing_is_dynamic() -> None:
+    out = tiny_dynamic(heads=False, tokens=False, mlp_groups=8)(**inputs([0.3, 0.4]), collect=True)
+    assert isinstance(out, DyFluxOutput)
+    assert [tuple(m.shape) for m in out.masks] == [(LAYERS, 2, HEADS), (LAYERS, 2, 8), (LAYERS, 2, IMAGE)]
+    assert all(bool(m.eq(1).all()) for m in (out.masks.heads, out.masks.tokens))
+
+
+def test_from_static_shares_tensors_and_to_static_gives_them_back() -> None:
+    static = tiny_flux()
+    model = DyFluxTransformer2DModel.from_static(static)
+    back = model.to_static()
+    assert type(back) is FluxTransformer2DModel
+    ours, theirs = dict(model.named_parameters()), dict(back.named_parameters())
+    for name, parameter in static.named_parameters():
+        assert ours[name] is parameter and theirs[name] is parameter
+    with pytest.raises(ValueError, match="expected a FluxTransformer2DModel; got DyFlux"):
+        DyFluxTransformer2DModel.from_static(model)
+
+
+@torch.no_grad()
+def test_save_and_load(tmp_path: Path) -> None:
+    model = scramble(tiny_dynamic(mlp_groups=8, single_bypass="attn_out+mlp"))
+    model.save_pretrained(tmp_path / "dynamic")
+    config = json.loads((tmp_path / "dynamic" / "config.json").read_text())
+    assert config["_class_name"] == "DyFluxTransformer2DModel" and config["dynamic"]["mlp_groups"] == 8
+    x = inputs([0.1, 0.6])
+    assert torch.equal(DyFluxTransformer2DModel.from_pretrained(tmp_path / "dynamic").eval()(**x).sample, model(**x).sample)
+    half = DyFluxTransformer2DModel.from_pretrained(tmp_path / "dynamic", dtype=torch.bfloat16)
+    assert half.dy_width.heads.weight.dtype == torch.float32 and half.x_embedder.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_static_checkpoint_loads_into_the_dynamic_class_with_open_routers(tmp_path: Path) -> None:
+    static = tiny_flux()
+    static.save_pretrained(tmp_path)
+    model = DyFluxTransformer2DModel.from_pretrained(tmp_path).eval()
+    assert not any(p.is_meta for p in model.parameters())
+    x = inputs([0.1, 0.6])
+    assert torch.equal(model(**x).sample, static(**x).sample)
+
+
+@torch.no_grad()
+def test_bf16_runs_packed_and_masked_alike() -> None:
+    model = scramble(tiny_dynamic()).to(torch.bfloat16)
+    x = {k: v if k == "timestep" else v.bfloat16() for k, v in inputs([0.5, 0.5]).items()}
+    masked = model(**x).sample
+    model.pack(torch.tensor([0.5]))
+    assert masked.dtype == torch.bfloat16
+    torch.testing.assert_close(model(**x).sample, masked, atol=0.05, rtol=0.05)
+
+
+def test_ranking_puts_the_most_important_units_first() -> None:
+    static = tiny_flux()
+    with torch.no_grad():
+        static.single_transformer_blocks[0].attn.to_v.weight[16:24] *= 10  # head 2
+        static.transformer_blocks[0].ff.net[0].proj.weight[5::16] *= 10  # every 16th channel
+    model = DyFluxTransformer2DModel.from_static(static)
+    assert model.single_transformer_blocks[0].dy_head_unit[2] == 0
+    assert bool((model.transformer_blocks[0].dy_channel_unit[5::16] == 0).all())
+    unranked = DyFluxTransformer2DModel.from_static(static, rank=False)
+    assert unranked.single_transformer_blocks[0].dy_head_unit.tolist() == list(range(HEADS))
+
+
+@torch.no_grad()
+def test_equal_sub_blocks_are_shared_and_memory_is_bounded() -> None:
+    model = tiny_dynamic()
+    plan = model.pack(torch.linspace(1, 0.1, 10))
+    assert plan.distinct == LAYERS and plan.bytes == 0  # all open: views of the model's own weights
+    scramble(model)
+    assert model.pack(torch.linspace(1, 0.1, 10)).bytes > 0
+    with pytest.raises(ValueError, match="more than max_bytes"):
+        model.pack(torch.linspace(1, 0.1, 10), max_bytes=1000)
+    model.pack(torch.tensor([0.5]))
+    model.to(torch.float64)
+    assert model._plan is None  # slices of the old dtype would be wrong
+
+
+def test_what_would_silently_drop_masks_is_refused() -> None:
+    model = tiny_dynamic()
+    with pytest.raises(ValueError, match="do not fuse"):
+        model.fuse_qkv_projections()
+    model.transformer_blocks[0].attn.set_processor(FluxAttnProcessor())
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn.*ignores head masks"):
+        model(**inputs([0.5]))
+
+
+@torch.no_grad()
+def test_the_chosen_attention_backend_stays() -> None:
+    model = scramble(tiny_dynamic())
+    model.set_attention_backend("_native_math")
+    backends = {type(p).__name__: p._attention_backend for p in model.attn_processors.values()}
+    assert list(backends) == ["DyFluxAttnProcessor"] and backends["DyFluxAttnProcessor"] is not None
+    plan = model.pack(torch.tensor([0.5]))
+    assert all(b.attn.processor._attention_backend == backends["DyFluxAttnProcessor"] for b in plan.blocks[0])
+
+
+@torch.no_grad()
+def test_controlnet_residuals_are_added_where_the_static_model_adds_them() -> None:
+    static, model = tiny_flux(), tiny_dynamic()
+    x = inputs([0.2, 0.3])
+    g = torch.Generator().manual_seed(0)
+    control = {
+        "controlnet_block_samples": [torch.randn(2, IMAGE, 32, generator=g)],
+        "controlnet_single_block_samples": [torch.randn(2, IMAGE, 32, generator=g)],
+    }
+    assert torch.equal(model(**x, **control).sample, static(**x, **control).sample)
+
+
+@torch.no_grad()
+def test_deepcopy_keeps_the_timestep_state_inside_the_copy() -> None:
+    model = tiny_dynamic()
+    twin = copy.deepcopy(model)
+    assert twin.timestep_state is not model.timestep_state
+    assert all(b.timestep_state is twin.timestep_state for b in twin.dynamic_blocks())
+
+
+def test_bad_configs_name_the_field() -> None:
+    cases = {"token_router": "x", "single_bypass": "x", "temperature": 0.0, "mlp_groups": 0, "token_bottleneck": -1}
+    for field, value in cases.items():
+        with pytest.raises((ValueError, TypeError), match=field):  # TypeError: the tests' own type checks
+            DynamicConfig(**{field: value})
+    with pytest.raises(ValueError, match="128 MLP channels cannot be cut into 7"):
+        tiny_dynamic(mlp_groups=7)

@@ -1,0 +1,139 @@
+"""What every engine is put through, in this process or as one of several ranks: python -m tests.parallel.cases OUT."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dydit_scale.parallel.ema import Ema
+from dydit_scale.parallel.engine import Engine
+from dydit_scale.parallel.fsdp import FsdpEngine
+from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values
+from dydit_scale.parallel.world import World, barrier, broadcast_object, close, init_world
+from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, one_step, toy_engine
+
+SHARDED = ("zero1", "zero2", "fsdp")
+STEPS = 6
+DECAY = 0.15
+PROBE = torch.linspace(-1, 1, 15).reshape(3, 5)
+
+
+def parity(world: World, name: str, accumulation: int, *, named: bool = True) -> dict[str, Any]:
+    """Losses and norms of some steps, and where they lead."""
+    toy = make_toy(seed=world.rank, named=named)
+    engine = toy_engine(config_of(name), world, accumulation=accumulation, toy=toy)
+    assert engine.network is toy and toy.config == {"name": "toy"}
+    steps = [one_step(engine, step, accumulation=accumulation) for step in range(STEPS)]
+    return {
+        "losses": [loss for loss, _ in steps],
+        "norms": [result.grad_norm for _, result in steps],
+        "applied": [result.applied for _, result in steps],
+        "weights": as_lists(engine.trainable_state()),
+        "optimizer": as_lists(engine.optimizer_state()),
+    }
+
+
+def guard(world: World, name: str, spoil: float) -> dict[str, Any]:
+    """A step whose gradient is not finite on one rank, between good ones."""
+    engine = toy_engine(config_of(name), world, accumulation=2)
+    losses = losses_of(engine, range(3), accumulation=2)
+    before = _snapshot(engine)
+    _, result = one_step(engine, 3, accumulation=2, spoil=spoil)
+    same = all(torch.equal(a, b) for a, b in zip(before, _snapshot(engine), strict=True))
+    losses += losses_of(engine, range(3, STEPS), accumulation=2)
+    return {"losses": losses, "applied": result.applied, "norm": result.grad_norm, "same": same, "kept": len(before)}
+
+
+def _snapshot(engine: Engine) -> list[Tensor]:
+    moments = [tensor for kind in engine.local_moments().values() for tensor in kind.values()]
+    live = [*engine.local_parameters().values(), *moments]
+    if not isinstance(engine, FsdpEngine):  # whose root may be gathered or not
+        live += engine.network.parameters()
+    return [tensor.detach().clone() for tensor in live] + [torch.tensor(engine.updates)]
+
+
+def average(world: World, name: str) -> dict[str, Any]:
+    """The moving average, a forward with it, and training on afterwards."""
+    engine = toy_engine(config_of(name), world)
+    ema = Ema(engine, DECAY)
+    losses = []
+    for step in range(3):
+        losses += losses_of(engine, range(step, step + 1))
+        ema.update()
+    before, kept = _predict(engine), _snapshot(engine)
+    with ema.swapped():
+        inside = _predict(engine)
+    same = all(torch.equal(a, b) for a, b in zip(kept, _snapshot(engine), strict=True))
+    return {
+        "inside": inside.tolist(),
+        "before": before.tolist(),
+        "same": same and torch.equal(before, _predict(engine)),
+        "state": as_lists(ema.state()),
+        "losses": losses + losses_of(engine, range(3, STEPS)),
+    }
+
+
+@torch.no_grad()
+def _predict(engine: Engine) -> Tensor:
+    return engine.module(PROBE.to(engine.world.device)).prediction.float().cpu()
+
+
+def half(world: World, name: str) -> dict[str, Any]:
+    """bf16 autocast over a frozen bf16 base."""
+    toy = make_toy(seed=world.rank, frozen_dtype=torch.bfloat16)
+    engine = toy_engine(config_of(name, precision="bf16"), world, accumulation=2, toy=toy)
+    losses = losses_of(engine, range(4), accumulation=2)
+    frozen = {str(param.dtype) for param in toy.parameters() if not param.requires_grad}
+    live = [engine.local_parameters(), *engine.local_moments().values()]
+    return {
+        "losses": losses,
+        "frozen": sorted(frozen),
+        "kept": sorted({str(tensor.dtype) for tensors in live for tensor in tensors.values()}),
+    }
+
+
+def reductions(world: World) -> dict[str, Any]:
+    """The small reductions; ``gradient`` is of (mean over all rows of w x - 1)^2, from this rank's rows."""
+    rows = torch.arange(1.0, 7.0).chunk(world.world_size)[world.rank]
+    weight = torch.tensor(0.3, requires_grad=True)
+    mean = global_mean((weight * rows).mean())
+    (mean - 1).square().backward()
+    assert weight.grad is not None
+    barrier(world)
+    return {
+        "mean": float(mean.detach()),
+        "gradient": mean_values({"gradient": float(weight.grad)})["gradient"],
+        "flags": [max_flag(False), max_flag(world.rank == world.world_size - 1), max_flag(True)],
+        "values": mean_values({"a": float(world.rank), "b": 2.0}),
+        "object": broadcast_object(world, {"from": world.rank}),
+    }
+
+
+def run_all(world: World, names: tuple[str, ...]) -> dict[str, Any]:
+    results: dict[str, Any] = {"reductions": reductions(world)}
+    for name in names:
+        for accumulation in (1, 2):
+            results[f"parity/{name}/{accumulation}"] = parity(world, name, accumulation)
+        results[f"parity/{name}/tuple"] = parity(world, name, 2, named=False)
+        for spoil in (float("nan"), float("inf")):
+            results[f"guard/{name}/{spoil}"] = guard(world, name, spoil)
+        results[f"average/{name}"] = average(world, name)
+        results[f"half/{name}"] = half(world, name)
+    return results
+
+
+def main(out: Path, only: str = "") -> None:
+    world = init_world(timedelta(minutes=3), device="cpu")
+    results = {only: parity(world, only, 1)} if only else run_all(world, SHARDED)
+    (out / f"rank{world.rank}.json").write_text(json.dumps(results))
+    close(world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

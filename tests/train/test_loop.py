@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dydit_scale.checkpoint.store import load_checkpoint
+from dydit_scale.parallel.world import World
+from dydit_scale.train.__main__ import EXIT_BAD_CONFIG, main
+from dydit_scale.train.loop import lr_scale, train
+from dydit_scale.train.metrics import read_metrics
+from dydit_scale.train.recipe import Recipe, load_recipe
+from tests.train.small_run import small_world
+
+
+@pytest.fixture(scope="module")
+def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    small_world(folder)
+    return folder
+
+
+def recipe_of(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(folder / "recipe.yaml", overrides)
+
+
+def curve(run: Path) -> list[dict]:
+    timing = ("seconds", "samples_per_second")
+    return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("adapter", ["td_lora", "none"])
+def test_an_interrupted_run_continues_exactly(world_folder: Path, tmp_path: Path, adapter: str) -> None:
+    options = [f"adapter.kind={adapter}"]
+    whole = train(recipe_of(world_folder, *options, f"run={tmp_path / 'whole'}"), World())
+    cut = train(recipe_of(world_folder, *options, f"run={tmp_path / 'cut'}"), World())
+    assert curve(cut) == curve(whole)
+    shutil.rmtree(cut / "checkpoints" / "step-0000000004")  # as if killed after step 3
+    train(recipe_of(world_folder, *options, f"run={tmp_path / 'cut'}"), World(), resume=True)
+    assert len(curve(whole)) == 6 and curve(cut) == curve(whole)
+    a, b = (load_checkpoint(run / "checkpoints") for run in (whole, cut))
+    assert a is not None and b is not None and a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+@pytest.mark.parametrize("adapter", ["td_lora", "none", "lora"])
+@pytest.mark.parametrize("supervision", ["none", "complete", "distill"])
+def test_every_trainable_parameter_learns(world_folder: Path, tmp_path: Path, adapter: str, supervision: str) -> None:
+    options = [f"adapter.kind={adapter}", f"supervision.kind={supervision}", "train.steps=2", "train.evaluate_every=0"]
+    run = train(recipe_of(world_folder, *options, f"run={tmp_path / 'run'}"), World())
+    checkpoint = load_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    moments = {k.removeprefix("exp_avg."): v for k, v in checkpoint.tensors.items() if k.startswith("exp_avg.")}
+    assert [name for name, moment in moments.items() if not moment.any()] == []
+    assert any("dy_width" in name for name in moments) and any("dy_token" in name for name in moments)
+    assert any("lora" in n or ".td_" in n for n in moments) == (adapter != "none")
+
+
+def test_accumulation_changes_little_but_the_ratio_is_per_micro_batch(world_folder: Path, tmp_path: Path) -> None:
+    options = ["supervision.kind=none", "cost.weight=0", "train.evaluate_every=0"]
+    curves = []
+    for n in (1, 2):
+        run = train(recipe_of(world_folder, *options, f"train.accumulation={n}", f"run={tmp_path / str(n)}"), World())
+        curves.append([r["loss_flow"] for r in curve(run) if "loss" in r])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+
+def test_the_run_folder_holds_what_it_should(world_folder: Path, tmp_path: Path) -> None:
+    options = ["train.sample_every=4", "train.sample_steps=2", "train.sample_cfg=2", "train.sample_prompts=[a red circle,two rings]"]
+    recipe = recipe_of(world_folder, *options, f"run={tmp_path / 'run'}")
+    run = train(recipe, World())
+    assert load_recipe(run / "recipe.yaml") == recipe
+    assert (run / "samples" / "step-0000004.png").stat().st_size > 100
+    assert list((run / "tensorboard").iterdir())
+    steps = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in steps] == [0, 1, 2, 3]
+    assert [r["target"] for r in steps] == [1.0, 0.75, 0.5, 0.5]
+    assert {"loss_flow", "loss_supervision", "loss_cost", "ratio", "lr", "grad_norm", "samples_per_second"} <= set(steps[0])
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    scales = [lr_scale(s, steps=11, warmup=2, final=0.1) for s in range(11)]
+    assert scales[:3] == [0.5, 1.0, 1.0]
+    assert scales[6] == pytest.approx(0.55) and scales[-1] == pytest.approx(0.1)
+
+
+BAD = {
+    "trian.lr=1": "unknown key trian; did you mean train?",
+    "train.lrr=1": "unknown key train.lrr; did you mean train.lr?",
+    "train.steps=many": "train.steps: expected int; got 'many'",
+    "adapter.kind=dora": "adapter.kind: expected one of none, lora, td_lora; got 'dora'",
+    "cost.target=1.5": "expected a ratio in (0, 1]; got 1.5",
+    "cost.target=0.05": "still costs",
+    "data.path=/nowhere": "/nowhere",
+    "model.base=./nowhere": "expected the folder of a FluxPipeline",
+    "data.image_size=30": "expected a multiple of 4 pixels",
+    "train.accumulation=3": "not divisible by 1 ranks x 3 micro-batches; the nearest that fit are 6 and 9",
+    "dynamic=null": "dynamic is null: a static model always costs 1",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_input_is_told_before_any_work(
+    world_folder: Path, tmp_path: Path, override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main([str(world_folder / "recipe.yaml"), override, f"run={run}"]) == EXIT_BAD_CONFIG
+    assert BAD[override] in capsys.readouterr().err
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_base_that_does_not_fit_names_the_key(
+    world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world_folder / "base", base)
+    config = json.loads((base / "transformer" / "config.json").read_text())
+    for changes, key in (({"in_channels": 52}, "proj_out.bias"), ({"num_single_layers": 2}, "single_transformer_blocks.1")):
+        (base / "transformer" / "config.json").write_text(json.dumps({**config, **changes}))
+        code = main([str(world_folder / "recipe.yaml"), f"model.base={base}", f"run={tmp_path / 'run'}"])
+        assert code == EXIT_BAD_CONFIG and key in capsys.readouterr().err
+
+
+def test_an_existing_run_is_not_overwritten(world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(world_folder / "recipe.yaml"), f"run={tmp_path / 'run'}", "train.steps=1", "train.save_every=1"]
+    assert main(words) == 0
+    assert main(words) == EXIT_BAD_CONFIG
+    assert "continue it with --resume, or choose another" in capsys.readouterr().err
+    assert main([*words, "--resume", "train.steps=2"]) == 0
+    assert "train.steps: 1 -> 2" in capsys.readouterr().out
+
+
+def test_recipes_read_words_for_numbers_and_round_trip(world_folder: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((world_folder / "recipe.yaml").read_text())
+    values["train"]["lr"] = "1e-4"  # what YAML 1.1 makes of 1e-4
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert load_recipe(path).train.lr == 1e-4
+    assert load_recipe(path, ["train.betas=[0.8,0.99]"]).train.betas == (0.8, 0.99)
