@@ -1,0 +1,56 @@
+"""Dynamic diffusion transformers: width that follows the timestep, tokens that skip work, at a budget you set.
+
+import dydit_scale as dy
+transformer = dy.make_dynamic(FluxTransformer2DModel.from_pretrained(...), dy.DynamicConfig())
+pipe = FluxPipeline.from_pretrained(..., transformer=transformer)
+dy.pack(transformer, dy.sampler_timesteps(pipe, dy.SampleConfig(steps=28)))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dydit_scale.dynamic.config import DynamicConfig
+
+# Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
+from dydit_scale.models import encoders, flux
+from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.registry import make_dynamic
+from dydit_scale.sampling.generate import SampleConfig, sampler_timesteps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dydit_scale.models.base import DynamicModelMixin
+    from dydit_scale.models.plan import PackedPlan
+
+__version__ = "0.1.0"
+
+
+def pack(model: DynamicModelMixin, timesteps: Tensor, *, max_bytes: int | None = None) -> PackedPlan:
+    """Cut a sub-network for each timestep of a sampler (``timesteps`` [steps] in 0..1, from ``sampler_timesteps``);
+    forwards without gradient run them from now on.
+
+    Raises ValueError if the copied weights would take more than ``max_bytes``.
+    """
+    return model.pack(timesteps, max_bytes=max_bytes)
+
+
+def load_td_lora(model: Any, folder: str) -> Any:
+    """Load a TD-LoRA folder, with its routers, into a model; see :func:`dydit_scale.adapters.state.load_td_lora`."""
+    from dydit_scale.adapters.state import load_td_lora as load
+
+    return load(model, folder)
+
+
+__all__ = [
+    "DyFluxTransformer2DModel",
+    "DynamicConfig",
+    "SampleConfig",
+    "encoders",
+    "flux",
+    "load_td_lora",
+    "make_dynamic",
+    "pack",
+    "sampler_timesteps",
+]

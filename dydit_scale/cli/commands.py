@@ -63,7 +63,9 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: RUN/pictures)")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--cfg", type=float, help="classifier-free guidance with the empty prompt, for undistilled models")
+    parser.add_argument(
+        "--cfg", type=float, help="classifier-free guidance with the empty prompt, for undistilled models"
+    )
     parser.add_argument("--guidance", type=float, help="distilled guidance, for models that take it")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int)
@@ -105,7 +107,9 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN")
-    parser.add_argument("--format", action="append", dest="formats", choices=("td-lora", "diffusers", "pipeline"), required=True)
+    parser.add_argument(
+        "--format", action="append", dest="formats", choices=("td-lora", "diffusers", "pipeline"), required=True
+    )
     parser.add_argument("--out", type=Path, help="folder (default: RUN/export)")
     parser.add_argument("--steps", type=int, default=28, help="sampler steps over which the mean is taken")
     parser.add_argument("--force", action="store_true", help="write although the approximation is poor")
@@ -117,7 +121,9 @@ def _run_export(args: argparse.Namespace) -> None:
     from dydit_scale.workflows.export import export_run
 
     for row in export_run(args.folder, args.formats, out=args.out, steps=args.steps, force=args.force):
-        errors = f"weights {row['error_mean']:.3f} (worst layer {row['error_max']:.3f}), output {row['output_error']:.3f}"
+        errors = (
+            f"weights {row['error_mean']:.3f} (worst layer {row['error_max']:.3f}), output {row['output_error']:.3f}"
+        )
         print(f"{row['format']}: {row['path']}, {row['bytes'] / 1e6:.2f} MB, loaded back and compared; error: {errors}")
 
 
@@ -135,7 +141,10 @@ def _run_report(args: argparse.Namespace) -> None:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for everything the demo makes")
-    parser.add_argument("--recipes", type=Path, default=Path("recipes/shapes"), help="folder of the demo's recipes")
+    parser.add_argument("--name", default="demo", help="which recipe of --recipes: demo, or long (45 minutes)")
+    parser.add_argument(
+        "--recipes", type=Path, default=Path("recipes/shapes"), help="folder of the recipes and their controls"
+    )
     parser.set_defaults(run=_run_demo)
 
 
@@ -143,7 +152,7 @@ def _run_demo(args: argparse.Namespace) -> None:
     _quiet()
     from dydit_scale.workflows.demo import run_demo
 
-    run_demo(args.out, args.recipes)
+    run_demo(args.out, args.recipes, args.name)
 
 
 Add = Callable[[argparse.ArgumentParser], None]

@@ -11,7 +11,9 @@ from dydit_scale.cli.commands import COMMANDS
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
-    parser = argparse.ArgumentParser(prog="dydit", description="Dynamic diffusion transformers: train, sample, export, report.")
+    parser = argparse.ArgumentParser(
+        prog="dydit", description="Dynamic diffusion transformers: train, sample, export, report."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (add, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)

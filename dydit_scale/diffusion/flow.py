@@ -1,4 +1,5 @@
-"""Rectified flow in FLUX's convention: s = 0 is the picture, s = 1 is noise; the network predicts ``noise - picture``."""
+"""Rectified flow in FLUX's convention: s = 0 is the picture, s = 1 is noise; the network predicts ``noise -
+picture``."""
 
 from __future__ import annotations
 
@@ -30,5 +31,6 @@ def per_sample_mse(a: Float[Tensor, "batch *shape"], b: Float[Tensor, "batch *sh
 def sample_noise(
     seed: int, positions: Int64[Tensor, " batch"], shape: tuple[int, ...], purpose: str = "noise"
 ) -> Float[Tensor, "batch *shape"]:
-    """Unit Gaussian noise, fp32 on the CPU; each row depends on the seed, the purpose and its position in the data alone."""
+    """Unit Gaussian noise, fp32 on the CPU; each row depends on the seed, the purpose and its position in the data
+    alone."""
     return torch.stack([torch.randn(shape, generator=keyed_generator(seed, purpose, int(p))) for p in positions])

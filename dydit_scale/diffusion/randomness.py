@@ -8,7 +8,8 @@ import torch
 
 
 def keyed_seed(seed: int, *key: int | str) -> int:
-    """A 63-bit seed from ``seed`` and any number of integers or short words, e.g. ``keyed_seed(0, "noise", step, position)``.
+    """A 63-bit seed from ``seed`` and any number of integers or short words, e.g. ``keyed_seed(0, "noise", step,
+    position)``.
 
     Stable over Python, numpy and torch versions (BLAKE2b of the written-out key).
     """

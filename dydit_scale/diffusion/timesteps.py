@@ -29,7 +29,8 @@ def logit_normal(
 ) -> Float[Tensor, " batch"]:
     """Noise levels s in (0, 1): ``sigmoid(mean + std * normal)`` by inverse transform of ``u``, then shifted.
 
-    ``shift`` = e^mu moves mass to noisier levels, ``s' = shift * s / (1 + (shift - 1) * s)`` (Esser et al., 2024, eq. 23).
+    ``shift`` = e^mu moves mass to noisier levels, ``s' = shift * s / (1 + (shift - 1) * s)`` (Esser et al., 2024, eq.
+    23).
     """
     s = torch.sigmoid(mean + std * torch.special.ndtri(u.double()))
     return (shift * s / (1 + (shift - 1) * s)).float()

@@ -41,6 +41,8 @@ class DynamicConfig:
         if self.temperature <= 0:
             raise ValueError(f"dynamic.temperature: expected a positive number; got {self.temperature}")
         if self.mlp_groups is not None and self.mlp_groups < 1:
-            raise ValueError(f"dynamic.mlp_groups: expected 1 or more, or null for the number of heads; got {self.mlp_groups}")
+            raise ValueError(
+                f"dynamic.mlp_groups: expected 1 or more, or null for the number of heads; got {self.mlp_groups}"
+            )
         if self.token_bottleneck < 0:
             raise ValueError(f"dynamic.token_bottleneck: expected 0 or more; got {self.token_bottleneck}")

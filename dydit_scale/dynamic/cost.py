@@ -1,7 +1,7 @@
 """The one cost model: MACs (multiply-accumulates; papers often call them FLOPs) from shapes, static and dynamic.
 
-Counted are matrix products and attention, as ``torch.utils.flop_counter.FlopCounterMode`` does (its FLOPs are twice these
-MACs) on the packed run: width routers are not in it, because packed sampling reads their answers from a table.
+Counted are matrix products and attention, as ``torch.utils.flop_counter.FlopCounterMode`` does (its FLOPs are twice
+these MACs) on the packed run: width routers are not in it, because packed sampling reads their answers from a table.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class ModelCost:
     def dynamic(self, rates: KeepRates) -> Float[Tensor, " batch"]:
         """MACs of each sample, differentiable in the rates."""
         h, g, t = rates.heads.double(), rates.groups.double(), rates.tokens.double()
-        c = {name: self._column(name, h) for name in ("fixed", "router", "heads", "heads_tokens", "groups", "groups_tokens")}
+        c = {
+            name: self._column(name, h)
+            for name in ("fixed", "router", "heads", "heads_tokens", "groups", "groups_tokens")
+        }
         blocks = h * (c["heads"] + c["heads_tokens"] * t) + g * (c["groups"] + c["groups_tokens"] * t)
         return (blocks + c["fixed"] + c["router"]).sum(0) + self.outside
 
@@ -74,7 +77,9 @@ class ModelCost:
     def floor(self, heads: int, groups: int, *, tokens: bool = True) -> float:
         """The lowest ratio that gates can reach: the always-on unit of ``heads`` and ``groups``, and no image token."""
         ones = torch.ones(len(self.blocks), 1)
-        return float(self.dynamic(KeepRates(ones / heads, ones / groups, ones * (0.0 if tokens else 1.0))) / self.static)
+        return float(
+            self.dynamic(KeepRates(ones / heads, ones / groups, ones * (0.0 if tokens else 1.0))) / self.static
+        )
 
     def _column(self, name: str, like: Tensor) -> Float[Tensor, "layers 1"]:
         return like.new_tensor([getattr(b, name) for b in self.blocks])[:, None]

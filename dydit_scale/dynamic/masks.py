@@ -1,4 +1,5 @@
-"""Gates under their names. Layers come first: the double blocks in order, then the single ones (or a model's own order)."""
+"""Gates under their names. Layers come first: the double blocks in order, then the single ones (or a model's own
+order)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ class WidthMasks(NamedTuple):
 
     def layer(self, i: int) -> WidthMasks:
         """The masks of one layer, [batch, units]."""
-        return WidthMasks(None if self.heads is None else self.heads[i], None if self.groups is None else self.groups[i])
+        return WidthMasks(
+            None if self.heads is None else self.heads[i], None if self.groups is None else self.groups[i]
+        )
 
 
 class DynamicMasks(NamedTuple):

@@ -25,7 +25,7 @@ def shallow(module: M, **changes: object) -> M:
 def effective_weight(linear: nn.Module, t_emb: Float[Tensor, "1 dim"] | None) -> Float[Tensor, "out in"]:
     """The layer's weight; that of a timestep-dependent layer (``weight_at``) at ``t_emb``."""
     if hasattr(linear, "weight_at"):
-        return linear.weight_at(t_emb)
+        return linear.weight_at(t_emb)  # type: ignore[operator]
     if not isinstance(linear.weight, Tensor) or not linear.weight.is_floating_point():
         raise ValueError(f"{type(linear).__name__} with a quantised weight cannot be sliced; sample without packing")
     return linear.weight
@@ -76,12 +76,14 @@ def add_on_rows(
     done: Float[Tensor, "rows dim"],
     gate: Float[Tensor, "batch dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
-    """``x`` with ``gate * done`` added to the chosen rows of the flattened tokens, each gated by its own sample's gate."""
+    """``x`` with ``gate * done`` added to the chosen rows of the flattened tokens, each gated by its own sample's
+    gate."""
     return x.flatten(0, 1).index_add(0, rows, done * gate[rows // x.shape[1]]).view_as(x)
 
 
 def fold(module: M, t_emb: Float[Tensor, "1 dim"] | None) -> M | nn.Linear:
-    """The module with every timestep-dependent linear inside replaced by a plain one at ``t_emb``; shared where none is."""
+    """The module with every timestep-dependent linear inside replaced by a plain one at ``t_emb``; shared where none
+    is."""
     if hasattr(module, "weight_at"):
         return slice_linear(module, t_emb=t_emb)
     folded = {name: fold(child, t_emb) for name, child in module.named_children()}
@@ -89,6 +91,8 @@ def fold(module: M, t_emb: Float[Tensor, "1 dim"] | None) -> M | nn.Linear:
     return shallow(module, **changes) if changes else module
 
 
-def active(mask: Bool[Tensor, " units"] | Float[Tensor, " units"], unit_of: Int64[Tensor, " members"]) -> Int64[Tensor, " active"]:
+def active(
+    mask: Bool[Tensor, " units"] | Float[Tensor, " units"], unit_of: Int64[Tensor, " members"]
+) -> Int64[Tensor, " active"]:
     """Indices of the heads or channels whose unit is on, ascending."""
     return mask.bool()[unit_of.to(mask.device)].nonzero().squeeze(1)

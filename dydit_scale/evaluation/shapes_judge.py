@@ -66,7 +66,9 @@ def score(pictures: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) 
     numbers differ.
     """
     if len(pictures) != len(captions) or not captions:
-        raise ValueError(f"score: expected as many pictures as captions, at least one; got {len(pictures)} and {len(captions)}")
+        raise ValueError(
+            f"score: expected as many pictures as captions, at least one; got {len(pictures)} and {len(captions)}"
+        )
     verdicts = [judge(p, c) for p, c in zip(pictures, captions, strict=True)]
     correct = {name: [v.correct for v in verdicts if v.category == name] for name in CATEGORIES}
     shares = {name: sum(right) / len(right) for name, right in correct.items() if right}

@@ -85,7 +85,8 @@ def _colours_by_area(offset: np.ndarray) -> np.ndarray:
 
 
 def _mixes(offset: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel as a mix of the ground and each colour: the colour's share and the squared error, [side, side, colours]."""
+    """For each pixel as a mix of the ground and each colour: the colour's share and the squared error, [side, side,
+    colours]."""
     cover = np.clip(offset @ (colours / (colours**2).sum(1, keepdims=True)).T, 0, 1)
     return cover, ((offset[..., None, :] - cover[..., None] * colours) ** 2).sum(-1)
 
@@ -100,7 +101,8 @@ def _windows(field: np.ndarray) -> np.ndarray:
 def _components(labels: np.ndarray) -> np.ndarray:
     """Numbers 0, 1, ... for the 4-connected areas of equal label, -1 where the label is -1; both [side, side].
 
-    Every pixel takes the lowest pixel index among its like neighbours', then jumps to that pixel's own, until all agree.
+    Every pixel takes the lowest pixel index among its like neighbours', then jumps to that pixel's own, until all
+    agree.
     """
     index = np.arange(labels.size).reshape(labels.shape)
     across = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)
@@ -128,7 +130,9 @@ def _read_object(offset: np.ndarray, area: np.ndarray, taken: np.ndarray) -> tup
     """Covered pixels and what the object is; ``taken`` are the pixels of all objects."""
     side = len(area)
     ray = _body_colour(offset[area])
-    near = _windows(area).any(0) & (area | ~taken)  # the soft edge belongs to the object, another object's pixels do not
+    near = _windows(area).any(0) & (
+        area | ~taken
+    )  # the soft edge belongs to the object, another object's pixels do not
     cover = np.where(near, np.clip(offset @ (ray / (ray**2).sum()), 0, 1), 0.0)
     x, y, mass = _moments(cover)
     overlaps = {s: _overlap(s, cover, x, y, mass) for s in SHAPES}
@@ -175,7 +179,8 @@ def _placed(shape: str, x: float, y: float, mass: float) -> tuple[float, float, 
 
 
 def _overlap(shape: str, cover: np.ndarray, x: float, y: float, mass: float) -> float:
-    """Soft intersection over union of ``cover`` and the shape with the same area and centre of mass, sharp or blurred."""
+    """Soft intersection over union of ``cover`` and the shape with the same area and centre of mass, sharp or
+    blurred."""
     diameter, cx, cy = _placed(shape, x, y, mass)
     rows, columns = (_points(c, diameter, len(cover)) for c in (cy, cx))
     inside = shape_mask(shape, (columns.ravel() - cx) * 2 / diameter, (rows.reshape(-1, 1) - cy) * 2 / diameter)

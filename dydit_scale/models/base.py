@@ -24,7 +24,8 @@ M = TypeVar("M", bound="DynamicModelMixin")
 
 
 class DynamicModelMixin:
-    """Mixed into a subclass of a diffusers model, before it. The base weights keep their names; ours begin with ``dy_``."""
+    """Mixed into a subclass of a diffusers model, before it. The base weights keep their names; ours begin with
+    ``dy_``."""
 
     static_class: ClassVar[type[ModelMixin]]
     """The diffusers class whose weights this one takes."""
@@ -74,13 +75,19 @@ class DynamicModelMixin:
             ValueError: the model is not of the class that this one makes dynamic.
         """
         if type(static) is not cls.static_class:
-            raise ValueError(f"{cls.__name__}.from_static: expected a {cls.static_class.__name__}; got {type(static).__name__}")
+            raise ValueError(
+                f"{cls.__name__}.from_static: expected a {cls.static_class.__name__}; got {type(static).__name__}"
+            )
         settings = {k: v for k, v in static.config.items() if not k.startswith("_")}
         with init_empty_weights():
-            model = cls.from_config({**settings, "dynamic": asdict(config or DynamicConfig())})
+            model = cls.from_config(  # type: ignore[attr-defined]
+                {**settings, "dynamic": asdict(config or DynamicConfig())}
+            )
         missing, unexpected = model.load_state_dict(static.state_dict(keep_vars=True), strict=False, assign=True)
         if unexpected or any(".dy_" not in f".{k}" for k in missing):
-            raise ValueError(f"{cls.__name__}.from_static: weights do not fit: missing {missing}, unexpected {unexpected}")
+            raise ValueError(
+                f"{cls.__name__}.from_static: weights do not fit: missing {missing}, unexpected {unexpected}"
+            )
         _materialise_routers(model, seed)
         model.train(static.training)
         if rank:

@@ -39,7 +39,8 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
     def encode(
         self, x: Float[Tensor, "batch 3 height width"], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The picture as a distribution of no width over latents [batch, 3 * scale**2, height / scale, width / scale]."""
+        """The picture as a distribution of no width over latents [batch, 3 * scale**2, height / scale, width /
+        scale]."""
         s = self.scale
         mean = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=s, q=s)
         latent_dist = DiagonalGaussianDistribution(torch.cat([mean, mean], dim=1), deterministic=True)
@@ -59,9 +60,9 @@ def encode_pictures(
     pixels: Float[Tensor, "batch 3 height width"],
     noise: Float[Tensor, "batch channels rows cols"] | None = None,
 ) -> Float[Tensor, "batch channels rows cols"]:
-    """Latents in fp32 as the transformer sees them: drawn from the encoder's distribution (its mean without ``noise``), then
-    shifted and scaled (FLUX: ``(z - 0.1159) * 0.3611``)."""
-    latents = vae.encode(pixels.to(vae.dtype)).latent_dist
+    """Latents in fp32 as the transformer sees them: drawn from the encoder's distribution (its mean without ``noise``),
+    then shifted and scaled (FLUX: ``(z - 0.1159) * 0.3611``)."""
+    (latents,) = vae.encode(pixels.to(vae.dtype), return_dict=False)
     z = latents.mean.float() if noise is None else latents.mean.float() + latents.std.float() * noise
     return (z - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
 

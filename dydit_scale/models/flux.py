@@ -24,7 +24,12 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
 from dydit_scale.models.base import DynamicModelMixin
-from dydit_scale.models.flux_blocks import BlockGates, DyFluxAttnProcessor, DyFluxSingleTransformerBlock, DyFluxTransformerBlock
+from dydit_scale.models.flux_blocks import (
+    BlockGates,
+    DyFluxAttnProcessor,
+    DyFluxSingleTransformerBlock,
+    DyFluxTransformerBlock,
+)
 
 
 class DyFluxOutput(NamedTuple):
@@ -78,14 +83,20 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             axes_dims_rope=axes_dims_rope,
         )
         self.dynamic = DynamicConfig(**(dynamic or {}))
-        shape = {"dim": self.inner_dim, "num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim}
-        self.transformer_blocks = nn.ModuleList(DyFluxTransformerBlock(**shape, config=self.dynamic) for _ in range(num_layers))
+        shape = {
+            "dim": self.inner_dim,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+        }
+        self.transformer_blocks = nn.ModuleList(
+            DyFluxTransformerBlock(**shape, config=self.dynamic) for _ in range(num_layers)
+        )
         self.single_transformer_blocks = nn.ModuleList(
             DyFluxSingleTransformerBlock(**shape, config=self.dynamic) for _ in range(num_single_layers)
         )
         self._init_dynamic(layers=num_layers + num_single_layers, dim=self.inner_dim, heads=num_attention_heads)
         for block in self.dynamic_blocks():
-            block.timestep_state = self.timestep_state
+            block.timestep_state = self.timestep_state  # type: ignore[assignment]
 
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
@@ -127,16 +138,22 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
 
         step = next(iter(steps), None)
         if self._plan is not None and step is not None:
-            t_emb, width, blocks = self._plan.table.t_emb[step : step + 1], WidthMasks(None, None), self._plan.blocks[step]
+            t_emb, width, blocks = (
+                self._plan.table.t_emb[step : step + 1],
+                WidthMasks(None, None),
+                self._plan.blocks[step],
+            )
         else:
             t_emb, blocks = self.routing_embedding(timestep), tuple(self.dynamic_blocks())
             width = self.width_masks(t_emb, gates)
-        control = ControlNetResiduals(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat)
+        control = ControlNetResiduals(
+            controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
+        )
         with self.timestep_state.scope(t_emb):
             hidden_states, encoder_hidden_states, temb, rotary = self._embed(
                 hidden_states, encoder_hidden_states, pooled_projections, timestep, guidance, img_ids, txt_ids
             )
-            tokens = []
+            tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
                 noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
                 state = (hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs)
@@ -146,8 +163,10 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
                 else:
                     out = block(*state, *options)
                 encoder_hidden_states, hidden_states = out[:2]
-                tokens.append(out[2] if collect else None)
-                hidden_states = control.add(hidden_states, i, len(self.transformer_blocks), len(self.single_transformer_blocks))
+                tokens.extend(out[2:])
+                hidden_states = control.add(
+                    hidden_states, i, len(self.transformer_blocks), len(self.single_transformer_blocks)
+                )
             sample = self.proj_out(self.norm_out(hidden_states, temb))
         if collect:
             if step is not None:
@@ -237,8 +256,11 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         layers, batch = tokens.shape[:2]
         heads = self.config["num_attention_heads"]
         units = (heads, self.dynamic.mlp_groups or heads)
-        full = (torch.ones(layers, batch, n, device=tokens.device) if m is None else m for m, n in zip(width, units, strict=True))
-        return DynamicMasks(*full, tokens)
+        heads_on, groups_on = (
+            torch.ones(layers, batch, n, device=tokens.device) if m is None else m
+            for m, n in zip(width, units, strict=True)
+        )
+        return DynamicMasks(heads_on, groups_on, tokens)
 
 
 class ControlNetResiduals(NamedTuple):

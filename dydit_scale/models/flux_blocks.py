@@ -1,7 +1,7 @@
 """FLUX's double and single blocks with gates.
 
-Each block runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with
-the MLP on the chosen image tokens only. The numbers are the same.
+Each block runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels,
+with the MLP on the chosen image tokens only. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BlockGates(NamedTuple):
 class DyFluxAttnProcessor(FluxAttnProcessor):
     """FLUX's attention with a head mask, for any number of heads that the projections hold."""
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: FluxAttention,
         hidden_states: Float[Tensor, "batch image_tokens dim"],
@@ -50,8 +50,8 @@ class DyFluxAttnProcessor(FluxAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         head_mask: Float[Tensor, "batch heads"] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention over text then image tokens; a masked head contributes zero. Returns (image, text), or all tokens of a
-        single block before their output projection."""
+        """Attention over text then image tokens; a masked head contributes zero. Returns (image, text), or all tokens
+        of a single block before their output projection."""
         query, key, value = (_heads(proj(hidden_states), attn.head_dim) for proj in (attn.to_q, attn.to_k, attn.to_v))
         query, key = attn.norm_q(query), attn.norm_k(key)
         text_tokens = 0
@@ -91,6 +91,7 @@ class _DyFluxBlock(nn.Module):
     attn: FluxAttention
     dy_head_unit: Tensor
     dy_channel_unit: Tensor
+    dynamic: DynamicConfig
 
     def _init_dynamic(self, dim: int, heads: int, channels: int, config: DynamicConfig) -> None:
         groups = config.mlp_groups or heads
@@ -106,7 +107,9 @@ class _DyFluxBlock(nn.Module):
         """Whether an adapter makes a weight depend on the timestep."""
         return any(hasattr(m, "weight_at") for m in self.modules())
 
-    def _route(self, image: Tensor, text: Tensor, temb: Tensor, gates: BlockGates) -> Float[Tensor, "batch tokens"] | None:
+    def _route(
+        self, image: Tensor, text: Tensor, temb: Tensor, gates: BlockGates
+    ) -> Float[Tensor, "batch tokens"] | None:
         if self.dy_token is None or gates.open:
             return None
         return route_tokens(self.dy_token, image, temb, text, gates.token_noise, self.dynamic.temperature)
@@ -124,6 +127,12 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
     """Double block: image and text streams share the heads; skipped image tokens miss their feed-forward."""
 
     dy_context_channel_unit: Tensor
+    ff: Any  # diffusers' FeedForward: net = [activation with its projection, dropout, projection]
+    ff_context: Any
+    norm1: nn.Module
+    norm1_context: nn.Module
+    norm2: nn.Module
+    norm2_context: nn.Module
 
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, config: DynamicConfig) -> None:
         FluxTransformerBlock.__init__(self, dim, num_attention_heads, attention_head_dim)
@@ -131,7 +140,7 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
         self._init_dynamic(dim, num_attention_heads, channels, config)
         self.register_buffer("dy_context_channel_unit", self.dy_channel_unit.clone())
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Float[Tensor, "batch image_tokens dim"],
         encoder_hidden_states: Float[Tensor, "batch text_tokens dim"],
@@ -190,18 +199,23 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
 class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
     """Single block: text and image in one sequence, attention beside the MLP.
 
-    A skipped image token misses the MLP (``single_bypass="mlp"``), or everything but its part as key and value, as in the
-    released DyFLUX (``"attn_out+mlp"``). The router reads the block's input.
+    A skipped image token misses the MLP (``single_bypass="mlp"``), or everything but its part as key and value, as in
+    the released DyFLUX (``"attn_out+mlp"``). The router reads the block's input.
     """
 
     out_attn: nn.Linear
     out_mlp: nn.Linear
+    proj_mlp: nn.Linear
+    proj_out: Any  # None in a packed block, which has the two parts of it instead
+    act_mlp: nn.Module
+    norm: nn.Module
+    mlp_hidden_dim: int
 
     def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, config: DynamicConfig) -> None:
         FluxSingleTransformerBlock.__init__(self, dim, num_attention_heads, attention_head_dim)
         self._init_dynamic(dim, num_attention_heads, self.mlp_hidden_dim, config)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Float[Tensor, "batch image_tokens dim"],
         encoder_hidden_states: Float[Tensor, "batch text_tokens dim"],
@@ -281,7 +295,9 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         self.dy_channel_unit.copy_(units_by_rank(importance, int(self.dy_channel_unit.max()) + 1))
 
 
-def cut_attention(attn: FluxAttention, heads: Int64[Tensor, " active"] | None, t_emb: Float[Tensor, "1 dim"]) -> FluxAttention:
+def cut_attention(
+    attn: FluxAttention, heads: Int64[Tensor, " active"] | None, t_emb: Float[Tensor, "1 dim"]
+) -> FluxAttention:
     """The attention with the given heads only (None: all), sharing norms and processor."""
     rows = None if heads is None else channels_of(heads, attn.head_dim)
     names = ["to_q", "to_k", "to_v"] + (["add_q_proj", "add_k_proj", "add_v_proj"] if attn.added_kv_proj_dim else [])
@@ -302,9 +318,9 @@ def _heads(x: Float[Tensor, "batch tokens channels"], head_dim: int) -> Float[Te
     return x.unflatten(-1, (-1, head_dim))
 
 
-def _feed_forward(ff: nn.Module, x: Tensor, groups: Tensor | None, unit_of: Tensor) -> Tensor:
-    # Masked after the activation: GELU(0) = 0, so the value is that of masking before it, and the gate's gradient is the
-    # channel's whole contribution.
+def _feed_forward(ff: Any, x: Tensor, groups: Tensor | None, unit_of: Tensor) -> Tensor:
+    # Masked after the activation: GELU(0) = 0, so the value is that of masking before it, and the gate's gradient is
+    # the channel's whole contribution.
     if groups is None:
         return ff(x)
     up, dropout, down = ff.net

@@ -44,7 +44,9 @@ def load_transformer(base: str, cls: Any = FluxTransformer2DModel, *, from_scrat
 def _check_folder(base: str) -> None:
     looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
     if looks_local and not (Path(base) / "model_index.json").is_file():
-        raise ValueError(f"model.base {base}: expected the folder of a FluxPipeline (with model_index.json) or a hub name")
+        raise ValueError(
+            f"model.base {base}: expected the folder of a FluxPipeline (with model_index.json) or a hub name"
+        )
 
 
 def _check_weights(folder: Path, cls: Any) -> None:

@@ -64,7 +64,9 @@ class PackedPlan:
 
     @classmethod
     @torch.no_grad()
-    def build(cls, model: DynamicModelMixin, timesteps: Float[Tensor, " steps"], *, max_bytes: int | None) -> PackedPlan:
+    def build(
+        cls, model: DynamicModelMixin, timesteps: Float[Tensor, " steps"], *, max_bytes: int | None
+    ) -> PackedPlan:
         table = model.step_table(timesteps)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}  # type: ignore[attr-defined]
         cut: dict[tuple, nn.Module] = {}
@@ -75,7 +77,9 @@ class PackedPlan:
             for layer, block in enumerate(model.dynamic_blocks()):
                 key = _key(block, table, layer, step)
                 if key not in cut:
-                    cut[key] = block.packed(table.masks(layer, step), table.t_emb[step : step + 1])
+                    cut[key] = block.packed(  # type: ignore[operator]
+                        table.masks(layer, step), table.t_emb[step : step + 1]
+                    )
                     used += _copied_bytes(cut[key], own)
                     if max_bytes is not None and used > max_bytes:
                         raise ValueError(

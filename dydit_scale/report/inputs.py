@@ -173,7 +173,7 @@ def _optional(run: Path, file: str, command: str, read: Callable[[Path], Read]) 
         return Missing(file=file, command=command)
     try:
         return read(run / file)
-    except (KeyError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         return Missing(file=file, command=command, reason=str(error) or type(error).__name__)
 
 

@@ -32,7 +32,8 @@ class SampleConfig:
     guidance: float = 3.5
     """Distilled guidance, for models that take it."""
     cfg: float = 1.0
-    """Classifier-free guidance with the empty prompt, for models that were not distilled; 1 is off, more doubles the cost."""
+    """Classifier-free guidance with the empty prompt, for models that were not distilled; 1 is off, more doubles the
+    cost."""
     text_tokens: int = 512
     """Length to which T5 pads prompts."""
     batch: int = 64
@@ -96,7 +97,9 @@ def generate(
 
 def _noise(pipe: FluxPipeline, numbers: Tensor, config: SampleConfig) -> Float[Tensor, "batch tokens channels"]:
     side = config.side // pipe.vae_scale_factor
-    return pack_latents(sample_noise(config.seed, numbers, (pipe.transformer.config["in_channels"] // 4, side, side), "sample"))
+    return pack_latents(
+        sample_noise(config.seed, numbers, (pipe.transformer.config["in_channels"] // 4, side, side), "sample")
+    )
 
 
 def _generate_batch(pipe: FluxPipeline, prompts: list[str], noise: Tensor, config: SampleConfig) -> np.ndarray:

@@ -41,12 +41,25 @@ class SpeedReport:
         """For the terminal."""
         rows = [
             ("", "static", "dynamic", "ratio"),
-            ("MACs a picture", f"{self.macs_static / 1e9:.2f} G", f"{self.macs_dynamic / 1e9:.2f} G", f"{self.ideal:.2f}x ideal"),
-            ("seconds a batch", f"{self.seconds_static:.2f}", f"{self.seconds_dynamic:.2f}", f"{self.realised:.2f}x realised"),
+            (
+                "MACs a picture",
+                f"{self.macs_static / 1e9:.2f} G",
+                f"{self.macs_dynamic / 1e9:.2f} G",
+                f"{self.ideal:.2f}x ideal",
+            ),
+            (
+                "seconds a batch",
+                f"{self.seconds_static:.2f}",
+                f"{self.seconds_dynamic:.2f}",
+                f"{self.realised:.2f}x realised",
+            ),
             ("share of the ideal", "", "", f"{self.share:.0%}"),
         ]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows)
+        return "\n".join(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+            for r in rows
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -54,14 +67,16 @@ class SpeedReport:
 
 
 def compare_speed(
-    static: Callable[[], Any], dynamic: Callable[[], Any], *, macs_static: float, macs_dynamic: float, batch: int, steps: int,
-    pairs: int = 3, progress: bool = True,
+    static: Callable[[], Any], dynamic: Callable[[], Any], *, macs_static: float, macs_dynamic: float, batch: int,
+    steps: int, pairs: int = 3, progress: bool = True,
 ) -> SpeedReport:  # fmt: skip
     """Time two callables in turn (A B A B ...) after one warm-up each; CUDA is synchronised around each."""
     for run in (static, dynamic):
         run()
     seconds: list[tuple[float, float]] = []
-    for _ in tqdm(range(pairs), desc="timing static beside dynamic", unit="pair", disable=not progress, dynamic_ncols=True):
+    for _ in tqdm(
+        range(pairs), desc="timing static beside dynamic", unit="pair", disable=not progress, dynamic_ncols=True
+    ):
         seconds.append((_time(static), _time(dynamic)))
     realised = statistics.median(a / b for a, b in seconds)
     ideal = macs_static / macs_dynamic

@@ -58,11 +58,13 @@ def build_parts(recipe: Recipe) -> Parts:
 
 def add_adapter(network: nn.Module, config: AdapterConfig, seed: int) -> None:
     """Put the recipe's adapter into the network; only adapters and routers stay trainable then."""
-    alpha = config.rank if config.alpha is None else config.alpha
+    alpha: Any = config.rank if config.alpha is None else config.alpha
     if config.kind == "td_lora":
         add_td_lora(
             network,
-            TDLoraConfig(target_modules=config.targets, rank=config.rank, alpha=alpha, experts=config.experts, seed=seed),
+            TDLoraConfig(
+                target_modules=config.targets, rank=config.rank, alpha=alpha, experts=config.experts, seed=seed
+            ),
         )
     elif config.kind == "lora":
         routers = [p for name, p in network.named_parameters() if is_router(name)]
@@ -82,7 +84,10 @@ def param_groups(recipe: Recipe, network: nn.Module) -> list[ParamGroup]:
     trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
     routers = {n: p for n, p in trainable.items() if is_router(n) or ".td_router." in n}
     weights = {n: p for n, p in trainable.items() if n not in routers}
-    groups = (("weights", weights, train.lr, train.weight_decay), ("routers", routers, train.router_lr or train.lr, 0.0))
+    groups = (
+        ("weights", weights, train.lr, train.weight_decay),
+        ("routers", routers, train.router_lr or train.lr, 0.0),
+    )
     return [ParamGroup(name=n, params=p, lr=lr, weight_decay=decay) for n, p, lr, decay in groups if p]
 
 
@@ -110,6 +115,6 @@ def _check_target(recipe: Recipe, network: DyFluxTransformer2DModel, pipeline: F
     floor = cost.floor(heads if d.heads else 1, (d.mlp_groups or heads) if d.mlp else 1, tokens=d.tokens)
     if recipe.cost.target < floor:
         raise ValueError(
-            f"cost.target {recipe.cost.target}: with one head and one MLP group per block, and no image token in any MLP, "
-            f"this model still costs {floor:.3f} of the static one; choose a target between that and 1"
+            f"cost.target {recipe.cost.target}: with one head and one MLP group per block, and no image token in any "
+            f"MLP, this model still costs {floor:.3f} of the static one; choose a target between that and 1"
         )

@@ -66,7 +66,8 @@ def train(recipe: Recipe, world: World, *, resume: bool = False) -> Path:
     """Train to the recipe's last step and return the run's folder. Collective: every rank calls it.
 
     Raises:
-        ValueError: something in the recipe, the data or the base does not fit (before the first step), or the run's folder
+        ValueError: something in the recipe, the data or the base does not fit (before the first step), or the run's
+        folder
             holds checkpoints and ``resume`` is false.
     """
     run = start(recipe, world, resume=resume)
@@ -161,7 +162,10 @@ def _reduce(terms: Terms, recipe: Recipe, target: float) -> dict[str, torch.Tens
 def _look(run: Run) -> None:
     """After a step: evaluate, sample and save where the recipe says so, and at the end."""
     train, last = run.recipe.train, run.step == run.recipe.train.steps
-    due = {n: last or (every > 0 and run.step % every == 0) for n, every in (("eval", train.evaluate_every), ("save", train.save_every))}
+    due = {
+        n: last or (every > 0 and run.step % every == 0)
+        for n, every in (("eval", train.evaluate_every), ("save", train.save_every))
+    }
     draw = bool(train.sample_prompts) and train.sample_every > 0 and (last or run.step % train.sample_every == 0)
     if due["eval"] or draw:
         run.engine.network.eval()
@@ -180,7 +184,9 @@ def _save(run: Run, *, must: bool) -> None:
     meta = {"step": run.step, "consumed": run.consumed, "recipe": asdict(run.recipe), "data": run.index.digest}
     tensors = capture(run.engine, run.ema)
     try:
-        save_checkpoint(run.folder / "checkpoints", run.step, tensors, meta, keep=run.recipe.train.keep, world=run.world)
+        save_checkpoint(
+            run.folder / "checkpoints", run.step, tensors, meta, keep=run.recipe.train.keep, world=run.world
+        )
     except CheckpointError as error:
         if must:
             raise
@@ -209,7 +215,11 @@ def _check_batch(recipe: Recipe, world: World) -> None:
         if size % by:
             raise ValueError(
                 f"train.{name} {size}: not divisible by {world.world_size} ranks"
-                + (f" x {recipe.train.accumulation} micro-batches" if by == parts and recipe.train.accumulation > 1 else "")
+                + (
+                    f" x {recipe.train.accumulation} micro-batches"
+                    if by == parts and recipe.train.accumulation > 1
+                    else ""
+                )
                 + f"; the nearest that fit are {max(by, size - size % by)} and {size - size % by + by}"
             )
 
@@ -218,7 +228,9 @@ def _find_checkpoint(folder: Path, recipe: Recipe, world: World, *, resume: bool
     checkpoints = folder / "checkpoints"
     exists = broadcast_object(world, checkpoints.is_dir() and any(checkpoints.glob("step-*")))
     if exists and not resume:
-        raise ValueError(f"run {folder} holds checkpoints already: continue it with --resume, or choose another run=FOLDER")
+        raise ValueError(
+            f"run {folder} holds checkpoints already: continue it with --resume, or choose another run=FOLDER"
+        )
     if not exists:
         return None
     checkpoint = load_checkpoint(checkpoints, world=world)
@@ -232,8 +244,8 @@ def _count_refused(run: Run, result: StepResult) -> None:
     run.refused = 0 if result.applied else run.refused + 1
     if run.refused == MAX_REFUSED:
         raise RuntimeError(
-            f"step {run.step}: the gradient was not finite for {MAX_REFUSED} steps in a row; the last checkpoint is intact. "
-            "Lower train.lr, or look at the data and the base"
+            f"step {run.step}: the gradient was not finite for {MAX_REFUSED} steps in a row; "
+            "the last checkpoint is intact. Lower train.lr, or look at the data and the base"
         )
 
 

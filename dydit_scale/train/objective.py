@@ -41,23 +41,30 @@ class Terms(NamedTuple):
 
 
 class Objective:
-    """Turns batches into losses. ``network`` answers for attributes; forwards go through the ``module`` of each call."""
+    """Turns batches into losses. ``network`` answers for attributes; forwards go through the ``module`` of each
+    call."""
 
-    def __init__(self, recipe: Recipe, network: Any, pipeline: FluxPipeline, teacher: nn.Module | None, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, network: Any, pipeline: FluxPipeline, teacher: nn.Module | None, device: torch.device
+    ) -> None:
         self.recipe, self.network, self.pipeline, self.device = recipe, network, pipeline, device
         self.teacher = None if teacher is None else teacher.to(device)
         self.is_dynamic = recipe.dynamic is not None
 
     @torch.no_grad()
     def prepare(self, batch: Batch, s: Float[Tensor, " batch"], seed: int) -> Inputs:
-        """Encode pictures and captions and add noise; random draws depend on the seed and the samples' positions alone."""
+        """Encode pictures and captions and add noise; random draws depend on the seed and the samples' positions
+        alone."""
         shape = self._latent_shape()
         posterior = sample_noise(seed, batch.positions, shape, "posterior").to(self.device)
         z = encode_pictures(self.pipeline.vae, batch.pixels.to(self.device), posterior)
         noise = pack_latents(sample_noise(seed, batch.positions, shape)).to(self.device)
         x0, s = pack_latents(z), s.to(self.device)
         text, pooled, text_ids = self.pipeline.encode_prompt(
-            prompt=list(batch.captions), prompt_2=None, device=self.device, max_sequence_length=self.recipe.model.text_tokens
+            prompt=list(batch.captions),
+            prompt_2=None,
+            device=self.device,
+            max_sequence_length=self.recipe.model.text_tokens,
         )
         conditions = {
             "encoder_hidden_states": text,
@@ -95,7 +102,9 @@ class Objective:
         noise = self.gate_noise(positions, inputs.noisy.shape[1])
         sample, masks = self.forward_dynamic(module, inputs, noise)
         return Terms(
-            per_sample_mse(sample, inputs.target), self._supervision(module, inputs, sample, step), self.ratio(inputs, masks)
+            per_sample_mse(sample, inputs.target),
+            self._supervision(module, inputs, sample, step),
+            self.ratio(inputs, masks),
         )
 
     def forward_dynamic(self, module: nn.Module, inputs: Inputs, gates: GateMode) -> tuple[Tensor, DynamicMasks]:

@@ -48,7 +48,10 @@ class AdapterConfig:
     """The update is scaled by alpha / rank; null for alpha = rank."""
     experts: int = 4
     """Experts of td_lora, mixed by the timestep."""
-    targets: str = r".*transformer_blocks\.\d+\..*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out)"
+    targets: str = (
+        r".*transformer_blocks\.\d+\..*"
+        r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out)"
+    )
     """Regular expression on the names of linear layers."""
 
     def __post_init__(self) -> None:
@@ -61,8 +64,8 @@ class SupervisionConfig:
     """A second target for the dynamic model, besides the data."""
 
     kind: Literal["none", "complete", "distill"] = "none"
-    """``complete``: the complete model learns from the data too (DyDiT). ``distill``: the dynamic one imitates the static
-    base, which costs a forward only; with adapters the base is this model with adapters off and gates open."""
+    """``complete``: the complete model learns from the data too (DyDiT). ``distill``: the dynamic one imitates the
+    static base, which costs a forward only; with adapters the base is this model with adapters off and gates open."""
     weight: float = 1.0
     """Weight of the term."""
     steps: int | None = None
@@ -152,7 +155,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: expected 1 or more; got {getattr(self, name)}")
         if self.lr <= 0 or (self.router_lr is not None and self.router_lr <= 0):
-            raise ValueError(f"train.lr, train.router_lr: expected positive numbers; got {self.lr} and {self.router_lr}")
+            raise ValueError(
+                f"train.lr, train.router_lr: expected positive numbers; got {self.lr} and {self.router_lr}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +182,17 @@ class Recipe:
         if self.dynamic is None and self.cost.target < 1:
             raise ValueError(f"cost.target is {self.cost.target}, but dynamic is null: a static model always costs 1")
         if self.dynamic is None and self.supervision.kind != "none":
-            raise ValueError(f"supervision.kind is {self.supervision.kind!r}, but dynamic is null: there is nothing to supervise")
+            raise ValueError(
+                f"supervision.kind is {self.supervision.kind!r}, but dynamic is null: there is nothing to supervise"
+            )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with dotted overrides such as ``train.lr=1e-4``.
 
     Raises:
-        ValueError: no such file, bad YAML, an unknown key (with the likely one), a wrong type, or values that do not fit.
+        ValueError: no such file, bad YAML, an unknown key (with the likely one), a wrong type, or values that do not
+        fit.
     """
     path = Path(path)
     if not path.is_file():
@@ -199,7 +207,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"recipe {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path}: expected a mapping of keys to values")
-    return build(Recipe, values, where="")
+    return build(Recipe, typing.cast(dict[str, Any], values), where="")
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -222,7 +230,9 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
             likely = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {where}{likely[0]}?" if likely else f"known keys: {', '.join(fields)}"
             raise ValueError(f"recipe: unknown key {where}{key}; {hint}")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - set(values)):
         raise ValueError(f"recipe: {where}{missing[0]} is missing")
     return cls(**{key: _convert(value, hints[key], f"{where}{key}") for key, value in values.items()})

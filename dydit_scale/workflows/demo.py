@@ -1,4 +1,5 @@
-"""``dydit demo``: the whole journey in minutes: data, adaptation under a launcher, control, evaluation, export, report."""
+"""``dydit demo``: the whole journey in minutes: data, adaptation under a launcher, control, evaluation, export,
+report."""
 
 from __future__ import annotations
 
@@ -19,22 +20,24 @@ from dydit_scale.workflows.export import export_run
 PROMPTS, STEPS, SAMPLES = 256, 12, 8192
 
 
-def run_demo(out: Path, recipes: Path) -> Path:
+def run_demo(out: Path, recipes: Path, name: str = "demo") -> Path:
     """Run everything, print what was achieved, and return the report's path.
 
     Raises ValueError if a step fails, naming its command.
     """
     began = time.monotonic()
+    for recipe in (recipes / f"{name}.yaml", recipes / f"{name}_control.yaml"):
+        load_recipe(recipe)  # a mistake in either is told before the first does any work
     bin_dir = Path(sys.executable).parent
     if out.exists():
         shutil.rmtree(out)
-    adapted, control = recipes / "demo.yaml", recipes / "demo_control.yaml"
+    adapted, control = recipes / f"{name}.yaml", recipes / f"{name}_control.yaml"
     runs = {name: out / "runs" / name for name in ("td_lora", "control")}
     data = [f"data.path={out / 'shards'}"]
     _step("1/6  data: captioned scenes as webdataset shards", began)
     _call([bin_dir / "dydit", "data", "shapes", out / "shards", "--samples", str(SAMPLES)])
     _step("2/6  adapt the base to half its compute: TD-LoRA and routers, DeepSpeed ZeRO-2 on 2 processes", began)
-    launcher = [bin_dir / "deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train"]
+    launcher: list[str | Path] = [bin_dir / "deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train"]
     _call([*launcher, adapted, *data, f"run={runs['td_lora']}"])
     _step("3/6  control: the static base fine-tuned equally long with plain LoRA, FSDP2 on 2 processes", began)
     launcher = [bin_dir / "torchrun", "--nproc-per-node", "2", "-m", "dydit_scale.train"]
@@ -63,7 +66,11 @@ def _achieved(run: Path, recipe: Path, result: EvaluationResult, exports: Sequen
         ("score, base", f"{scores['base']:.3f}", "untouched"),
         ("speed-up", f"{speed['realised']:.2f}x", f"ideal {speed['ideal']:.2f}x, {speed['share']:.0%} of it"),
         ("adapter", f"{exports[0]['bytes'] / 1e6:.2f} MB", "loaded back, equal bit for bit"),
-        ("mean plain LoRA", f"{mean['bytes'] / 1e6:.2f} MB", f"error {mean['output_error']:.2f} of the adapter's effect"),
+        (
+            "mean plain LoRA",
+            f"{mean['bytes'] / 1e6:.2f} MB",
+            f"error {mean['output_error']:.2f} of the adapter's effect",
+        ),
         ("time", f"{seconds / 60:.1f} min", "without installation"),
     ]
     lines = [f"  {name:26}{value:>10}   {note}" for name, value, note in rows]

@@ -32,11 +32,19 @@ class EvaluationResult(NamedTuple):
 
 
 def evaluate_run(
-    folder: Path, *, control: Path | None = None, prompts: int = 256, steps: int = 12, cfg: float = 3.0, pairs: int = 3, batch: int = 64
+    folder: Path,
+    *,
+    control: Path | None = None,
+    prompts: int = 256,
+    steps: int = 12,
+    cfg: float = 3.0,
+    pairs: int = 3,
+    batch: int = 64,
 ) -> EvaluationResult:
     """Judge a run trained on the built-in scenes; writes ``evaluation/`` in its folder.
 
-    Raises ValueError if a folder is no run, or the pictures are not of the built-in kind (the judge cannot read others).
+    Raises ValueError if a folder is no run, or the pictures are not of the built-in kind (the judge cannot read
+    others).
     """
     run = load_run(folder)
     out = run.folder / "evaluation"
@@ -64,7 +72,12 @@ def evaluate_run(
 
 
 def _save_scores(
-    out: Path, scores: dict[str, dict[str, Any]], run: LoadedRun, control: Path | None, config: SampleConfig, prompts: int
+    out: Path,
+    scores: dict[str, dict[str, Any]],
+    run: LoadedRun,
+    control: Path | None,
+    config: SampleConfig,
+    prompts: int,
 ) -> None:
     where = {"run": str(run.folder), "control": None if control is None else str(control), **machine()}
     text = {"prompts": prompts, "steps": config.steps, "cfg": config.cfg, "models": scores, **where}

@@ -25,11 +25,13 @@ from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config
 FORMATS = ("td-lora", "diffusers", "pipeline")
 
 
-def export_run(folder: Path, formats: list[str], *, out: Path | None = None, steps: int = 28, force: bool = False) -> list[dict[str, Any]]:
+def export_run(
+    folder: Path, formats: list[str], *, out: Path | None = None, steps: int = 28, force: bool = False
+) -> list[dict[str, Any]]:
     """Write and verify each format; returns (and adds to ``export/export.json``) a row for each.
 
-    ``td-lora``: the adapter and routers as they are. ``diffusers``: the mean over the sampler's timesteps as a plain LoRA
-    for the static model (routers are dropped). ``pipeline``: a whole pipeline folder with the trained transformer.
+    ``td-lora``: the adapter and routers as they are. ``diffusers``: the mean over the sampler's timesteps as a plain
+    LoRA for the static model (routers are dropped). ``pipeline``: a whole pipeline folder with the trained transformer.
 
     Raises ValueError for a format that the run does not have, or whose file fails its verification.
     """
@@ -48,7 +50,9 @@ def export_run(folder: Path, formats: list[str], *, out: Path | None = None, ste
 def _write_td_lora(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
     if run.recipe.adapter.kind != "td_lora":
         raise ValueError(f"run {run.folder} has adapter.kind {run.recipe.adapter.kind!r}; td-lora export needs td_lora")
-    path = save_td_lora(run.network, out / "td_lora", metadata={"base": run.recipe.model.base, "recipe": run.recipe.name})
+    path = save_td_lora(
+        run.network, out / "td_lora", metadata={"base": run.recipe.model.base, "recipe": run.recipe.name}
+    )
     inputs = _probe_inputs(run)
     with torch.no_grad():
         reference = [run.network(**x, return_dict=False)[0] for x in inputs]
@@ -60,7 +64,9 @@ def _write_td_lora(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[s
 
 
 def _write_diffusers(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
-    spec = ModelSpec(title=run.recipe.name, date=date.today().isoformat(), description=f"Adapts {run.recipe.model.base}")
+    spec = ModelSpec(
+        title=run.recipe.name, date=date.today().isoformat(), description=f"Adapts {run.recipe.model.base}"
+    )
     path = out / "pytorch_lora_weights.safetensors"
     network = run.network
     if run.recipe.adapter.kind == "lora":
@@ -132,7 +138,9 @@ def _probe_inputs(run: LoadedRun) -> list[dict[str, Tensor]]:
     for t in (0.98, 0.75, 0.5, 0.25, 0.05):
         x = {
             "hidden_states": torch.randn(2, side * side, config["in_channels"], generator=generator),
-            "encoder_hidden_states": torch.randn(2, run.recipe.model.text_tokens, config["joint_attention_dim"], generator=generator),
+            "encoder_hidden_states": torch.randn(
+                2, run.recipe.model.text_tokens, config["joint_attention_dim"], generator=generator
+            ),
             "pooled_projections": torch.randn(2, config["pooled_projection_dim"], generator=generator),
             "timestep": torch.full((2,), t),
             "img_ids": image_ids(side, side),

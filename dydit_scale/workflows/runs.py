@@ -42,7 +42,9 @@ def load_run(folder: str | Path) -> LoadedRun:
     weights = {k.removeprefix(f"{kind}."): v for k, v in checkpoint.tensors.items() if k.startswith(f"{kind}.")}
     parameters = {n: p for n, p in parts.network.named_parameters() if p.requires_grad}
     if differ := sorted(set(weights) ^ set(parameters)):
-        raise ValueError(f"run {folder}: its checkpoint and its recipe differ in {differ[0]} and {len(differ) - 1} more tensors")
+        raise ValueError(
+            f"run {folder}: its checkpoint and its recipe differ in {differ[0]} and {len(differ) - 1} more tensors"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -65,5 +67,9 @@ def with_transformer(pipeline: FluxPipeline, transformer: Any) -> FluxPipeline:
 
 def sample_config(run: LoadedRun, **changes: Any) -> SampleConfig:
     """Sampling as the recipe's data and text ask for it."""
-    defaults = {"side": run.recipe.data.image_size, "text_tokens": run.recipe.model.text_tokens, "seed": run.recipe.seed}
+    defaults = {
+        "side": run.recipe.data.image_size,
+        "text_tokens": run.recipe.model.text_tokens,
+        "seed": run.recipe.seed,
+    }
     return SampleConfig(**{**defaults, **{k: v for k, v in changes.items() if v is not None}})

@@ -46,7 +46,9 @@ def sample_run(folder: Path, prompts: Sequence[str], out: Path, *, config: dict[
         Image.fromarray(picture).save(out / f"{i:05d}.png")
     side = pictures.shape[1]
     sheet = np.concatenate([*rows, pictures])
-    Image.fromarray(picture_grid(sheet, len(pictures) if rows else min(8, len(pictures)), max(1, 128 // side))).save(out / "grid.png")
+    Image.fromarray(picture_grid(sheet, len(pictures) if rows else min(8, len(pictures)), max(1, 128 // side))).save(
+        out / "grid.png"
+    )
     if report is not None:
         (out / "speed.json").write_text(json.dumps(report.as_dict(), indent=1))
     return report
@@ -72,7 +74,11 @@ def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pai
 def macs_of(run: LoadedRun, recording: Recording, config: SampleConfig) -> float:
     """MACs per picture over all recorded forwards."""
     cost = run.network.cost(image_tokens(run.pipeline, config.side), config.text_tokens)
-    return sum(float(cost.dynamic(KeepRates(*m.keep_rates())).mean()) for m in recording.masks) * config.forwards / len(recording.masks)
+    return (
+        sum(float(cost.dynamic(KeepRates(*m.keep_rates())).mean()) for m in recording.masks)
+        * config.forwards
+        / len(recording.masks)
+    )
 
 
 def read_prompts(path: Path) -> list[str]:

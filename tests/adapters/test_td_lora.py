@@ -250,6 +250,7 @@ def test_a_copy_shares_its_state_inside_and_not_with_the_original(kind: str) -> 
     states = {id(layer.timestep_state) for layer in td_layers(copied).values()}
     assert states == {id(copied.timestep_state)} != {id(model.timestep_state)}
     assert torch.equal(output(copied), expected)
+    assert copied.timestep_state.emb is None
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()

@@ -13,7 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.flux import DyFluxOutput, DyFluxTransformer2DModel
-from tests.models.tiny import BATCH, HEADS, IMAGE, LAYERS, TEXT, inputs, noise, scramble, tiny_dynamic, tiny_flux, without_gradient
+from tests.models.tiny import (
+    BATCH,
+    HEADS,
+    IMAGE,
+    LAYERS,
+    TEXT,
+    inputs,
+    noise,
+    scramble,
+    tiny_dynamic,
+    tiny_flux,
+    without_gradient,
+)
 
 KINDS = [
     {"token_router": router, "single_bypass": bypass, "mlp_groups": groups}
@@ -57,7 +69,10 @@ def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict) 
         x = inputs([t])
         masks = model(**x, collect=True).masks
         model.pack(torch.tensor([t]))
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's flash kernel counts as 0
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):  # the CPU's flash kernel counts as 0
             model(**x)
         predicted = float(cost.ratio(masks)) * cost.static
         assert counter.get_total_flops() / 2 == pytest.approx(predicted, rel=5e-3)
@@ -133,7 +148,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "dynamic" / "config.json").read_text())
     assert config["_class_name"] == "DyFluxTransformer2DModel" and config["dynamic"]["mlp_groups"] == 8
     x = inputs([0.1, 0.6])
-    assert torch.equal(DyFluxTransformer2DModel.from_pretrained(tmp_path / "dynamic").eval()(**x).sample, model(**x).sample)
+    assert torch.equal(
+        DyFluxTransformer2DModel.from_pretrained(tmp_path / "dynamic").eval()(**x).sample, model(**x).sample
+    )
     half = DyFluxTransformer2DModel.from_pretrained(tmp_path / "dynamic", dtype=torch.bfloat16)
     assert half.dy_width.heads.weight.dtype == torch.float32 and half.x_embedder.weight.dtype == torch.bfloat16
 

@@ -20,8 +20,9 @@ def tiny_flux(guidance: bool = False) -> FluxTransformer2DModel:
     """One double and two single blocks of width 32."""
     torch.manual_seed(0)
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=12, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=HEADS,
-        joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=guidance, axes_dims_rope=(4, 2, 2),
+        patch_size=1, in_channels=12, num_layers=1, num_single_layers=2, attention_head_dim=8,
+        num_attention_heads=HEADS, joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=guidance,
+        axes_dims_rope=(4, 2, 2),
     ).eval()  # fmt: skip
 
 

@@ -24,7 +24,10 @@ def child_environment() -> dict[str, str]:
 
 
 class Ranks:
-    """``python -m module *args`` once per rank; ``wait`` returns when all went well and raises otherwise. None outlives the ``with``."""
+    """``python -m module *args`` once per rank; ``wait`` returns when all went well.
+
+    It raises otherwise. No process outlives the ``with``.
+    """
 
     def __init__(self, module: str, *args: str, world_size: int = 2) -> None:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}

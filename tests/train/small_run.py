@@ -18,8 +18,11 @@ from dydit_scale.models.small import small_flux_pipeline
 
 
 def small_world(folder: Path, samples: int = 48) -> Path:
-    """Write ``base/`` (one double and one single block of width 32), ``shards/`` and ``recipe.yaml``; returns the latter."""
-    small_flux_pipeline(vocabulary(), heads=4, head_dim=8, double_blocks=1, single_blocks=1).save_pretrained(folder / "base")
+    """Write ``base/`` (one double and one single block of width 32), ``shards/`` and ``recipe.yaml``; returns the
+    latter."""
+    small_flux_pipeline(vocabulary(), heads=4, head_dim=8, double_blocks=1, single_blocks=1).save_pretrained(
+        folder / "base"
+    )
     write_shards(_samples(samples), folder / "shards", samples_per_shard=20, progress=False)
     recipe = small_recipe(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -55,4 +58,9 @@ def _samples(count: int) -> Iterator[dict[str, bytes | str]]:
     for i in range(count):
         scene, file = make_scene(0, i), io.BytesIO()
         Image.fromarray(draw(scene, 32)).save(file, "PNG")
-        yield {"__key__": f"{i:06d}", "png": file.getvalue(), "txt": scene.prompt.caption, "json": json.dumps(scene.as_dict()).encode()}
+        yield {
+            "__key__": f"{i:06d}",
+            "png": file.getvalue(),
+            "txt": scene.prompt.caption,
+            "json": json.dumps(scene.as_dict()).encode(),
+        }

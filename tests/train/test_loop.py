@@ -70,7 +70,12 @@ def test_accumulation_changes_little_but_the_ratio_is_per_micro_batch(world_fold
 
 
 def test_the_run_folder_holds_what_it_should(world_folder: Path, tmp_path: Path) -> None:
-    options = ["train.sample_every=4", "train.sample_steps=2", "train.sample_cfg=2", "train.sample_prompts=[a red circle,two rings]"]
+    options = [
+        "train.sample_every=4",
+        "train.sample_steps=2",
+        "train.sample_cfg=2",
+        "train.sample_prompts=[a red circle,two rings]",
+    ]
     recipe = recipe_of(world_folder, *options, f"run={tmp_path / 'run'}")
     run = train(recipe, World())
     assert load_recipe(run / "recipe.yaml") == recipe
@@ -79,7 +84,9 @@ def test_the_run_folder_holds_what_it_should(world_folder: Path, tmp_path: Path)
     steps = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in steps] == [0, 1, 2, 3]
     assert [r["target"] for r in steps] == [1.0, 0.75, 0.5, 0.5]
-    assert {"loss_flow", "loss_supervision", "loss_cost", "ratio", "lr", "grad_norm", "samples_per_second"} <= set(steps[0])
+    assert {"loss_flow", "loss_supervision", "loss_cost", "ratio", "lr", "grad_norm", "samples_per_second"} <= set(
+        steps[0]
+    )
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
@@ -119,13 +126,18 @@ def test_a_base_that_does_not_fit_names_the_key(
     base = tmp_path / "base"
     shutil.copytree(world_folder / "base", base)
     config = json.loads((base / "transformer" / "config.json").read_text())
-    for changes, key in (({"in_channels": 52}, "proj_out.bias"), ({"num_single_layers": 2}, "single_transformer_blocks.1")):
+    for changes, key in (
+        ({"in_channels": 52}, "proj_out.bias"),
+        ({"num_single_layers": 2}, "single_transformer_blocks.1"),
+    ):
         (base / "transformer" / "config.json").write_text(json.dumps({**config, **changes}))
         code = main([str(world_folder / "recipe.yaml"), f"model.base={base}", f"run={tmp_path / 'run'}"])
         assert code == EXIT_BAD_CONFIG and key in capsys.readouterr().err
 
 
-def test_an_existing_run_is_not_overwritten(world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_run_is_not_overwritten(
+    world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [str(world_folder / "recipe.yaml"), f"run={tmp_path / 'run'}", "train.steps=1", "train.save_every=1"]
     assert main(words) == 0
     assert main(words) == EXIT_BAD_CONFIG

@@ -1,6 +1,7 @@
 """The language of the scenes: what a caption can say, written out and read back.
 
-The six categories are GenEval's (Ghosh et al., 2023): single object, two objects, counting, colours, position, attribute binding.
+The six categories are GenEval's (Ghosh et al., 2023): single object, two objects, counting, colours, position,
+attribute binding.
 """
 
 from __future__ import annotations
@@ -74,11 +75,16 @@ def _parse_phrase(phrase: str, caption: str) -> Subject:
     words = phrase.split()
     singular = {_plural(s): s for s in SHAPES} | {s: s for s in SHAPES}
     if len(words) < 2 or words[0] not in {"a", "an", *NUMBERS} or words[-1] not in singular:
-        raise ValueError(f"caption {caption!r}: cannot read {phrase!r}; expected e.g. 'a large red circle' or 'two squares'")
+        raise ValueError(
+            f"caption {caption!r}: cannot read {phrase!r}; expected e.g. 'a large red circle' or 'two squares'"
+        )
     size = next((w for w in words[1:-1] if w in SIZES), None)
     colour = next((w for w in words[1:-1] if w in COLOURS), None)
     if unknown := [w for w in words[1:-1] if w not in (size, colour)]:
-        raise ValueError(f"caption {caption!r}: unknown word {unknown[0]!r}; colours are {', '.join(COLOURS)}, sizes {', '.join(SIZES)}")
+        raise ValueError(
+            f"caption {caption!r}: unknown word {unknown[0]!r}; "
+            f"colours are {', '.join(COLOURS)}, sizes {', '.join(SIZES)}"
+        )
     return Subject(singular[words[-1]], colour, size, NUMBERS.get(words[0], 1))
 
 

@@ -1,0 +1,62 @@
+"""The built-in data set: draws captioned scenes of coloured shapes and packs them into shards."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from dydit_scale.data.shapes.scene import draw, make_scene
+from dydit_scale.data.shards import ShardIndex, write_shards
+
+MIN_SIDE = 16
+"""Pixels below which the small shapes cannot be told apart."""
+
+
+def write_shapes(
+    out: Path,
+    *,
+    samples: int,
+    side: int = 32,
+    seed: int = 0,
+    samples_per_shard: int = 2048,
+    progress: bool = True,
+) -> ShardIndex:
+    """Draw scenes 0 to ``samples`` - 1 of ``seed`` and write them to the folder ``out`` as shards with an index.
+
+    A sample is a PNG of ``side`` x ``side`` pixels, its caption (txt) and the scene (json: caption, category, objects).
+    The same arguments give the same tars, byte for byte; the PNGs' compression may differ between Pillow versions.
+    Raises ValueError, before anything is drawn or written, for numbers out of range or if ``out`` is not an empty or
+    new folder.
+    """
+    out = Path(out)
+    _check("samples", samples, 1)
+    _check("side", side, MIN_SIDE)
+    _check("seed", seed, 0)
+    _check("samples_per_shard", samples_per_shard, 1)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: expected a new or empty folder, got {out}; choose another one or clear it")
+    return write_shards(_samples(samples, side, seed), out, samples_per_shard=samples_per_shard, progress=progress)
+
+
+def _check(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def _samples(samples: int, side: int, seed: int) -> Iterator[dict[str, bytes | str]]:
+    digits = max(6, len(str(samples - 1)))
+    for number in range(samples):
+        scene = make_scene(seed, number)
+        png = io.BytesIO()
+        Image.fromarray(draw(scene, side)).save(png, "PNG")
+        meaning = json.dumps(scene.as_dict(), sort_keys=True)
+        yield {
+            "__key__": f"{number:0{digits}d}",
+            "png": png.getvalue(),
+            "txt": scene.prompt.caption,
+            "json": meaning.encode(),
+        }
