@@ -29,16 +29,16 @@ def write_shapes(
 
     A sample is a PNG of ``side`` x ``side`` pixels, its caption (txt) and the scene (json: caption, category, objects).
     The same arguments give the same tars, byte for byte; the PNGs' compression may differ between Pillow versions.
-    Raises ValueError, before anything is drawn or written, for numbers out of range or if ``out`` is not an empty or
-    new folder.
+    Raises ValueError, before anything is drawn or written, for numbers out of range, and if ``out`` is a file or holds
+    shards already.
     """
     out = Path(out)
     _check("samples", samples, 1)
     _check("side", side, MIN_SIDE)
     _check("seed", seed, 0)
     _check("samples_per_shard", samples_per_shard, 1)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new or empty folder, got {out}; choose another one or clear it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder or a new path, got the file {out}; choose another path")
     return write_shards(_samples(samples, side, seed), out, samples_per_shard=samples_per_shard, progress=progress)
 
 

@@ -40,6 +40,8 @@ def _run_index(args: argparse.Namespace) -> None:
     from dydit_scale.data.shards import build_index
 
     index = build_index(args.folder)
+    for sample, reason in list(index.bad.items())[:10]:
+        print(f"unusable: {index.name(sample)}: {reason}")
     bad = f", {len(index.bad)} of them unusable" if index.bad else ""
     print(f"{args.folder}: {index.num_samples} samples in {len(index.shards)} shards{bad}, digest {index.digest[:12]}")
 

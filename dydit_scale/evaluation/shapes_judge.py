@@ -87,7 +87,8 @@ def _fault(prompt: Prompt, found: tuple[Found, ...]) -> str | None:
     if blobs := [f for f in found if f.shape is None or f.colour is None]:
         return f"cannot read {_listed(str(f) for f in blobs)}"
     if len(found) != len(wanted):
-        return f"expected {len(wanted)} ({_listed(_plain(s) for s in wanted)}), found {len(found)} ({_listed(map(str, found))})"
+        expected = f"expected {len(wanted)} ({_listed(_plain(s) for s in wanted)})"
+        return f"{expected}, found {len(found)} ({_listed(map(str, found))})"
     fits = [order for order in permutations(found) if all(map(_matches, wanted, order))]
     if not fits:
         return _mismatch(wanted, found)

@@ -18,12 +18,16 @@ from dydit_scale.data.shapes.scene import shape_mask
 MIN_OVERLAP = 0.75
 """Soft intersection over union with the best template below which an object has no shape.
 
-Its own shape gives 0.85 or more at 32 pixels, noise, blur and JPEG artefacts included.
+A blurred ring of 9 pixels still has 0.79 with its own template; an L, half a circle, two circles that touch or a
+triangle upside down stay below 0.71 with every one.
 """
 DIAMETERS = (0.22, 0.62)
 """What a shape can measure, as shares of the side; all sizes of the language with room for error."""
 COLOUR_TOLERANCE = 75.0
-"""Largest distance in RGB of an object's colour from the palette's; the closest two palette colours are 85 apart."""
+"""Largest distance in RGB of an object's colour from the nearest of the palette; grey, brown and pink are further off.
+
+JPEG moves the yellow of a thin ring by 66.
+"""
 _SPECK = 6 / 32**2  # share of the picture's pixels below which something is dirt, not an object
 _OVERSAMPLE = 4  # points a pixel and axis when a template is drawn
 
@@ -57,9 +61,9 @@ def read_scene(picture: np.ndarray) -> list[Found]:
         raise ValueError(f"picture: expected uint8 [side, side, 3], got {picture.dtype} {list(picture.shape)}")
     offset = picture.astype(np.float64) - np.array(BACKGROUND)  # [side, side, 3]
     components = _components(_colours_by_area(offset))
-    thick = [c for c in range(components.max() + 1) if _is_object(components == c)]
-    taken = np.isin(components, thick)
-    objects = [_read_object(offset, components == c, taken) for c in thick]
+    areas = [area for area in _areas(components) if _is_thick(area)]
+    taken = np.any(areas, axis=0) if areas else None
+    objects = [_read_object(offset, area, taken) for area in areas]
     return [found for _, found in sorted(objects, key=lambda pair: -pair[0])]
 
 
@@ -74,9 +78,8 @@ def _colours_by_area(offset: np.ndarray) -> np.ndarray:
     covered = np.take_along_axis(cover, misfit.argmin(-1)[..., None], -1)[..., 0] >= 0.5
     distance = np.linalg.norm(offset[..., None, :] - colours, axis=-1)  # [side, side, colours]
     pure = np.where(distance.min(-1) <= COLOUR_TOLERANCE, distance.argmin(-1), -1)
-    around = _windows(misfit).sum(0)
-    areas, labels = _components(np.where(covered, 0, -1)), np.full(covered.shape, -1)
-    for area in (areas == a for a in range(areas.max() + 1)):
+    around, labels = _windows(misfit).sum(0), np.full(covered.shape, -1)
+    for area in _areas(_components(np.where(covered, 0, -1))):
         counts = np.bincount(pure[area] + 1, minlength=len(colours) + 1)[1:]
         present = np.flatnonzero(counts >= _SPECK * area.size)
         present = present if len(present) else np.arange(len(colours))
@@ -84,9 +87,17 @@ def _colours_by_area(offset: np.ndarray) -> np.ndarray:
     return labels
 
 
+def _areas(components: np.ndarray) -> list[np.ndarray]:
+    """A mask [side, side] for each component that is more than a speck."""
+    sizes = np.bincount(components.ravel() + 1)[1:]
+    return [components == c for c in np.flatnonzero(sizes >= _SPECK * components.size)]
+
+
 def _mixes(offset: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel as a mix of the ground and each colour: the colour's share and the squared error, [side, side,
-    colours]."""
+    """Each pixel as a mix of the ground and each colour: that colour's share and the squared error.
+
+    ``offset`` is [side, side, 3], ``colours`` [colours, 3], both results [side, side, colours].
+    """
     cover = np.clip(offset @ (colours / (colours**2).sum(1, keepdims=True)).T, 0, 1)
     return cover, ((offset[..., None, :] - cover[..., None] * colours) ** 2).sum(-1)
 
@@ -101,8 +112,7 @@ def _windows(field: np.ndarray) -> np.ndarray:
 def _components(labels: np.ndarray) -> np.ndarray:
     """Numbers 0, 1, ... for the 4-connected areas of equal label, -1 where the label is -1; both [side, side].
 
-    Every pixel takes the lowest pixel index among its like neighbours', then jumps to that pixel's own, until all
-    agree.
+    Every pixel takes the lowest index among its like neighbours', then jumps to that pixel's own, until all agree.
     """
     index = np.arange(labels.size).reshape(labels.shape)
     across = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)
@@ -120,27 +130,21 @@ def _components(labels: np.ndarray) -> np.ndarray:
     return np.where(labels >= 0, np.searchsorted(np.unique(lowest[labels >= 0]), lowest), -1)
 
 
-def _is_object(area: np.ndarray) -> bool:
-    """Neither a speck nor a line of one pixel's width."""
-    thick = area[1:, 1:] & area[:-1, 1:] & area[1:, :-1] & area[:-1, :-1]
-    return bool(area.sum() >= _SPECK * area.size and thick.any())
+def _is_thick(area: np.ndarray) -> bool:
+    """Not a line of one pixel's width: two by two pixels lie in it somewhere."""
+    return bool((area[1:, 1:] & area[:-1, 1:] & area[1:, :-1] & area[:-1, :-1]).any())
 
 
 def _read_object(offset: np.ndarray, area: np.ndarray, taken: np.ndarray) -> tuple[float, Found]:
     """Covered pixels and what the object is; ``taken`` are the pixels of all objects."""
     side = len(area)
     ray = _body_colour(offset[area])
-    near = _windows(area).any(0) & (
-        area | ~taken
-    )  # the soft edge belongs to the object, another object's pixels do not
+    # The soft edge belongs to the object, the pixels of another object do not.
+    near = _windows(area).any(0) & (area | ~taken)
     cover = np.where(near, np.clip(offset @ (ray / (ray**2).sum()), 0, 1), 0.0)
     x, y, mass = _moments(cover)
-    overlaps = {s: _overlap(s, cover, x, y, mass) for s in SHAPES}
-    shape = max(SHAPES, key=lambda s: overlaps[s])
-    diameter, cx, cy = _placed(shape, x, y, mass)
-    readable = overlaps[shape] >= MIN_OVERLAP and DIAMETERS[0] <= diameter / side <= DIAMETERS[1]
-    named = shape if readable else None
-    return mass, Found(named, _name_colour(ray), cx / side, cy / side, diameter / side, overlaps[shape])
+    low, high = DIAMETERS
+    fits = [_fit(shape, cover, x, y, mass) for shape in SHAPES if low <= _placed(shape, x, y, mass)[0] / side <= high]
 
 
 def _body_colour(pixels: np.ndarray) -> np.ndarray:
@@ -179,8 +183,7 @@ def _placed(shape: str, x: float, y: float, mass: float) -> tuple[float, float, 
 
 
 def _overlap(shape: str, cover: np.ndarray, x: float, y: float, mass: float) -> float:
-    """Soft intersection over union of ``cover`` and the shape with the same area and centre of mass, sharp or
-    blurred."""
+    """Soft intersection over union of ``cover`` and the shape of its area and centre of mass, sharp or blurred."""
     diameter, cx, cy = _placed(shape, x, y, mass)
     rows, columns = (_points(c, diameter, len(cover)) for c in (cy, cx))
     inside = shape_mask(shape, (columns.ravel() - cx) * 2 / diameter, (rows.reshape(-1, 1) - cy) * 2 / diameter)

@@ -64,11 +64,14 @@ class Prompt:
 
 
 def parse_caption(caption: str) -> Prompt:
-    """The prompt whose caption is ``caption``; ValueError with the offending phrase if it is not of this language."""
+    """The prompt whose caption is exactly ``caption``; ValueError with the fault if it is not of this language."""
     relation = next((r for r in RELATIONS if f" {r} " in caption), None)
     phrases = caption.split(f" {relation} ") if relation else re.split(r", | and ", caption)
     subjects = tuple(_parse_phrase(p, caption) for p in phrases)
-    return Prompt(_category(subjects, relation), subjects, relation)
+    prompt = Prompt(_category(subjects, relation), subjects, relation)
+    if prompt.caption != caption:
+        raise ValueError(f"caption {caption!r}: not of the language, expected {prompt.caption!r}")
+    return prompt
 
 
 def _parse_phrase(phrase: str, caption: str) -> Subject:

@@ -19,6 +19,7 @@ CATEGORY_SHARES = {
 }
 _GAP = 0.05  # free space between objects and to the border, as a share of the side
 _ROOM = 400  # placements tried before the sizes are drawn anew
+_DRAWS = 50  # draws of the sizes; one nearly always does, so a prompt that needs more does not fit into the picture
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,13 @@ def make_scene(seed: int, number: int) -> Scene:
 
 
 def place(prompt: Prompt, rng: np.random.RandomState) -> Scene:
-    """A scene that fulfils ``prompt``: objects inside the picture, apart from each other, in the stated relation."""
+    """A scene that fulfils ``prompt``: objects inside the picture, apart from each other, in the stated relation.
+
+    Raises ValueError if the objects find no room, as two large ones do not.
+    """
     subjects = [s for s in prompt.subjects for _ in range(s.count)]
     one_colour = str(rng.choice(list(COLOURS)))
-    while True:
+    for _ in range(_DRAWS):
         sizes = [_diameter(s, len(subjects), rng) for s in subjects]
         colours = [s.colour or (one_colour if s.count > 1 else str(rng.choice(list(COLOURS)))) for s in subjects]
         for _ in range(_ROOM):
@@ -88,6 +92,7 @@ def place(prompt: Prompt, rng: np.random.RandomState) -> Scene:
             if _apart(centres, sizes) and _related(centres, prompt.relation):
                 objects = zip(subjects, colours, sizes, centres, strict=True)
                 return Scene(prompt, tuple(Object(s.shape, c, d, float(p[0]), float(p[1])) for s, c, d, p in objects))
+    raise ValueError(f"prompt {prompt.caption!r}: found no room for its objects; ask for fewer or smaller ones")
 
 
 def _diameter(subject: Subject, objects: int, rng: np.random.RandomState) -> float:

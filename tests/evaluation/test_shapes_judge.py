@@ -1,0 +1,324 @@
+"""The judge agrees with the scenes it can know, sound or spoilt, and the captions of an evaluation are what they say."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from dydit_scale.data.shapes.language import (
+    BACKGROUND,
+    CATEGORIES,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Prompt,
+    Subject,
+    parse_caption,
+)
+from dydit_scale.data.shapes.scene import Object, Scene, draw, make_scene, place
+from dydit_scale.evaluation.prompts import CAPTIONS, evaluation_prompts
+from dydit_scale.evaluation.shapes_judge import judge, read_scene, score
+
+SEED = 77
+SCENES = 300
+
+Spoiler = Callable[[np.ndarray, np.random.RandomState], np.ndarray]
+
+
+@cache
+def scenes() -> tuple[Scene, ...]:
+    return tuple(make_scene(SEED, number) for number in range(SCENES))
+
+
+@cache
+def pictures(side: int) -> tuple[np.ndarray, ...]:
+    return tuple(draw(scene, side) for scene in scenes())
+
+
+def clean(picture: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    return picture
+
+
+def noisy(picture: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    return np.clip(np.round(picture + rng.normal(0, 6, picture.shape)), 0, 255).astype(np.uint8)
+
+
+def blurred(picture: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.BoxBlur(0.5)))
+
+
+def as_jpeg(picture: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=90)
+    return np.asarray(Image.open(file))
+
+
+def dimmed(picture: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    return np.round(picture * 0.9).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "side", "count", "least"),
+    [
+        (clean, 32, SCENES, 1.0),
+        (clean, 64, 100, 1.0),
+        (noisy, 32, 150, 0.98),
+        (blurred, 32, 150, 0.98),
+        (as_jpeg, 32, 150, 0.98),
+        (dimmed, 32, 100, 0.98),
+    ],
+)
+def test_true_pictures_pass(spoil: Spoiler, side: int, count: int, least: float) -> None:
+    rng = np.random.RandomState(0)
+    verdicts = [
+        judge(spoil(picture, rng), scene.prompt.caption)
+        for scene, picture in zip(scenes()[:count], pictures(side), strict=False)
+    ]
+    wrong = [(number, verdict.reason) for number, verdict in enumerate(verdicts) if not verdict.correct]
+    assert len(wrong) <= (1 - least) * count, wrong
+    assert {verdict.category for verdict in verdicts} == set(CATEGORIES)
+
+
+def test_reading_gives_back_every_object() -> None:
+    count = 0
+    for scene, picture in zip(scenes()[:100], pictures(64), strict=False):
+        found = read_scene(picture)
+        assert len(found) == len(scene.objects)
+        for thing in scene.objects:
+            nearest = min(found, key=lambda f: np.hypot(f.x - thing.x, f.y - thing.y))
+            assert (nearest.shape, nearest.colour) == (thing.shape, thing.colour)
+            assert max(abs(nearest.x - thing.x), abs(nearest.y - thing.y)) < 0.01
+            assert abs(nearest.diameter - thing.diameter) < 0.02
+            assert nearest.confidence > 0.9
+            count += 1
+    assert count > 150
+
+
+def is_true(prompt: Prompt, objects: tuple[Object, ...]) -> bool:
+    """What the judge should find, from the objects themselves."""
+    wanted = [subject for subject in prompt.subjects for _ in range(subject.count)]
+    return len(wanted) == len(objects) and any(
+        all(
+            thing.shape == subject.shape
+            and subject.colour in (None, thing.colour)
+            and subject.size in (None, "large" if thing.diameter > 0.39 else "small")
+            for subject, thing in zip(wanted, order, strict=True)
+        )
+        and (prompt.relation is None or lies(order[0], prompt.relation, order[1]))
+        for order in permutations(objects)
+    )
+
+
+def lies(first: Object, relation: str, second: Object) -> bool:
+    x, y = first.x - second.x, first.y - second.y
+    along = {"left of": -x, "right of": x, "above": -y, "below": y}[relation]
+    return along > 0.1 and along > (abs(y) if relation in ("left of", "right of") else abs(x))
+
+
+def test_a_caption_counts_only_where_it_is_true() -> None:
+    outcomes: Counter[bool] = Counter()
+    for number, (scene, picture) in enumerate(zip(scenes()[:80], pictures(32), strict=False)):
+        for shift in range(1, 5):
+            prompt = scenes()[(number + shift) % SCENES].prompt
+            truth = is_true(prompt, scene.objects)
+            verdict = judge(picture, prompt.caption)
+            assert verdict.correct is truth, (scene, prompt.caption, verdict.reason)
+            outcomes[truth] += 1
+    assert outcomes[False] > 280
+
+
+def recoloured(scene: Scene, rng: np.random.RandomState) -> Scene | None:
+    if scene.prompt.category not in ("colors", "position", "attribute_binding"):
+        return None
+    first, *others = scene.objects
+    colour = rng.choice([c for c in COLOURS if c != first.colour])
+    return replace(scene, objects=(replace(first, colour=str(colour)), *others))
+
+
+def with_one_gone(scene: Scene, rng: np.random.RandomState) -> Scene | None:
+    return replace(scene, objects=scene.objects[1:])
+
+
+def with_one_more(scene: Scene, rng: np.random.RandomState) -> Scene | None:
+    diameter = 0.3
+    for _ in range(400):
+        x, y = rng.uniform(0.2, 0.8, size=2)
+        if all(max(abs(x - o.x), abs(y - o.y)) > (o.diameter + diameter) / 2 + 0.05 for o in scene.objects):
+            more = Object(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), diameter, float(x), float(y))
+            return replace(scene, objects=(*scene.objects, more))
+    return None
+
+
+def swapped(scene: Scene, rng: np.random.RandomState) -> Scene | None:
+    if scene.prompt.category != "position":
+        return None
+    first, second = scene.objects
+    return replace(scene, objects=(replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y)))
+
+
+def with_another_shape(scene: Scene, rng: np.random.RandomState) -> Scene | None:
+    first, *others = scene.objects
+    shape = rng.choice([s for s in SHAPES if s not in [o.shape for o in scene.objects]])
+    return replace(scene, objects=(replace(first, shape=str(shape)), *others))
+
+
+def resized(scene: Scene, rng: np.random.RandomState) -> Scene | None:
+    size = scene.prompt.subjects[0].size
+    if size is None:
+        return None
+    other = replace(scene.objects[0], diameter=0.47 if size == "small" else 0.31, x=0.5, y=0.5)
+    return replace(scene, objects=(other,))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (recoloured, "expected"),
+        (with_one_gone, "expected"),
+        (with_one_more, "expected"),
+        (swapped, " is not "),
+        (with_another_shape, "expected"),
+        (resized, "of diameter"),
+    ],
+)
+def test_changed_scenes_fail(change: Callable[[Scene, np.random.RandomState], Scene | None], reason: str) -> None:
+    rng = np.random.RandomState(1)
+    changed = [other for scene in scenes()[:200] if (other := change(scene, rng)) is not None]
+    assert len(changed) >= 10
+    for scene in changed[:100]:
+        verdict = judge(draw(scene, 32), scene.prompt.caption)
+        assert not verdict.correct, scene
+        assert reason in verdict.reason, (scene, verdict.reason)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_blank_and_noise_never_pass(side: int) -> None:
+    rng = np.random.RandomState(2)
+    fields = [np.full((side, side, 3), colour) for colour in [BACKGROUND, (0, 0, 0), *COLOURS.values()]]
+    fields += [rng.randint(0, 256, (side, side, 3)) for _ in range(5)]
+    fields += [rng.normal(128, sigma, (side, side, 3)).clip(0, 255) for sigma in (5, 20, 60)]
+    fields += [np.kron(rng.randint(0, 256, (side // 8, side // 8, 3)), np.ones((8, 8, 1))) for _ in range(5)]
+    captions = evaluation_prompts(36, seed=0)
+    for number, field in enumerate(fields):
+        found = {judge(field.astype(np.uint8), caption).correct for caption in captions[number % 3 :: 3]}
+        assert found == {False}
+
+
+def paint(*objects: Object, side: int = 32) -> np.ndarray:
+    return draw(Scene(Prompt("single_object", (Subject("circle"),)), objects), side)
+
+
+def test_touching_objects_of_two_colours_are_two() -> None:
+    picture = paint(Object("square", "red", 0.32, 0.3, 0.5), Object("circle", "yellow", 0.32, 0.3 + 0.3, 0.5))
+    assert {(f.shape, f.colour) for f in read_scene(picture)} == {("square", "red"), ("circle", "yellow")}
+    assert judge(picture, "a red square left of a yellow circle").correct
+
+
+def test_what_has_no_shape_or_colour_is_named() -> None:
+    blob = paint(Object("circle", "red", 0.3, 0.4, 0.5), Object("circle", "red", 0.3, 0.6, 0.5))
+    assert [f.shape for f in read_scene(blob)] == [None]
+    assert judge(blob, "a red circle").reason == "cannot read red blob"
+    grey = np.where(paint(Object("circle", "white", 0.5, 0.5, 0.5)) > 128, 128, BACKGROUND).astype(np.uint8)
+    assert [(f.shape, f.colour) for f in read_scene(grey)] == [("circle", None)]
+    assert judge(grey, "a circle").reason == "cannot read oddly coloured circle"
+
+
+def test_specks_are_no_objects_but_small_things_are() -> None:
+    picture = paint(Object("ring", "cyan", 0.5, 0.6, 0.6))
+    picture[2:4, 2:4] = COLOURS["red"]
+    assert judge(picture, "a cyan ring").correct
+    picture[2:6, 2:6] = COLOURS["red"]
+    assert judge(picture, "a cyan ring").reason == "cannot read red blob"
+
+
+def test_relation_needs_a_clear_offset_in_its_direction() -> None:
+    caption = "a red circle above a blue square"
+    blue = Object("square", "blue", 0.3, 0.5, 0.7)
+    assert judge(paint(Object("circle", "red", 0.3, 0.5, 0.3), blue), caption).correct
+    assert judge(paint(Object("circle", "red", 0.3, 0.2, 0.36), blue), caption).correct
+    assert not judge(paint(Object("circle", "red", 0.3, 0.2, 0.45), blue), caption).correct
+    reason = judge(paint(Object("circle", "red", 0.3, 0.2, 0.69), blue), caption).reason
+    assert reason == "red circle is not above blue square: it lies at (-0.30, -0.01) from it, y down"
+    assert set(RELATIONS) == {"left of", "right of", "above", "below"}
+
+
+def test_objects_are_paired_whatever_their_order() -> None:
+    green, red = Object("cross", "green", 0.3, 0.3, 0.3), Object("cross", "red", 0.34, 0.7, 0.7)
+    assert judge(paint(green, red), "a cross and a green cross").correct
+    assert judge(paint(green, red), "a red cross and a green cross").correct
+    assert not judge(paint(green, red), "a red cross and a cyan cross").correct
+    assert judge(paint(green, red), "a red cross and a cyan cross").reason == "expected cyan cross, found green cross"
+
+
+def test_score_weighs_categories_alike() -> None:
+    ring, nothing = paint(Object("ring", "red", 0.4, 0.5, 0.5)), paint()
+    right, wrong = ([ring], ["a ring"]), ([nothing] * 3, ["a red ring", "a red ring", "two rings"])
+    scores = score(right[0] + [ring] + wrong[0], right[1] + ["a red ring"] + wrong[1])
+    assert scores["categories"] == {"single_object": 1.0, "counting": 0.0, "colors": pytest.approx(1 / 3)}
+    assert scores["overall"] == pytest.approx((1 + 0 + 1 / 3) / 3)
+    assert scores["counts"] == {
+        "single_object": 1,
+        "two_object": 0,
+        "counting": 1,
+        "colors": 3,
+        "position": 0,
+        "attribute_binding": 0,
+    }
+    assert json.loads(json.dumps(scores)) == scores
+
+
+def test_wrong_arguments_are_refused() -> None:
+    picture = paint()
+    with pytest.raises(ValueError, match="2 captions"):
+        score([picture], ["a ring", "a ring"])
+    with pytest.raises(ValueError, match="at least one"):
+        score([], [])
+    with pytest.raises(ValueError, match="uint8"):
+        read_scene(picture.astype(np.float32))
+    with pytest.raises(ValueError, match="side, side"):
+        read_scene(picture[:, :16])
+    with pytest.raises(ValueError, match="cannot read 'a house'"):
+        judge(picture, "a house")
+
+
+def test_evaluation_prompts_are_balanced_and_distinct() -> None:
+    for seed in range(3):
+        captions = evaluation_prompts(36, seed)
+        assert Counter(parse_caption(c).category for c in captions) == dict.fromkeys(CATEGORIES, 6)
+    captions = evaluation_prompts(400, 5)
+    assert len(set(captions)) == len(captions) == 400
+    counts = Counter(parse_caption(c).category for c in captions)
+    assert (counts["single_object"], counts["counting"], counts["two_object"]) == (6, 12, 30)
+    assert max(counts["colors"], counts["position"], counts["attribute_binding"]) <= 118
+    assert min(counts["colors"], counts["position"], counts["attribute_binding"]) >= 117
+    assert evaluation_prompts(400, 5) == captions
+    assert evaluation_prompts(50, 5) == captions[:50]
+    assert evaluation_prompts(400, 6) != captions
+
+
+def test_evaluation_prompts_can_be_drawn() -> None:
+    for caption in evaluation_prompts(60, 1):
+        scene = place(parse_caption(caption), np.random.RandomState(0))
+        assert judge(draw(scene, 32), caption).correct
+
+
+@pytest.mark.parametrize("n", [0, -3, sum(CAPTIONS.values()) + 1])
+def test_evaluation_prompts_refuse_numbers_out_of_range(n: int) -> None:
+    with pytest.raises(ValueError, match="n must be from 1 to"):
+        evaluation_prompts(n, 0)
+
+
+def test_numbers_of_captions_are_right() -> None:
+    assert CAPTIONS["colors"] == 144 and CAPTIONS["position"] == 6720 and CAPTIONS["attribute_binding"] == 42000
+    few = evaluation_prompts(6 + 30 + 12 + 3 * 144, 0)
+    counts = Counter(parse_caption(c).category for c in few)
+    assert {name: counts[name] for name in CATEGORIES[:4]} == {name: CAPTIONS[name] for name in CATEGORIES[:4]}
