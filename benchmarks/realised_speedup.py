@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = Path(__file__).parent / "results" / f"realised_speedup-{device.type}-{args.dtype}.json"
+    out.parent.mkdir(exist_ok=True)
     rows = []
     for width in args.widths:
         static = make_static(WIDTHS[width]).to(device, getattr(torch, args.dtype))
@@ -56,7 +58,6 @@ def main() -> None:
                 f"ideal {row['ideal']:.2f}x  realised {row['realised']:.2f}x  share {row['share']:.0%}",
                 flush=True,
             )
-    out = Path(__file__).parent / "results" / f"realised_speedup-{device.type}-{args.dtype}.json"
     settings = {k: v for k, v in vars(args).items() if k != "widths"}
     summary = {w: statistics.mean(r["share"] for r in rows if r["width"] == w) for w in args.widths}
     out.write_text(json.dumps({**machine(), **settings, "mean_share": summary, "rows": rows}, indent=1) + "\n")

@@ -209,5 +209,7 @@ def load_td_lora(
         targets[parameter].copy_(tensors[key])
     for name, tensor in loaded_routers.items():
         targets[name].copy_(tensor)
+    if callable(unpack := getattr(model, "unpack", None)):
+        unpack()  # its slices hold the weights of before
     metadata = {key: value for key, value in file.metadata.items() if key not in ("format", "dydit.format")}
     return LoadedAdapter(config=config, metadata=metadata, skipped_routers=skipped)

@@ -271,6 +271,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise ValueError(f"adapters_off: {type(model).__name__} has no adapter, so it is not its own teacher")
+    if getattr(model, "_plan", None) is not None:
+        raise ValueError("adapters_off: the model is packed, with adapters folded into its slices; unpack it first")
     if any(layer.merged for layer in layers):
         raise ValueError("adapters_off: adapters are merged into the base weights; unmerge first")
     before = [layer._disable_adapters for layer in layers]

@@ -32,5 +32,9 @@ def logit_normal(
     ``shift`` = e^mu moves mass to noisier levels, ``s' = shift * s / (1 + (shift - 1) * s)`` (Esser et al., 2024, eq.
     23).
     """
-    s = torch.sigmoid(mean + std * torch.special.ndtri(u.double()))
-    return (shift * s / (1 + (shift - 1) * s)).float()
+    return shifted(torch.sigmoid(mean + std * torch.special.ndtri(u.double())).float(), shift)
+
+
+def shifted(s: Float[Tensor, " batch"], shift: float) -> Float[Tensor, " batch"]:
+    """``shift * s / (1 + (shift - 1) * s)``: 0 and 1 stay, everything between moves towards noise."""
+    return shift * s / (1 + (shift - 1) * s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -22,13 +22,30 @@ def shallow(module: M, **changes: object) -> M:
     return clone
 
 
-def effective_weight(linear: nn.Module, t_emb: Float[Tensor, "1 dim"] | None) -> Float[Tensor, "out in"]:
-    """The layer's weight; that of a timestep-dependent layer (``weight_at``) at ``t_emb``."""
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a linear layer computes with more than its ``weight``: TD-LoRA (``weight_at``) or a LoRA of peft."""
+    return hasattr(module, "weight_at") or hasattr(module, "get_delta_weight")
+
+
+def effective_weight(linear: Any, t_emb: Float[Tensor, "1 dim"] | None) -> Float[Tensor, "out in"]:
+    """The weight that the layer computes with, its active adapters folded in; that of TD-LoRA at ``t_emb``."""
     if hasattr(linear, "weight_at"):
-        return linear.weight_at(t_emb)  # type: ignore[operator]
+        return linear.weight_at(t_emb)
+    if hasattr(linear, "get_delta_weight"):
+        return _with_lora(linear)
     if not isinstance(linear.weight, Tensor) or not linear.weight.is_floating_point():
         raise ValueError(f"{type(linear).__name__} with a quantised weight cannot be sliced; sample without packing")
     return linear.weight
+
+
+def _with_lora(layer: Any) -> Tensor:
+    weight = layer.get_base_layer().weight
+    if layer.disable_adapters or layer.merged:
+        return weight
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if any(layer.use_dora.get(name) for name in active):
+        raise ValueError("a DoRA cannot be folded into a slice; merge it first, or sample without packing")
+    return weight + sum(layer.get_delta_weight(name).to(weight.dtype) for name in active)
 
 
 def slice_linear(
@@ -82,9 +99,9 @@ def add_on_rows(
 
 
 def fold(module: M, t_emb: Float[Tensor, "1 dim"] | None) -> M | nn.Linear:
-    """The module with every timestep-dependent linear inside replaced by a plain one at ``t_emb``; shared where none
+    """The module with every adapted linear inside replaced by a plain one at ``t_emb``; shared where none
     is."""
-    if hasattr(module, "weight_at"):
+    if is_adapted(module):
         return slice_linear(module, t_emb=t_emb)
     folded = {name: fold(child, t_emb) for name, child in module.named_children()}
     changes = {name: new for name, new in folded.items() if new is not module.get_submodule(name)}

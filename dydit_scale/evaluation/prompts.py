@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice, zip_longest
+from itertools import chain, cycle, islice
 
 import numpy as np
 
@@ -25,18 +25,16 @@ CAPTIONS = {
 
 
 def evaluation_prompts(n: int, seed: int) -> list[str]:
-    """``n`` captions, no two alike, the same for the same (n, seed); those of a smaller ``n`` are its beginning.
+    """``n`` captions, the same for the same (n, seed); those of a smaller ``n`` are its beginning.
 
-    The six categories take turns. Some have few captions (single_object 6, counting 12, two_object 30); when one has
-    given all, the others go on without it, so the categories are equally large up to n = 36. Every category weighs the
-    same in the judge's overall score all the same.
-    Raises ValueError if ``n`` is below 1 or above the number of captions there are.
+    The six categories take turns, so they are equally large. Some have few captions (single_object 6, counting 12,
+    two_object 30): theirs come again, to be drawn from other noise, as GenEval draws several pictures for a prompt.
+    Raises ValueError if ``n`` is below 1.
     """
-    most = sum(CAPTIONS.values())
-    if not 1 <= n <= most:
-        raise ValueError(f"evaluation_prompts: n must be from 1 to {most}, the number of captions there are, got {n}")
-    rounds = zip_longest(*(_distinct_captions(category, seed) for category in CATEGORIES))
-    return list(islice((caption for caption in chain.from_iterable(rounds) if caption is not None), n))
+    if n < 1:
+        raise ValueError(f"evaluation_prompts: n must be 1 or more, got {n}")
+    captions = zip(*(cycle(_distinct_captions(category, seed)) for category in CATEGORIES), strict=True)
+    return list(islice(chain.from_iterable(captions), n))
 
 
 def _distinct_captions(category: str, seed: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,8 @@ COLOUR_TOLERANCE = 75.0
 JPEG moves the yellow of a thin ring by 66.
 """
 _SPECK = 6 / 32**2  # share of the picture's pixels below which something is dirt, not an object
+_EDGE = 0.5  # covered share of a pixel from which it is the object's
+_FAINT = 0.3  # covered share from which something is there, if it is no object's soft edge
 _OVERSAMPLE = 4  # points a pixel and axis when a template is drawn
 
 
@@ -62,20 +65,20 @@ def read_scene(picture: np.ndarray) -> list[Found]:
     offset = picture.astype(np.float64) - np.array(BACKGROUND)  # [side, side, 3]
     components = _components(_colours_by_area(offset))
     areas = [area for area in _areas(components) if _is_thick(area)]
-    taken = np.any(areas, axis=0) if areas else None
-    objects = [_read_object(offset, area, taken) for area in areas]
-    return [found for _, found in sorted(objects, key=lambda pair: -pair[0])]
+    areas.sort(key=np.count_nonzero, reverse=True)
+    taken = np.any(areas, axis=0)
+    return [_read_object(offset, area, taken) for area in areas]
 
 
 def _colours_by_area(offset: np.ndarray) -> np.ndarray:
-    """Palette index for each pixel that is at least half covered, else -1; [side, side].
+    """Palette index for each pixel that is an object's, else -1; [side, side].
 
     A connected area is all of one colour unless several are plainly there. Pixel by pixel one could not tell: at a soft
     edge, and after JPEG, which halves the resolution of colour, orange lies on the line to red as well as to yellow.
     """
     colours = np.array(list(COLOURS.values()), dtype=np.float64) - np.array(BACKGROUND)  # [colours, 3]
     cover, misfit = _mixes(offset, colours)
-    covered = np.take_along_axis(cover, misfit.argmin(-1)[..., None], -1)[..., 0] >= 0.5
+    covered = _covered(np.take_along_axis(cover, misfit.argmin(-1)[..., None], -1)[..., 0])
     distance = np.linalg.norm(offset[..., None, :] - colours, axis=-1)  # [side, side, colours]
     pure = np.where(distance.min(-1) <= COLOUR_TOLERANCE, distance.argmin(-1), -1)
     around, labels = _windows(misfit).sum(0), np.full(covered.shape, -1)
@@ -85,6 +88,13 @@ def _colours_by_area(offset: np.ndarray) -> np.ndarray:
         present = present if len(present) else np.arange(len(colours))
         labels[area] = present[around[area][:, present].argmin(-1)]
     return labels
+
+
+def _covered(share: np.ndarray) -> np.ndarray:
+    """The pixels covered by at least half, and faint things that hold none of these; [side, side]."""
+    covered = share >= _EDGE
+    faint = [area for area in _areas(_components(np.where(share >= _FAINT, 0, -1))) if not covered[area].any()]
+    return np.any([covered, *faint], axis=0)
 
 
 def _areas(components: np.ndarray) -> list[np.ndarray]:
@@ -135,16 +145,20 @@ def _is_thick(area: np.ndarray) -> bool:
     return bool((area[1:, 1:] & area[:-1, 1:] & area[1:, :-1] & area[:-1, :-1]).any())
 
 
-def _read_object(offset: np.ndarray, area: np.ndarray, taken: np.ndarray) -> tuple[float, Found]:
-    """Covered pixels and what the object is; ``taken`` are the pixels of all objects."""
+def _read_object(offset: np.ndarray, area: np.ndarray, taken: np.ndarray) -> Found:
+    """What the object on the pixels ``area`` is; ``taken`` are the pixels of all objects."""
     side = len(area)
     ray = _body_colour(offset[area])
     # The soft edge belongs to the object, the pixels of another object do not.
     near = _windows(area).any(0) & (area | ~taken)
     cover = np.where(near, np.clip(offset @ (ray / (ray**2).sum()), 0, 1), 0.0)
-    x, y, mass = _moments(cover)
-    low, high = DIAMETERS
-    fits = [_fit(shape, cover, x, y, mass) for shape in SHAPES if low <= _placed(shape, x, y, mass)[0] / side <= high]
+    fits = {shape: template for shape in SHAPES if _is_plausible(template := _template(shape, cover), side)}
+    overlaps = {shape: _overlap(template, cover) for shape, template in fits.items()}
+    best = max(overlaps, key=lambda shape: overlaps[shape], default=None)
+    at = fits[best] if best else _template("circle", cover)
+    overlap = overlaps[best] if best else 0.0
+    shape = best if overlap >= MIN_OVERLAP else None
+    return Found(shape, _name_colour(ray), at.x / side, at.y / side, at.diameter / side, overlap)
 
 
 def _body_colour(pixels: np.ndarray) -> np.ndarray:
@@ -160,11 +174,22 @@ def _name_colour(ray: np.ndarray) -> str | None:
     return name if distances[name] <= COLOUR_TOLERANCE else None
 
 
-def _moments(cover: np.ndarray) -> tuple[float, float, float]:
-    """Centre of mass x, y in pixels (a pixel's middle lies at .5) and covered area in pixels."""
-    mass = float(cover.sum())
-    at = np.arange(len(cover)) + 0.5
-    return float(cover.sum(0) @ at) / mass, float(cover.sum(1) @ at) / mass, mass
+class _Template(NamedTuple):
+    """A shape somewhere in a picture, in pixels (a pixel's middle lies at .5)."""
+
+    shape: str
+    x: float
+    y: float
+    diameter: float
+
+
+def _template(shape: str, cover: np.ndarray) -> _Template:
+    """The shape with the area and the centre of mass of ``cover``, the covered share of each pixel."""
+    mass, at = float(cover.sum()), np.arange(len(cover)) + 0.5
+    area, sag = _template_moments(shape)
+    radius = float(np.sqrt(mass / area))
+    x, y = float(cover.sum(0) @ at) / mass, float(cover.sum(1) @ at) / mass
+    return _Template(shape, x, y - sag * radius, 2 * radius)
 
 
 @cache
@@ -175,22 +200,20 @@ def _template_moments(shape: str) -> tuple[float, float]:
     return float(inside.sum()) / 320**2, float(inside.sum(1) @ at / inside.sum())
 
 
-def _placed(shape: str, x: float, y: float, mass: float) -> tuple[float, float, float]:
-    """Diameter, centre x and y of the shape that covers ``mass`` pixels around the centre of mass (x, y)."""
-    area, sag = _template_moments(shape)
-    radius = float(np.sqrt(mass / area))
-    return 2 * radius, x, y - sag * radius
+def _is_plausible(template: _Template, side: int) -> bool:
+    return DIAMETERS[0] <= template.diameter / side <= DIAMETERS[1]
 
 
-def _overlap(shape: str, cover: np.ndarray, x: float, y: float, mass: float) -> float:
-    """Soft intersection over union of ``cover`` and the shape of its area and centre of mass, sharp or blurred."""
-    diameter, cx, cy = _placed(shape, x, y, mass)
-    rows, columns = (_points(c, diameter, len(cover)) for c in (cy, cx))
-    inside = shape_mask(shape, (columns.ravel() - cx) * 2 / diameter, (rows.reshape(-1, 1) - cy) * 2 / diameter)
+def _overlap(template: _Template, cover: np.ndarray) -> float:
+    """Soft intersection over union of ``cover`` and the template, sharp or blurred, whichever is more alike."""
+    radius = template.diameter / 2
+    rows, columns = (_points(c, template.diameter, len(cover)) for c in (template.y, template.x))
+    x, y = (columns.ravel() - template.x) / radius, (rows.reshape(-1, 1) - template.y) / radius
+    inside = shape_mask(template.shape, x, y)
     sharp = inside.reshape(len(rows), _OVERSAMPLE, len(columns), _OVERSAMPLE).mean(axis=(1, 3))
     seen = cover[int(rows[0, 0]) : int(rows[-1, 0]) + 1, int(columns[0, 0]) : int(columns[-1, 0]) + 1]
-    both = max(float(np.minimum(seen, template).sum()) for template in (sharp, _blurred(sharp)))
-    return both / (mass + float(sharp.sum()) - both)
+    both = max(float(np.minimum(seen, wanted).sum()) for wanted in (sharp, _blurred(sharp)))
+    return both / (float(cover.sum() + sharp.sum()) - both)
 
 
 def _points(centre: float, diameter: float, side: int) -> np.ndarray:
@@ -201,6 +224,7 @@ def _points(centre: float, diameter: float, side: int) -> np.ndarray:
 
 def _blurred(field: np.ndarray) -> np.ndarray:
     """The field after a triangle filter two pixels wide along both axes."""
-    padded = np.pad(field, 1)
+    padded = np.zeros((field.shape[0] + 2, field.shape[1] + 2))
+    padded[1:-1, 1:-1] = field
     rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
     return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import asdict
 from typing import Any, ClassVar, TypeVar
 
@@ -20,6 +19,7 @@ from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.width import Router, WidthRouter
 from dydit_scale.models.plan import PackedPlan, StepTable
 
+logger = logging.getLogger(__name__)
 M = TypeVar("M", bound="DynamicModelMixin")
 
 
@@ -131,22 +131,29 @@ class DynamicModelMixin:
         """Forget the packed sub-networks."""
         object.__setattr__(self, "_plan", None)
 
-    @contextmanager
-    def unpacked(self) -> Iterator[None]:
-        """Masked execution inside the ``with``."""
-        plan, self._plan = self._plan, None
-        try:
-            yield
-        finally:
-            self._plan = plan
-
     def step_table(self, timesteps: Float[Tensor, " steps"]) -> StepTable:
         """Which units work at each of the timesteps."""
         return StepTable.build(self, timesteps)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        self.unpack()  # the slices would stay behind on the old device or dtype
-        return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+        before = _places(self)
+        out = super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+        if self._plan is not None and _places(self) != before:
+            logger.warning(
+                "the model was moved or cast: its packed sub-networks stayed behind and are dropped; pack it again"
+            )
+            self.unpack()
+        return out
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module's; training changes the weights, so it forgets the packed sub-networks."""
+        if mode:
+            self.unpack()
+        return super().train(mode)  # type: ignore[misc]
+
+
+def _places(model: Any) -> set[tuple[torch.device, torch.dtype]]:
+    return {(p.device, p.dtype) for p in model.parameters()}
 
 
 def _materialise_routers(model: nn.Module, seed: int) -> None:

@@ -128,21 +128,24 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         if len(steps) > 1:
             if controlnet_block_samples or controlnet_single_block_samples:
                 raise ValueError("packed sampling of a batch with several timesteps does not go with ControlNet")
+            rows = list(steps.values())
             batched = (hidden_states, encoder_hidden_states, pooled_projections, timestep)
-            shared = {"img_ids": img_ids, "txt_ids": txt_ids, "joint_attention_kwargs": joint_attention_kwargs}
-            sample = torch.empty_like(hidden_states[..., :1]).repeat(1, 1, self.proj_out.out_features)
-            for rows in steps.values():
-                guide = None if guidance is None else guidance[rows]
-                sample[rows] = self(*(x[rows] for x in batched), guidance=guide, return_dict=False, **shared)[0]
-            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+            shared: dict[str, Any] = {
+                "img_ids": img_ids,
+                "txt_ids": txt_ids,
+                "joint_attention_kwargs": joint_attention_kwargs,
+            }
+            shared |= {"collect": collect, "return_dict": False}
+            parts = [
+                self(*(x[r] for x in batched), guidance=None if guidance is None else guidance[r], **shared)
+                for r in rows
+            ]
+            return _joined(parts, rows, collect, return_dict)
 
         step = next(iter(steps), None)
         if self._plan is not None and step is not None:
-            t_emb, width, blocks = (
-                self._plan.table.t_emb[step : step + 1],
-                WidthMasks(None, None),
-                self._plan.blocks[step],
-            )
+            t_emb, blocks = self._plan.table.t_emb[step : step + 1], self._plan.blocks[step]
+            width = WidthMasks(None, None)
         else:
             t_emb, blocks = self.routing_embedding(timestep), tuple(self.dynamic_blocks())
             width = self.width_masks(t_emb, gates)
@@ -169,8 +172,8 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
                 )
             sample = self.proj_out(self.norm_out(hidden_states, temb))
         if collect:
-            if step is not None:
-                width = self.width_masks(self.routing_embedding(timestep), "threshold")
+            if self._plan is not None and step is not None:
+                width = self._plan.table.at(step, len(timestep))
             return DyFluxOutput(sample, self._masks(width, torch.stack(tokens)))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -261,6 +264,16 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             for m, n in zip(width, units, strict=True)
         )
         return DynamicMasks(heads_on, groups_on, tokens)
+
+
+def _joined(parts: list[Any], rows: list[list[int]], collect: bool, return_dict: bool) -> Any:
+    """The outputs of several parts of a batch in the batch's own order."""
+    order = torch.tensor([i for part in rows for i in part]).argsort()
+    sample = torch.cat([part[0] for part in parts])[order]
+    if collect:
+        masks = (torch.cat(kind, dim=1)[:, order] for kind in zip(*(part.masks for part in parts), strict=True))
+        return DyFluxOutput(sample, DynamicMasks(*masks))
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
 class ControlNetResiduals(NamedTuple):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 def load_pipeline(base: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
     """The pipeline around the transformer (scheduler, autoencoder, text encoders, tokenizers), without it."""
     _check_folder(base)
-    pipe = FluxPipeline.from_pretrained(base, transformer=None, dtype=dtype)
+    try:
+        pipe = FluxPipeline.from_pretrained(base, transformer=None, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model.base {base}: it does not load as a FluxPipeline: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     for name in ("vae", "text_encoder", "text_encoder_2"):
         getattr(pipe, name).requires_grad_(False).eval()
@@ -55,11 +59,27 @@ def _check_weights(folder: Path, cls: Any) -> None:
         wanted = {name: tuple(t.shape) for name, t in cls.from_config(cls.load_config(folder)).state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"base {path}: damaged or truncated: {error}") from error
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ValueError(
                 f"base {folder}: {name}: config.json asks for {wanted.get(name, 'no such weight')}, "
                 f"the file holds {found.get(name, 'no such weight')}; the weights do not belong to this config"
             )
+
+
+def base_digest(base: str) -> str:
+    """What identifies the transformer of a base: the SHA-256 of its weight files, or the name of a base on the hub."""
+    files = sorted((Path(base) / "transformer").glob("*.safetensors"))
+    if not files:
+        return base
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()

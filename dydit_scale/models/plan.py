@@ -45,6 +45,12 @@ class StepTable:
         masks = model.width_masks(t_emb, "threshold")
         return cls(timesteps.float().cpu(), t_emb, *(None if m is None else m.bool() for m in masks))
 
+    def at(self, step: int, batch: int) -> WidthMasks:
+        """[layers, batch, units] of one step, as a forward's masks."""
+        return WidthMasks(
+            *(None if m is None else m[:, step, None].expand(-1, batch, -1).float() for m in (self.heads, self.groups))
+        )
+
     def masks(self, layer: int, step: int) -> WidthMasks:
         """[units] of one layer at one step."""
         return WidthMasks(*(None if m is None else m[layer, step] for m in (self.heads, self.groups)))

@@ -106,6 +106,9 @@ def barrier(world: World) -> None:
 
 
 def close(world: World) -> None:
-    """Leave the process group, if there is one. Call it at the end of a run that went well."""
-    if dist.is_initialized():
+    """Leave the others. Call it once, at the end of a run that went well; no engine works in this process afterwards.
+
+    One process alone keeps its group, so that it may make another engine: DeepSpeed never forgets its first group.
+    """
+    if world.world_size > 1 and dist.is_initialized():
         dist.destroy_process_group()

@@ -69,8 +69,14 @@ def sampler_timesteps(pipe: FluxPipeline, config: SampleConfig) -> Float[Tensor,
 
 
 def image_tokens(pipe: FluxPipeline, side: int) -> int:
-    """Image tokens of a square picture."""
-    return (side // (2 * pipe.vae_scale_factor)) ** 2
+    """Image tokens of a square picture.
+
+    Raises ValueError if the side is not a whole number of tokens.
+    """
+    patch = 2 * pipe.vae_scale_factor
+    if side % patch:
+        raise ValueError(f"picture side {side}: expected a multiple of {patch} pixels, the side of one token")
+    return (side // patch) ** 2
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -94,14 +94,28 @@ def compare_speed(
     )
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what something is measured: ``machine``, ``versions``, ``date``."""
-    if torch.cuda.is_available():
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Where and with what something is measured: ``machine``, ``versions``, ``date``.
+
+    Without ``device``: CUDA if there is one.
+    """
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         name = torch.cuda.get_device_name()
     else:
         name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     packages = ("torch", "diffusers", "peft", "deepspeed")
-    return {"machine": name, "versions": {p: version(p) for p in packages}, "date": date.today().isoformat()}
+    return {
+        "machine": name,
+        "versions": {p: found for p in packages if (found := _version(p))},
+        "date": date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # deepspeed is installed on Linux only
+        return None
 
 
 def _cpu_name() -> str:

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 64 for a mistake in the recipe, the data or the base, which a restart would not mend; 74 if no
     checkpoint could be written or read."""
     parser = argparse.ArgumentParser(prog="python -m dydit_scale.train", description="Train as a recipe says.")
-    parser.add_argument("recipe", help="YAML file, e.g. recipes/shapes/td_lora.yaml")
+    parser.add_argument("recipe", help="YAML file, e.g. recipes/shapes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest good checkpoint")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

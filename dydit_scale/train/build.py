@@ -9,10 +9,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from torch import nn
 
-from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora
+from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, is_dynamic_name
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.loading import load_pipeline, load_transformer
 from dydit_scale.parallel.engine import ParamGroup
+from dydit_scale.sampling.generate import image_tokens
 from dydit_scale.train.recipe import AdapterConfig, Recipe
 
 
@@ -41,10 +42,10 @@ def build_parts(recipe: Recipe) -> Parts:
         network = DyFluxTransformer2DModel.from_static(network, recipe.dynamic, seed=recipe.seed)
         _check_target(recipe, network, pipeline)
         if recipe.supervision.kind == "distill" and recipe.adapter.kind == "none":
-            teacher = load_transformer(recipe.model.base).requires_grad_(False).eval()
+            teacher = load_transformer(recipe.model.base).requires_grad_(False).eval().to(dtype)
     network.requires_grad_(recipe.adapter.kind == "none")
     for name, parameter in network.named_parameters():
-        if is_router(name):
+        if is_dynamic_name(name):
             parameter.requires_grad_(True)
     if network.config["guidance_embeds"]:
         network.time_text_embed.guidance_embedder.requires_grad_(False)
@@ -67,22 +68,17 @@ def add_adapter(network: nn.Module, config: AdapterConfig, seed: int) -> None:
             ),
         )
     elif config.kind == "lora":
-        routers = [p for name, p in network.named_parameters() if is_router(name)]
+        routers = [p for name, p in network.named_parameters() if is_dynamic_name(name)]
         network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=config.targets))  # type: ignore[operator]
         for parameter in routers:
             parameter.requires_grad_(True)
-
-
-def is_router(name: str) -> bool:
-    """Whether a parameter belongs to a router of width or tokens."""
-    return any(part.startswith("dy_") for part in name.split("."))
 
 
 def param_groups(recipe: Recipe, network: nn.Module) -> list[ParamGroup]:
     """Trainable parameters: routers and adapter gates learn at ``router_lr``, everything else at ``lr``."""
     train = recipe.train
     trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
-    routers = {n: p for n, p in trainable.items() if is_router(n) or ".td_router." in n}
+    routers = {n: p for n, p in trainable.items() if is_dynamic_name(n) or ".td_router." in n}
     weights = {n: p for n, p in trainable.items() if n not in routers}
     groups = (
         ("weights", weights, train.lr, train.weight_decay),
@@ -96,20 +92,8 @@ def shard_units(network: FluxTransformer2DModel) -> list[nn.Module]:
     return [*network.transformer_blocks, *network.single_transformer_blocks]
 
 
-def picture_tokens(pipeline: FluxPipeline, side: int) -> int:
-    """Image tokens of a square picture.
-
-    Raises:
-        ValueError: the side is not a whole number of tokens.
-    """
-    patch = 2 * pipeline.vae_scale_factor
-    if side % patch:
-        raise ValueError(f"data.image_size {side}: expected a multiple of {patch} pixels, the side of one token")
-    return (side // patch) ** 2
-
-
 def _check_target(recipe: Recipe, network: DyFluxTransformer2DModel, pipeline: FluxPipeline) -> None:
-    cost = network.cost(picture_tokens(pipeline, recipe.data.image_size), recipe.model.text_tokens)
+    cost = network.cost(image_tokens(pipeline, recipe.data.image_size), recipe.model.text_tokens)
     d = network.dynamic
     heads = network.config["num_attention_heads"]
     floor = cost.floor(heads if d.heads else 1, (d.mlp_groups or heads) if d.mlp else 1, tokens=d.tokens)

@@ -11,18 +11,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from dydit_scale.adapters.td_lora import checkpoint_with_timestep
 from dydit_scale.checkpoint.state import capture, restore
 from dydit_scale.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from dydit_scale.data.loader import Batch, make_loader
 from dydit_scale.data.shards import ShardIndex, load_index
 from dydit_scale.dynamic.losses import cost_loss
+from dydit_scale.models.loading import base_digest
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import AdamWConfig, Engine, StepResult, make_engine
 from dydit_scale.parallel.reduce import global_mean, mean_values
 from dydit_scale.parallel.world import World, barrier, broadcast_object
-from dydit_scale.train.build import build_parts, param_groups, picture_tokens, shard_units
+from dydit_scale.sampling.generate import image_tokens
+from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.metrics import Metrics
 from dydit_scale.train.objective import Objective, Terms
 from dydit_scale.train.recipe import Recipe, build, differences, save_recipe
@@ -53,13 +58,18 @@ class Run:
     objective: Objective
     validator: Validator
     metrics: Metrics | None
-    step: int = 0
+    base: str
+    """Digest of the base's weights, which a checkpoint belongs to."""
+    start: tuple[int, int]
+    """Step and consumed samples at which this process took over."""
+    step: int
     refused: int = 0
 
     @property
     def consumed(self) -> int:
-        """Samples that whole steps have used."""
-        return self.step * self.recipe.train.batch_size
+        """Samples that whole steps have used: the position in the data."""
+        step, consumed = self.start
+        return consumed + (self.step - step) * self.recipe.train.batch_size
 
 
 def train(recipe: Recipe, world: World, *, resume: bool = False) -> Path:
@@ -114,10 +124,14 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
     index = load_index(Path(recipe.data.path))
     _check_batch(recipe, world)
     checkpoint = _find_checkpoint(folder, recipe, world, resume=resume)
+    base = base_digest(recipe.model.base)
+    if checkpoint is not None:
+        _check_same(checkpoint, folder, data=index.digest, base=base)
     parts = build_parts(recipe)
-    picture_tokens(parts.pipeline, recipe.data.image_size)
+    image_tokens(parts.pipeline, recipe.data.image_size)
     if recipe.train.gradient_checkpointing:
-        parts.network.enable_gradient_checkpointing()
+        of_static_td = recipe.dynamic is None and recipe.adapter.kind == "td_lora"
+        parts.network.enable_gradient_checkpointing(checkpoint_with_timestep(parts.network) if of_static_td else None)
     groups = param_groups(recipe, parts.network)
     adamw = AdamWConfig(betas=recipe.train.betas)
     for part in (parts.pipeline.vae, parts.pipeline.text_encoder, parts.pipeline.text_encoder_2):
@@ -127,10 +141,10 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
         shard_units=shard_units(parts.network), accumulation=recipe.train.accumulation, adamw=adamw,
     )  # fmt: skip
     ema = Ema(engine, recipe.train.ema) if recipe.train.ema is not None else None
-    step = 0
+    step, consumed = 0, 0
     if checkpoint is not None:
         restore(checkpoint, engine, ema)
-        step = checkpoint.step
+        step, consumed = checkpoint.step, checkpoint.meta["consumed"]
     objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device)
     validator = Validator(recipe, index, objective, world)
     metrics = None
@@ -140,11 +154,11 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
         metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=step)
         metrics.say(_summary(recipe, engine, groups, index, step))
     barrier(world)
-    return Run(recipe, world, folder, index, engine, ema, objective, validator, metrics, step)
+    return Run(recipe, world, folder, index, engine, ema, objective, validator, metrics, base, (step, consumed), step)
 
 
 def _terms(run: Run, batch: Batch) -> Terms:
-    places = batch.positions % run.recipe.train.batch_size
+    places = batch.positions - run.consumed
     levels = run.objective.training_levels(run.step, places)
     inputs = run.objective.prepare(batch, levels, run.recipe.seed)
     return run.objective.terms(run.engine.module, inputs, batch.positions, run.step)
@@ -167,21 +181,36 @@ def _look(run: Run) -> None:
         for n, every in (("eval", train.evaluate_every), ("save", train.save_every))
     }
     draw = bool(train.sample_prompts) and train.sample_every > 0 and (last or run.step % train.sample_every == 0)
+    if due["save"]:
+        _save(run, must=last)
     if due["eval"] or draw:
         run.engine.network.eval()
         with _averaged(run), torch.no_grad(), run.engine.forward_context():
             evaluation = run.validator.evaluate(run.engine.module) if due["eval"] else None
-            if draw:
-                run.validator.sample(run.folder / "samples" / f"step-{run.step:07d}.png")
+            grid = run.validator.sample() if draw else None
+        if run.metrics and grid is not None:
+            _write_grid(run.metrics, run.folder / "samples" / f"step-{run.step:07d}.png", grid)
         if run.metrics and evaluation:
             run.metrics.evaluation({"step": run.step - 1, **evaluation._asdict()})
-    if due["save"]:
-        _save(run, must=last)
+
+
+def _write_grid(metrics: Metrics, path: Path, grid: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).save(path)
+    except OSError as error:
+        metrics.say(f"warning: {path} was not written: {error}; training goes on")
 
 
 def _save(run: Run, *, must: bool) -> None:
     """Write a checkpoint; a failure (a full disk, say) is told and survived, unless it is the last one. Collective."""
-    meta = {"step": run.step, "consumed": run.consumed, "recipe": asdict(run.recipe), "data": run.index.digest}
+    meta = {
+        "step": run.step,
+        "consumed": run.consumed,
+        "recipe": asdict(run.recipe),
+        "data": run.index.digest,
+        "base": run.base,
+    }
     tensors = capture(run.engine, run.ema)
     try:
         save_checkpoint(
@@ -238,6 +267,15 @@ def _find_checkpoint(folder: Path, recipe: Recipe, world: World, *, resume: bool
         for line in differences(build(Recipe, checkpoint.meta["recipe"], ""), recipe):
             print(f"resume: the recipe differs in {line}", flush=True)
     return checkpoint
+
+
+def _check_same(checkpoint: Checkpoint, folder: Path, *, data: str, base: str) -> None:
+    for name, now in (("data", data), ("base", base)):
+        if (then := checkpoint.meta.get(name)) != now:
+            raise ValueError(
+                f"run {folder}: its {name} changed since step {checkpoint.step} "
+                f"(digest {str(then)[:12]}, now {now[:12]}); a resume would mix two. Put the old {name} back, or start a new run=FOLDER"
+            )
 
 
 def _count_refused(run: Run, result: StepResult) -> None:

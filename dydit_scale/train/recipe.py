@@ -93,6 +93,8 @@ class CostConfig:
     def __post_init__(self) -> None:
         if not 0 < self.target <= 1:
             raise ValueError(f"cost.target: expected a ratio in (0, 1]; got {self.target}")
+        if self.hold_steps < 0 or self.ramp_steps < 0 or self.weight < 0:
+            raise ValueError("cost.hold_steps, cost.ramp_steps, cost.weight: expected numbers that are not negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,10 @@ class FlowConfig:
     """Its standard deviation."""
     shift: float = 1.0
     """More than 1 trains more on noisy levels; FLUX at 1024² uses e^1.15 = 3.16."""
+
+    def __post_init__(self) -> None:
+        if self.std <= 0 or self.shift <= 0:
+            raise ValueError(f"flow.std, flow.shift: expected positive numbers; got {self.std} and {self.shift}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +157,15 @@ class TrainConfig:
     """Classifier-free guidance of that grid, for undistilled models."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "keep"):
+        for name in ("steps", "batch_size", "accumulation", "evaluate_samples", "sample_steps", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: expected 1 or more; got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"train.betas: expected two numbers in [0, 1); got {list(self.betas)}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema: expected a decay in [0, 1), or null for none; got {self.ema}")
+        if self.sample_cfg < 1:
+            raise ValueError(f"train.sample_cfg: expected 1 (off) or more; got {self.sample_cfg}")
         if self.lr <= 0 or (self.router_lr is not None and self.router_lr <= 0):
             raise ValueError(
                 f"train.lr, train.router_lr: expected positive numbers; got {self.lr} and {self.router_lr}"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dydit_scale.data.loader import Batch, make_loader
 from dydit_scale.data.shards import ShardIndex
+from dydit_scale.diffusion.flow import per_sample_mse
 from dydit_scale.diffusion.randomness import keyed_seed
+from dydit_scale.diffusion.timesteps import shifted, stratified_uniform
 from dydit_scale.parallel.reduce import mean_values, sum_tensor
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import SampleConfig, generate, picture_grid
@@ -51,18 +52,18 @@ class Validator:
         for batch in self.batches:
             inputs = self.objective.prepare(batch, self._levels(batch.positions), self.seed)
             sample, ratio = self.objective.predict(module, inputs)
-            error = (sample.float() - inputs.target).square().flatten(1).mean(1)
+            error = per_sample_mse(sample, inputs.target)
             totals += torch.stack([error.double().sum(), ratio.double().sum()]).cpu()
             count += len(batch.positions)
         means = (totals / count).tolist()
         return Evaluation(**mean_values({"mse_eval": means[0], "ratio_eval": means[1]}))
 
     def _levels(self, positions: Tensor) -> Tensor:
-        """Evenly spread over (0, 1), whatever the density in training."""
-        return ((positions.double() * 0.6180339887498949) % 1.0).clamp(1e-3, 1 - 1e-3).float()
+        """As a sampler with the recipe's shift visits them, whatever the density in training."""
+        return shifted(stratified_uniform(self.seed, 0, positions), self.recipe.flow.shift)
 
-    def sample(self, path: Path) -> None:
-        """Write a grid of the recipe's prompts; every rank draws its share. Collective."""
+    def sample(self) -> np.ndarray:
+        """A grid of the recipe's prompts; every rank draws its share. Collective."""
         train, prompts = self.recipe.train, self.recipe.train.sample_prompts
         ranks = self.world.world_size
         per_rank = -(-len(prompts) // ranks)
@@ -74,9 +75,5 @@ class Validator:
         own = generate(self.objective.pipeline, [prompts[i] for i in numbers], config, first=numbers[0])
         sheet = torch.zeros(ranks * per_rank, *own.shape[1:], dtype=torch.float32, device=self.objective.device)
         sheet[self.world.rank * per_rank : (self.world.rank + 1) * per_rank] = torch.from_numpy(own).to(sheet)
-        sheet = sum_tensor(sheet)
-        if self.world.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pictures = sheet[: len(prompts)].cpu().numpy().astype("uint8")
-            scale = max(1, 96 // pictures.shape[1])
-            Image.fromarray(picture_grid(pictures, min(8, len(prompts)), scale)).save(path)
+        pictures = sum_tensor(sheet)[: len(prompts)].cpu().numpy().astype("uint8")
+        return picture_grid(pictures, min(8, len(prompts)), max(1, 96 // pictures.shape[1]))

@@ -17,7 +17,10 @@ from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run
 
-PROMPTS, STEPS, SAMPLES = 256, 12, 8192
+PROMPTS, STEPS, SAMPLES = 256, 10, 8192
+RATIO_TOLERANCE = 0.03
+LEAST_SHARE = {"demo": 0.85, "long": 0.97}
+"""Least score of the dynamic model, as a share of its control's."""
 
 
 def run_demo(out: Path, recipes: Path, name: str = "demo") -> Path:
@@ -29,8 +32,7 @@ def run_demo(out: Path, recipes: Path, name: str = "demo") -> Path:
     for recipe in (recipes / f"{name}.yaml", recipes / f"{name}_control.yaml"):
         load_recipe(recipe)  # a mistake in either is told before the first does any work
     bin_dir = Path(sys.executable).parent
-    if out.exists():
-        shutil.rmtree(out)
+    _clear(out)
     adapted, control = recipes / f"{name}.yaml", recipes / f"{name}_control.yaml"
     runs = {name: out / "runs" / name for name in ("td_lora", "control")}
     data = [f"data.path={out / 'shards'}"]
@@ -43,18 +45,45 @@ def run_demo(out: Path, recipes: Path, name: str = "demo") -> Path:
     launcher = [bin_dir / "torchrun", "--nproc-per-node", "2", "-m", "dydit_scale.train"]
     _call([*launcher, control, *data, f"run={runs['control']}"])
     _step("4/6  evaluate: packed sub-networks beside base and control", began)
-    result = evaluate_run(runs["td_lora"], control=runs["control"], prompts=PROMPTS, steps=STEPS, pairs=2)
+    result = evaluate_run(runs["td_lora"], control=runs["control"], prompts=PROMPTS, steps=STEPS, pairs=2, timed=32)
     _step("5/6  export the adapter and load it back", began)
     exports = export_run(runs["td_lora"], ["td-lora", "diffusers"], force=True)
     _step("6/6  report", began)
     report = write_report(runs["td_lora"])
     print(_achieved(runs["td_lora"], adapted, result, exports, time.monotonic() - began))
     print(f"\nreport: {report}")
+    _judge(runs["td_lora"], adapted, result, LEAST_SHARE[name])
     return report
 
 
+def _clear(out: Path) -> None:
+    """Make room for a new demo; only a folder that a demo made is removed."""
+    marker = out / ".dydit-demo"
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise ValueError(f"{out} is not empty and was not made by a demo; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    marker.touch()
+
+
+def _judge(run: Path, recipe: Path, result: EvaluationResult, least_share: float) -> None:
+    """Raise ValueError if the run missed what it is for."""
+    ratio, target = _final_ratio(run), load_recipe(recipe).cost.target
+    if abs(ratio - target) > RATIO_TOLERANCE:
+        raise ValueError(f"the cost ratio at evaluation is {ratio:.3f}, not within {RATIO_TOLERANCE} of {target}")
+    dynamic, control = (result.scores[name]["overall"] for name in ("dynamic", "control"))
+    if dynamic < least_share * control:
+        raise ValueError(
+            f"the dynamic model scores {dynamic:.3f}, less than {least_share:.0%} of its control's {control:.3f}"
+        )
+
+
+def _final_ratio(run: Path) -> float:
+    return [r["ratio_eval"] for r in read_metrics(run / "metrics.jsonl") if "ratio_eval" in r][-1]
+
+
 def _achieved(run: Path, recipe: Path, result: EvaluationResult, exports: Sequence[dict], seconds: float) -> str:
-    ratio = [r["ratio_eval"] for r in read_metrics(run / "metrics.jsonl") if "ratio_eval" in r][-1]
+    ratio = _final_ratio(run)
     scores = {name: s["overall"] for name, s in result.scores.items()}
     share = scores["dynamic"] / scores["control"] if scores["control"] else float("nan")
     speed = result.speed or {}

@@ -39,6 +39,7 @@ def evaluate_run(
     steps: int = 12,
     cfg: float = 3.0,
     pairs: int = 3,
+    timed: int = 64,
     batch: int = 64,
 ) -> EvaluationResult:
     """Judge a run trained on the built-in scenes; writes ``evaluation/`` in its folder.
@@ -62,7 +63,7 @@ def evaluate_run(
         with recorded(run.network) as recording:
             pictures["dynamic"] = generate(run.pipeline, captions, config, progress="dynamic, packed")
         _save_gates(out, run, recording, config, pictures["dynamic"])
-        report = measure(run, captions[:batch], config, pairs=pairs)
+        report = measure(run, captions[:timed], config, pairs=pairs)
         speed = report.as_dict()
         (out / "speed.json").write_text(json.dumps(speed, indent=1))
     scores = {name: dict(score(p, captions)) for name, p in pictures.items()}

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dydit_scale.adapters.export import ModelSpec, export_mean_lora, export_plain_lora, mean_lora, plain_lora
+from dydit_scale.adapters.export import (
+    ModelSpec,
+    export_mean_lora,
+    export_plain_lora,
+    flux_timestep_embeddings,
+    mean_lora,
+    plain_lora,
+)
 from dydit_scale.adapters.state import save_td_lora
+from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.adapters.verify import verify_diffusers_lora, verify_td_lora
 from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.models.encoders import image_ids
@@ -35,7 +43,7 @@ def export_run(
 
     Raises ValueError for a format that the run does not have, or whose file fails its verification.
     """
-    run = load_run(folder)
+    run = load_run(folder, device="cpu", fp32=True)
     out = out or run.folder / "export"
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -74,7 +82,7 @@ def _write_diffusers(run: LoadedRun, out: Path, steps: int, force: bool) -> dict
         errors, tensors = {"error_mean": 0.0, "error_max": 0.0}, plain_lora(network)
     elif run.recipe.adapter.kind == "td_lora":
         timesteps = sampler_timesteps(run.pipeline, sample_config(run, steps=steps))
-        t_embs = _embeddings(network, timesteps)
+        t_embs = flux_timestep_embeddings(network, timesteps)
         error = export_mean_lora(network, t_embs, path, spec, max_error=0.5, force=force)
         errors = {"error_mean": error.total, "error_max": max(error.layers.values())}
         tensors = mean_lora(network, t_embs)
@@ -92,7 +100,9 @@ def _write_pipeline(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[
     if run.recipe.adapter.kind != "none":
         raise ValueError(f"run {run.folder} trained an adapter; export it as td-lora or diffusers")
     folder = out if (out / "model_index.json").is_file() else out / "pipeline"
-    half = copy.deepcopy(run.network).to(torch.float16)
+    half = copy.deepcopy(run.network)
+    for name, parameter in half.named_parameters():
+        parameter.data = parameter.data if is_dynamic_name(name) else parameter.data.half()
     run.pipeline.register_modules(transformer=half)
     run.pipeline.save_pretrained(folder)
     back = type(run.network).from_pretrained(folder, subfolder="transformer", dtype=torch.float32).eval()
@@ -101,7 +111,7 @@ def _write_pipeline(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[
         pairs = [(back(**x, return_dict=False)[0], run.network(**x, return_dict=False)[0]) for x in inputs]
     error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
     if error > 0.02:
-        raise ValueError(f"{folder}: read back from fp16, the transformer's output is {error:.3f} off; keep fp32")
+        raise ValueError(f"{folder}: read back from fp16, the transformer's output is {error:.3f} off; it needs fp32")
     return _row(folder, error_mean=0.0, error_max=0.0, output_error=error)
 
 
@@ -121,13 +131,6 @@ class _OpenGates(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.network(**inputs, gates="open")
-
-
-def _embeddings(network: Any, timesteps: Tensor) -> Tensor:
-    if isinstance(network, DyFluxTransformer2DModel):
-        return network.routing_embedding(timesteps)
-    embed = network.time_text_embed
-    return embed.timestep_embedder(embed.time_proj(timesteps * 1000)).float()
 
 
 def _probe_inputs(run: LoadedRun) -> list[dict[str, Tensor]]:

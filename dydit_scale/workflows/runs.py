@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxPipeline
 
+from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
-from dydit_scale.models.loading import load_transformer
+from dydit_scale.models.loading import base_digest, load_transformer
 from dydit_scale.sampling.generate import SampleConfig
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.recipe import Recipe, load_recipe
@@ -25,10 +27,14 @@ class LoadedRun(NamedTuple):
     checkpoint: Checkpoint
 
 
-def load_run(folder: str | Path) -> LoadedRun:
+def load_run(folder: str | Path, *, device: str = "auto", fp32: bool = False) -> LoadedRun:
     """The newest good checkpoint of a run, its averaged weights where the recipe keeps them.
 
-    Raises ValueError if the folder is no run, or has no checkpoint.
+    Args:
+        device: "auto" is CUDA where there is one.
+        fp32: Everything in fp32; otherwise in the recipe's precision, but for routers and adapters.
+
+    Raises ValueError if the folder is no run, has no checkpoint, or its base is no longer the one it was trained on.
     """
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
@@ -37,6 +43,12 @@ def load_run(folder: str | Path) -> LoadedRun:
     checkpoint = load_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"run {folder}: it has no checkpoint yet; let it train to its first save")
+    if checkpoint.meta.get("base") != base_digest(recipe.model.base):
+        raise ValueError(
+            f"run {folder}: {recipe.model.base} is no longer the base it was trained on; put that one back"
+        )
+    if fp32:
+        recipe = replace(recipe, engine=replace(recipe.engine, precision="fp32"))
     parts = build_parts(recipe)
     kind = "ema" if recipe.train.ema is not None else "param"
     weights = {k.removeprefix(f"{kind}."): v for k, v in checkpoint.tensors.items() if k.startswith(f"{kind}.")}
@@ -48,13 +60,25 @@ def load_run(folder: str | Path) -> LoadedRun:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    parts.network.eval().requires_grad_(False)
+    network = parts.network.eval().requires_grad_(False)
+    dtype = parts.pipeline.text_encoder_2.dtype
+    for name, parameter in network.named_parameters():
+        if not is_dynamic_name(name) and ".td_" not in name and ".lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    parts.pipeline.to(pick_device(device))
     return LoadedRun(folder, recipe, parts.pipeline, parts.network, checkpoint)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device; "auto" is CUDA where there is one, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def static_pipeline(run: LoadedRun) -> FluxPipeline:
     """The untouched base of a run, sharing everything but the transformer."""
-    transformer = load_transformer(run.recipe.model.base).to(dtype=run.pipeline.text_encoder_2.dtype).eval()
+    transformer = (
+        load_transformer(run.recipe.model.base).to(run.pipeline.device, run.pipeline.text_encoder_2.dtype).eval()
+    )
     return with_transformer(run.pipeline, transformer)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from dydit_scale.checkpoint.state import capture, restore
 from dydit_scale.checkpoint.store import Checkpoint
-from dydit_scale.parallel.world import ONE_PROCESS, close
+from dydit_scale.parallel.world import ONE_PROCESS
 from tests.checkpoint.resume import SOURCES, STEPS, TARGETS, go, resume, save, start
 from tests.parallel.launch import Ranks
 
@@ -24,7 +23,7 @@ MOVES += [f"{folder} -> {name}@1" for folder in FOLDERS for name in ("single", *
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Per rank, what came of each save and each move; those to one rank are with rank 0."""
     out = tmp_path_factory.mktemp("resume")
     single = save(out, ONE_PROCESS, "single")
@@ -36,8 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str,
         source, _, target = move.partition(" -> ")
         if target.endswith("@1"):
             both[0][move] = json.loads(json.dumps(resume(out, ONE_PROCESS, source, target.partition("@")[0])))
-    yield both
-    close(ONE_PROCESS)
+    return both
 
 
 @pytest.mark.parametrize("move", MOVES)

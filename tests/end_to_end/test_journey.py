@@ -22,7 +22,7 @@ from tests.train.small_run import small_world
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world with three trained runs: ``dynamic`` (TD-LoRA), ``control`` (plain LoRA) and ``full`` (all weights, static)."""
+    """A world with three trained runs: ``dynamic`` (TD-LoRA), ``control`` (plain LoRA), ``full`` (all weights, static)."""
     folder = tmp_path_factory.mktemp("journey")
     recipe = small_world(folder)
     quick = ["train.steps=3", "train.evaluate_every=0", "train.router_lr=0.1"]
@@ -33,9 +33,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sampling_prints_static_beside_dynamic(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_prints_static_beside_dynamic(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo rings\n")
-    words = ["sample", str(folder / "dynamic"), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    words = [
+        "sample",
+        str(folder / "dynamic"),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--steps", "2", "--cfg", "2"]) == 0
     printed = capsys.readouterr().out
     assert "ideal" in printed and "realised" in printed and "share of the ideal" in printed
@@ -61,6 +70,15 @@ def test_packed_sampling_draws_what_masked_sampling_draws(folder: Path) -> None:
     one = generate(run.pipeline, prompts[1:2], config, first=1)  # a picture's noise depends on its number alone
     assert np.abs(one[0].astype(int) - packed[1].astype(int)).max() <= 1
     assert not np.array_equal(packed, generate(static_pipeline(run), prompts, config))
+
+
+@pytest.mark.parametrize("adapter", ["td_lora", "none"])
+def test_a_bf16_run_samples_packed_and_exports(folder: Path, tmp_path: Path, adapter: str) -> None:
+    options = ["engine.precision=bf16", f"adapter.kind={adapter}", "train.steps=2", "train.evaluate_every=1"]
+    run = train(load_recipe(folder / "recipe.yaml", [*options, f"run={tmp_path / 'run'}"]), World())
+    words = [str(run), "--prompt", "a red circle", "--out", str(tmp_path / "out"), "--steps", "2"]
+    assert main(["sample", *words]) == 0
+    assert main(["export", str(run), "--format", "td-lora" if adapter == "td_lora" else "pipeline"]) == 0
 
 
 @pytest.mark.slow  # three models draw and are judged
@@ -95,7 +113,8 @@ def test_an_exported_lora_works_in_an_ordinary_pipeline(folder: Path, tmp_path: 
     run = load_run(folder / "control")
     options = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 12, "output_type": "np"}
     ours, theirs = (
-        p(prompt="a red circle", generator=torch.Generator().manual_seed(0), **options).images for p in (run.pipeline, pipe)
+        p(prompt="a red circle", generator=torch.Generator().manual_seed(0), **options).images
+        for p in (run.pipeline, pipe)
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The judge agrees with the scenes it can know, sound or spoilt, and the captions of an evaluation are what they say."""
+"""The judge agrees with scenes whose content is known, sound or spoilt; evaluation captions are balanced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dydit_scale.evaluation.prompts import CAPTIONS, evaluation_prompts
 from dydit_scale.evaluation.shapes_judge import judge, read_scene, score
 
 SEED = 77
-SCENES = 300
+SCENES = 150
 
 Spoiler = Callable[[np.ndarray, np.random.RandomState], np.ndarray]
 
@@ -70,11 +70,11 @@ def dimmed(picture: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
     ("spoil", "side", "count", "least"),
     [
         (clean, 32, SCENES, 1.0),
-        (clean, 64, 100, 1.0),
-        (noisy, 32, 150, 0.98),
-        (blurred, 32, 150, 0.98),
-        (as_jpeg, 32, 150, 0.98),
-        (dimmed, 32, 100, 0.98),
+        (clean, 64, 50, 1.0),
+        (noisy, 32, 100, 0.98),
+        (blurred, 32, 100, 0.98),
+        (as_jpeg, 32, 100, 0.98),
+        (dimmed, 32, 60, 0.98),
     ],
 )
 def test_true_pictures_pass(spoil: Spoiler, side: int, count: int, least: float) -> None:
@@ -90,7 +90,7 @@ def test_true_pictures_pass(spoil: Spoiler, side: int, count: int, least: float)
 
 def test_reading_gives_back_every_object() -> None:
     count = 0
-    for scene, picture in zip(scenes()[:100], pictures(64), strict=False):
+    for scene, picture in zip(scenes()[:50], pictures(64), strict=False):
         found = read_scene(picture)
         assert len(found) == len(scene.objects)
         for thing in scene.objects:
@@ -100,7 +100,7 @@ def test_reading_gives_back_every_object() -> None:
             assert abs(nearest.diameter - thing.diameter) < 0.02
             assert nearest.confidence > 0.9
             count += 1
-    assert count > 150
+    assert count > 75
 
 
 def is_true(prompt: Prompt, objects: tuple[Object, ...]) -> bool:
@@ -126,14 +126,14 @@ def lies(first: Object, relation: str, second: Object) -> bool:
 
 def test_a_caption_counts_only_where_it_is_true() -> None:
     outcomes: Counter[bool] = Counter()
-    for number, (scene, picture) in enumerate(zip(scenes()[:80], pictures(32), strict=False)):
-        for shift in range(1, 5):
+    for number, (scene, picture) in enumerate(zip(scenes()[:60], pictures(32), strict=False)):
+        for shift in range(1, 4):
             prompt = scenes()[(number + shift) % SCENES].prompt
             truth = is_true(prompt, scene.objects)
             verdict = judge(picture, prompt.caption)
             assert verdict.correct is truth, (scene, prompt.caption, verdict.reason)
             outcomes[truth] += 1
-    assert outcomes[False] > 280
+    assert outcomes[False] > 150
 
 
 def recoloured(scene: Scene, rng: np.random.RandomState) -> Scene | None:
@@ -192,9 +192,9 @@ def resized(scene: Scene, rng: np.random.RandomState) -> Scene | None:
 )
 def test_changed_scenes_fail(change: Callable[[Scene, np.random.RandomState], Scene | None], reason: str) -> None:
     rng = np.random.RandomState(1)
-    changed = [other for scene in scenes()[:200] if (other := change(scene, rng)) is not None]
-    assert len(changed) >= 10
-    for scene in changed[:100]:
+    changed = [other for scene in scenes() if (other := change(scene, rng)) is not None]
+    assert len(changed) >= 8
+    for scene in changed[:60]:
         verdict = judge(draw(scene, 32), scene.prompt.caption)
         assert not verdict.correct, scene
         assert reason in verdict.reason, (scene, verdict.reason)
@@ -204,13 +204,14 @@ def test_changed_scenes_fail(change: Callable[[Scene, np.random.RandomState], Sc
 def test_blank_and_noise_never_pass(side: int) -> None:
     rng = np.random.RandomState(2)
     fields = [np.full((side, side, 3), colour) for colour in [BACKGROUND, (0, 0, 0), *COLOURS.values()]]
-    fields += [rng.randint(0, 256, (side, side, 3)) for _ in range(5)]
+    fields += [rng.randint(0, 256, (side, side, 3)) for _ in range(4)]
     fields += [rng.normal(128, sigma, (side, side, 3)).clip(0, 255) for sigma in (5, 20, 60)]
-    fields += [np.kron(rng.randint(0, 256, (side // 8, side // 8, 3)), np.ones((8, 8, 1))) for _ in range(5)]
+    fields += [np.kron(rng.randint(0, 256, (side // 8, side // 8, 3)), np.ones((8, 8, 1))) for _ in range(3)]
     captions = evaluation_prompts(36, seed=0)
     for number, field in enumerate(fields):
-        found = {judge(field.astype(np.uint8), caption).correct for caption in captions[number % 3 :: 3]}
-        assert found == {False}
+        first = 6 * (number % 6)  # six captions that follow each other are of the six categories
+        verdicts = [judge(field.astype(np.uint8), caption) for caption in captions[first : first + 6]]
+        assert not any(verdict.correct for verdict in verdicts), verdicts
 
 
 def paint(*objects: Object, side: int = 32) -> np.ndarray:
@@ -230,6 +231,15 @@ def test_what_has_no_shape_or_colour_is_named() -> None:
     grey = np.where(paint(Object("circle", "white", 0.5, 0.5, 0.5)) > 128, 128, BACKGROUND).astype(np.uint8)
     assert [(f.shape, f.colour) for f in read_scene(grey)] == [("circle", None)]
     assert judge(grey, "a circle").reason == "cannot read oddly coloured circle"
+
+
+def test_a_ghost_is_an_object() -> None:
+    ring = paint(Object("ring", "cyan", 0.3, 0.3, 0.3))
+    both = paint(Object("ring", "cyan", 0.3, 0.3, 0.3), Object("cross", "red", 0.3, 0.7, 0.7))
+    faint = np.where(both == ring, ring, 0.6 * ring + 0.4 * both).astype(np.uint8)
+    assert judge(ring, "a cyan ring").correct
+    assert judge(faint, "a cyan ring").reason == "cannot read oddly coloured cross"
+    assert not judge(faint, "a red cross and a cyan ring").correct
 
 
 def test_specks_are_no_objects_but_small_things_are() -> None:
@@ -278,7 +288,7 @@ def test_score_weighs_categories_alike() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     picture = paint()
-    with pytest.raises(ValueError, match="2 captions"):
+    with pytest.raises(ValueError, match="got 1 and 2"):
         score([picture], ["a ring", "a ring"])
     with pytest.raises(ValueError, match="at least one"):
         score([], [])
@@ -290,19 +300,16 @@ def test_wrong_arguments_are_refused() -> None:
         judge(picture, "a house")
 
 
-def test_evaluation_prompts_are_balanced_and_distinct() -> None:
-    for seed in range(3):
-        captions = evaluation_prompts(36, seed)
-        assert Counter(parse_caption(c).category for c in captions) == dict.fromkeys(CATEGORIES, 6)
-    captions = evaluation_prompts(400, 5)
-    assert len(set(captions)) == len(captions) == 400
-    counts = Counter(parse_caption(c).category for c in captions)
-    assert (counts["single_object"], counts["counting"], counts["two_object"]) == (6, 12, 30)
-    assert max(counts["colors"], counts["position"], counts["attribute_binding"]) <= 118
-    assert min(counts["colors"], counts["position"], counts["attribute_binding"]) >= 117
-    assert evaluation_prompts(400, 5) == captions
+def test_evaluation_prompts_are_balanced_and_repeat_only_what_has_run_out() -> None:
+    captions = evaluation_prompts(252, 5)
+    by_category = {c: [x for x in captions if parse_caption(x).category == c] for c in CATEGORIES}
+    assert {c: len(x) for c, x in by_category.items()} == dict.fromkeys(CATEGORIES, 42)
+    assert {c: len(set(x)) for c, x in by_category.items()} == {c: min(42, CAPTIONS[c]) for c in CATEGORIES}
+    assert evaluation_prompts(252, 5) == captions
     assert evaluation_prompts(50, 5) == captions[:50]
-    assert evaluation_prompts(400, 6) != captions
+    assert evaluation_prompts(252, 6) != captions
+    with pytest.raises(ValueError, match="1 or more"):
+        evaluation_prompts(0, 0)
 
 
 def test_evaluation_prompts_can_be_drawn() -> None:

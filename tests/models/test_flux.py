@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, adapters_off
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.flux import DyFluxOutput, DyFluxTransformer2DModel
+from dydit_scale.models.small import small_flux_pipeline
 from tests.models.tiny import (
     BATCH,
     HEADS,
@@ -79,6 +82,65 @@ def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict) 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tiny_flux()(**inputs([0.5]))
     assert counter.get_total_flops() / 2 == pytest.approx(cost.static, rel=1e-6)
+
+
+TARGETS = r".*transformer_blocks\.\d+\..*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out|norm1?\.linear)"
+
+
+def adapted(kind: str) -> DyFluxTransformer2DModel:
+    """Random routers and a random adapter that changes the output a lot."""
+    model = scramble(tiny_dynamic())
+    if kind == "td_lora":
+        add_td_lora(model, TDLoraConfig(target_modules=TARGETS, rank=2, experts=2))
+    else:
+        model.add_adapter(LoraConfig(r=2, target_modules=TARGETS))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".td_" in name or ".lora_" in name:
+                parameter.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["td_lora", "lora"])
+@torch.no_grad()
+def test_packing_folds_the_adapter_in(kind: str) -> None:
+    model, x = adapted(kind), inputs([0.9, 0.5, 0.5])
+    masked, masks = model(**x, collect=True)
+    with adapters_off(model):
+        assert not torch.allclose(model(**x).sample, masked, atol=0.1)
+    model.pack(torch.tensor([0.9, 0.5]))
+    packed = model(**x, collect=True)
+    torch.testing.assert_close(packed.sample, masked, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(packed.masks, masks, strict=True))
+    one = inputs([0.5])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        ratio = float(model.cost(IMAGE, TEXT).ratio(model(**one, collect=True).masks))
+    assert counter.get_total_flops() / 2 == pytest.approx(ratio * model.cost(IMAGE, TEXT).static, rel=5e-3)
+    with pytest.raises(ValueError, match="unpack it first"), adapters_off(model):
+        pass
+
+
+def test_training_and_moving_forget_the_plan_and_staying_does_not() -> None:
+    model = tiny_dynamic()
+    model.pack(torch.tensor([0.5]))
+    model.to("cpu")
+    assert model._plan is not None
+    model.train()
+    assert model._plan is None
+
+
+@torch.no_grad()
+def test_a_whole_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
+    pipe = small_flux_pipeline(("a", "red"), heads=4, head_dim=8, double_blocks=1, single_blocks=1)
+    dynamic = scramble(DyFluxTransformer2DModel.from_static(pipe.transformer.eval()))
+    pipe.register_modules(transformer=dynamic)
+    pipe.save_pretrained(tmp_path)
+    back = FluxPipeline.from_pretrained(tmp_path)
+    assert type(back.transformer) is DyFluxTransformer2DModel
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "max_sequence_length": 8, "output_type": "np"}
+    one, two = (p("a red", generator=torch.Generator().manual_seed(0), **options).images for p in (pipe, back))
+    assert (one == two).all()
 
 
 def test_cost_counts_the_guidance_embedder() -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,14 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Per engine@ranks, the results of each rank; two ranks run beside this process."""
     out = tmp_path_factory.mktemp("ranks")
     with Ranks("tests.parallel.cases", str(out)) as ranks:
         alone = json.loads(json.dumps(run_all(ONE_PROCESS, ("single", *SHARDED))))
         ranks.wait()
     both = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
-    yield {run: [alone] if run.endswith("@1") else both for run in RUNS}
-    close(ONE_PROCESS)
+    return {run: [alone] if run.endswith("@1") else both for run in RUNS}
 
 
 def case(results: Results, run: str, kind: str, *more: object) -> list[dict[str, Any]]:
@@ -213,6 +211,7 @@ def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name, raising=False)
     world = init_world(device="cpu")
     assert world == World(0, 1, 0, torch.device("cpu")) and world.is_main
+    close(world)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="RANK, LOCAL_RANK, MASTER_ADDR"):
         init_world(device="cpu")

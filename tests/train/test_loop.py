@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 
-from dydit_scale.checkpoint.store import load_checkpoint
+from dydit_scale.checkpoint.store import CheckpointError, load_checkpoint, save_checkpoint
+from dydit_scale.data.shapes.language import vocabulary
+from dydit_scale.models.small import small_flux_pipeline
 from dydit_scale.parallel.world import World
 from dydit_scale.train.__main__ import EXIT_BAD_CONFIG, main
 from dydit_scale.train.loop import lr_scale, train
@@ -60,7 +62,7 @@ def test_every_trainable_parameter_learns(world_folder: Path, tmp_path: Path, ad
     assert any("lora" in n or ".td_" in n for n in moments) == (adapter != "none")
 
 
-def test_accumulation_changes_little_but_the_ratio_is_per_micro_batch(world_folder: Path, tmp_path: Path) -> None:
+def test_accumulation_gives_the_same_flow_losses_without_the_cost_term(world_folder: Path, tmp_path: Path) -> None:
     options = ["supervision.kind=none", "cost.weight=0", "train.evaluate_every=0"]
     curves = []
     for n in (1, 2):
@@ -105,6 +107,11 @@ BAD = {
     "data.path=/nowhere": "/nowhere",
     "model.base=./nowhere": "expected the folder of a FluxPipeline",
     "data.image_size=30": "expected a multiple of 4 pixels",
+    "flow.shift=0": "expected positive numbers",
+    "train.evaluate_samples=0": "train.evaluate_samples: expected 1 or more",
+    "train.betas=[0.9]": "expected two numbers in [0, 1)",
+    "train.ema=1.5": "expected a decay in [0, 1)",
+    "cost.ramp_steps=-1": "not negative",
     "train.accumulation=3": "not divisible by 1 ranks x 3 micro-batches; the nearest that fit are 6 and 9",
     "dynamic=null": "dynamic is null: a static model always costs 1",
 }
@@ -144,6 +151,49 @@ def test_an_existing_run_is_not_overwritten(
     assert "continue it with --resume, or choose another" in capsys.readouterr().err
     assert main([*words, "--resume", "train.steps=2"]) == 0
     assert "train.steps: 1 -> 2" in capsys.readouterr().out
+
+
+def test_a_resume_goes_on_in_the_data_where_it_was_and_refuses_other_data_or_another_base(
+    world_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_world(tmp_path)
+    words = [str(tmp_path / "recipe.yaml"), f"run={tmp_path / 'run'}", "train.save_every=2"]
+    assert main([*words, "train.steps=2"]) == 0  # 16 samples
+    assert main([*words, "train.steps=3", "train.batch_size=4", "--resume"]) == 0
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.meta["consumed"] == 20
+    capsys.readouterr()
+    small_flux_pipeline(vocabulary(), heads=4, head_dim=8, double_blocks=1, single_blocks=1, seed=1).save_pretrained(
+        tmp_path / "base"
+    )
+    assert main([*words, "--resume"]) == EXIT_BAD_CONFIG
+    assert "its base changed since step 3" in capsys.readouterr().err
+    assert main([*words, f"model.base={world_folder / 'base'}", f"data.path={tmp_path / 'other'}", "--resume"]) != 0
+
+
+def test_training_survives_a_save_that_fails(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(folder: Path, step: int, *args: object, **kwargs: object) -> Path:
+        if step == 2:
+            raise CheckpointError("no space left on the device")
+        return save_checkpoint(folder, step, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("dydit_scale.train.loop.save_checkpoint", full_disk)
+    run = train(recipe_of(world_folder, f"run={tmp_path / 'run'}"), World())
+    assert "no space left on the device; training goes on" in "".join(capsys.readouterr())
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-0000000004"]
+
+
+def test_checkpointed_td_lora_trains_on_a_static_model(world_folder: Path, tmp_path: Path) -> None:
+    options = ["dynamic=null", "cost.target=1", "supervision.kind=none", "train.evaluate_every=0"]
+    curves = []
+    for on in ("false", "true"):
+        run = train(
+            recipe_of(world_folder, *options, f"train.gradient_checkpointing={on}", f"run={tmp_path / on}"), World()
+        )
+        curves.append([r["loss"] for r in curve(run) if "loss" in r])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-6)
 
 
 def test_recipes_read_words_for_numbers_and_round_trip(world_folder: Path, tmp_path: Path) -> None:
