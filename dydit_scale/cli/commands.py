@@ -24,6 +24,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
     shapes.set_defaults(run=_run_shapes)
     index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
     index.add_argument("folder", type=Path)
+    index.add_argument("--bad-shards", type=int, default=0, help="how many broken tars to leave out before giving up")
     index.set_defaults(run=_run_index)
 
 
@@ -39,7 +40,9 @@ def _run_shapes(args: argparse.Namespace) -> None:
 def _run_index(args: argparse.Namespace) -> None:
     from dydit_scale.data.shards import build_index
 
-    index = build_index(args.folder)
+    index = build_index(args.folder, bad_shards=args.bad_shards)
+    for reason in index.broken.values():
+        print(f"left out: {reason}")
     for sample, reason in list(index.bad.items())[:10]:
         print(f"unusable: {index.name(sample)}: {reason}")
     bad = f", {len(index.bad)} of them unusable" if index.bad else ""

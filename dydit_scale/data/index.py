@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
@@ -68,6 +68,8 @@ class ShardIndex:
     """uint8: all keys in UTF-8, one after the other; ``key_end`` of a sample says where its own ends."""
     bad: dict[int, str]
     """Samples that were unusable when indexed, and why."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Shards that were left out because their tar is broken, and why."""
 
     @property
     def num_samples(self) -> int:
@@ -132,6 +134,7 @@ def save_index(index: ShardIndex) -> None:
         "digest": index.digest,
         "shards": [asdict(shard) for shard in index.shards],
         "arrays": hashes,
+        "broken": index.broken,
         "bad": [{"sample": s, "name": index.name(s), "reason": reason} for s, reason in sorted(index.bad.items())],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False).encode()
@@ -173,6 +176,7 @@ def _read_index(folder: Path) -> ShardIndex:
         samples=arrays[SAMPLES_FILE],
         key_bytes=arrays[KEYS_FILE],
         bad={int(entry["sample"]): str(entry["reason"]) for entry in content["bad"]},
+        broken={str(name): str(reason) for name, reason in content.get("broken", {}).items()},
     )
     if compute_digest(index.shards, index.samples, index.key_bytes, index.bad) != index.digest:
         raise ValueError("its digest does not match its content")
@@ -194,7 +198,7 @@ def _check_shards(index: ShardIndex) -> None:
             wrong.append(f"{shard.name} is missing")
         elif (size := path.stat().st_size) != shard.bytes:
             wrong.append(f"{shard.name} has {size} bytes, expected {shard.bytes}")
-    known = {shard.name for shard in index.shards}
+    known = {shard.name for shard in index.shards} | set(index.broken)
     present = (path.name for path in index.folder.glob("*.tar") if not path.name.startswith("."))
     wrong += [f"{name} is not in the index" for name in sorted(present) if name not in known]
     if wrong:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import webdataset
@@ -95,45 +96,78 @@ def _check_key(key: object) -> None:
         )
 
 
-def build_index(folder: Path | str, *, progress: bool = True) -> ShardIndex:
+def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = True) -> ShardIndex:
     """Index the ``*.tar`` files of ``folder``: a strict walk, then a checksum and a trial decode of every sample.
 
     The tars stay as they are; ``index.json`` and two arrays are written beside them.
     Samples without a usable picture or caption stay in the index as ``bad``, with the reason.
 
-    Raises ValueError naming shard and sample on a damaged or truncated tar, a shard without samples, a key that comes
-    twice, members that are no regular files or have unsafe names; and on a folder without shards, saying what to run.
+    Args:
+        bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
+
+    Raises ValueError naming shard and sample on a damaged or truncated tar, a shard without samples, members that are
+    no regular files or have unsafe names, once there are more of them than ``bad_shards``; on a key that comes twice;
+    and on a folder without shards, saying what to run.
     """
     folder = Path(folder)
     shards: list[ShardInfo] = []
-    rows: list[np.ndarray] = []
-    keys: list[bytes] = []
-    bad: dict[int, str] = {}
+    scanned: list[Scanned] = []
+    broken: dict[str, str] = {}
     owners: dict[str, str] = {}
     for path in tqdm(find_shards(folder), desc="indexing", unit="shard", disable=None if progress else True):
-        first = len(rows)
-        for key, row, reason in _scan_shard(path):
-            if owners.setdefault(key, path.name) != path.name:
+        try:
+            found = _whole_shard(path)
+        except ValueError as error:
+            broken[path.name] = str(error)
+            _check_budget(broken, bad_shards)
+            continue
+        for sample in found:
+            if owners.setdefault(sample.key, path.name) != path.name:
                 raise ValueError(
-                    f"{path.name}: sample {key!r} is also in {owners[key]}; keys must differ, rename one of them"
+                    f"{path.name}: sample {sample.key!r} is also in {owners[sample.key]}; keys must differ, rename one"
                 )
-            if reason is not None:
-                bad[len(rows)] = reason
-            rows.append(row)
-            keys.append(key.encode())
-        if len(rows) == first:
-            raise ValueError(f"{path.name}: holds no samples; remove it, or {REPAIR}")
-        info = ShardInfo(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path), count=len(rows) - first)
-        shards.append(info)
-    samples = np.stack(rows)
-    samples["key_end"] = np.cumsum([len(key) for key in keys])
-    key_bytes = np.frombuffer(b"".join(keys), np.uint8)
+        scanned += found
+        shards.append(ShardInfo(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path), count=len(found)))
+    if not scanned:
+        raise ValueError(f"{folder}: every shard is broken: {'; '.join(broken.values())}")
+    samples = np.stack([sample.row for sample in scanned])
+    samples["key_end"] = np.cumsum([len(sample.key.encode()) for sample in scanned])
+    key_bytes = np.frombuffer("".join(sample.key for sample in scanned).encode(), np.uint8)
+    bad = {n: sample.reason for n, sample in enumerate(scanned) if sample.reason is not None}
     digest = compute_digest(tuple(shards), samples, key_bytes, bad)
     index = ShardIndex(
-        folder=folder, shards=tuple(shards), digest=digest, samples=samples, key_bytes=key_bytes, bad=bad
+        folder=folder,
+        shards=tuple(shards),
+        digest=digest,
+        samples=samples,
+        key_bytes=key_bytes,
+        bad=bad,
+        broken=broken,
     )
     save_index(index)
     return index
+
+
+class Scanned(NamedTuple):
+    """One sample as found in its tar."""
+
+    key: str
+    row: np.ndarray
+    reason: str | None
+    """Why it is bad, if it is."""
+
+
+def _whole_shard(path: Path) -> list[Scanned]:
+    found = [Scanned(*sample) for sample in _scan_shard(path)]
+    if not found:
+        raise ValueError(f"{path.name}: holds no samples; remove it, or {REPAIR}")
+    return found
+
+
+def _check_budget(broken: dict[str, str], bad_shards: int) -> None:
+    if len(broken) > bad_shards:
+        hint = f" ({len(broken)} broken shards, {bad_shards} allowed by --bad-shards)" if bad_shards else ""
+        raise ValueError("; ".join(broken.values()) + hint)
 
 
 def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:

@@ -274,7 +274,8 @@ def _check_same(checkpoint: Checkpoint, folder: Path, *, data: str, base: str) -
         if (then := checkpoint.meta.get(name)) != now:
             raise ValueError(
                 f"run {folder}: its {name} changed since step {checkpoint.step} "
-                f"(digest {str(then)[:12]}, now {now[:12]}); a resume would mix two. Put the old {name} back, or start a new run=FOLDER"
+                f"(digest {str(then)[:12]}, now {now[:12]}); a resume would mix two. "
+                f"Put the old {name} back, or start a new run=FOLDER"
             )
 
 

@@ -41,8 +41,7 @@ def run_demo(out: Path, recipes: Path, name: str = "demo") -> Path:
     _step("2/6  adapt the base to half its compute: TD-LoRA and routers, DeepSpeed ZeRO-2 on 2 processes", began)
     launcher: list[str | Path] = [bin_dir / "deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train"]
     _call([*launcher, adapted, *data, f"run={runs['td_lora']}"])
-    _step("3/6  control: the static base fine-tuned equally long with plain LoRA, FSDP2 on 2 processes", began)
-    launcher = [bin_dir / "torchrun", "--nproc-per-node", "2", "-m", "dydit_scale.train"]
+    _step("3/6  control: the static base fine-tuned equally long with plain LoRA of equal size", began)
     _call([*launcher, control, *data, f"run={runs['control']}"])
     _step("4/6  evaluate: packed sub-networks beside base and control", began)
     result = evaluate_run(runs["td_lora"], control=runs["control"], prompts=PROMPTS, steps=STEPS, pairs=2, timed=32)

@@ -404,3 +404,23 @@ def test_every_changed_shard_is_named(tmp_path: Path) -> None:
     assert "new.tar is not in the index" in message
     assert "shard-000001" not in message
     assert "run `dydit data index" in message
+
+
+def test_broken_shards_are_left_out_up_to_a_budget_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    write_shards(samples(30), folder, samples_per_shard=10, progress=False)
+    shards = sorted(folder.glob("*.tar"))
+    whole = load_index(folder)
+    shards[1].write_bytes(shards[1].read_bytes()[:3000])
+    with pytest.raises(ValueError, match=shards[1].name):
+        build_index(folder, progress=False)
+    index = build_index(folder, bad_shards=1, progress=False)
+    assert list(index.broken) == [shards[1].name] and shards[1].name in index.broken[shards[1].name]
+    assert index.num_samples == whole.num_samples - whole.shards[1].count
+    assert load_index(folder).broken == index.broken and index.digest != whole.digest
+    for shard in (shards[0], shards[2]):
+        shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="2 broken shards, 1 allowed by --bad-shards"):
+        build_index(folder, bad_shards=1, progress=False)
+    with pytest.raises(ValueError, match="every shard is broken"):
+        build_index(folder, bad_shards=9, progress=False)

@@ -22,7 +22,7 @@ from tests.train.small_run import small_world
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world with three trained runs: ``dynamic`` (TD-LoRA), ``control`` (plain LoRA), ``full`` (all weights, static)."""
+    """A world with three trained runs: ``dynamic`` (TD-LoRA), ``control`` (LoRA), ``full`` (all weights, static)."""
     folder = tmp_path_factory.mktemp("journey")
     recipe = small_world(folder)
     quick = ["train.steps=3", "train.evaluate_every=0", "train.router_lr=0.1"]

@@ -318,14 +318,11 @@ def test_evaluation_prompts_can_be_drawn() -> None:
         assert judge(draw(scene, 32), caption).correct
 
 
-@pytest.mark.parametrize("n", [0, -3, sum(CAPTIONS.values()) + 1])
-def test_evaluation_prompts_refuse_numbers_out_of_range(n: int) -> None:
-    with pytest.raises(ValueError, match="n must be from 1 to"):
-        evaluation_prompts(n, 0)
-
-
 def test_numbers_of_captions_are_right() -> None:
-    assert CAPTIONS["colors"] == 144 and CAPTIONS["position"] == 6720 and CAPTIONS["attribute_binding"] == 42000
-    few = evaluation_prompts(6 + 30 + 12 + 3 * 144, 0)
-    counts = Counter(parse_caption(c).category for c in few)
-    assert {name: counts[name] for name in CATEGORIES[:4]} == {name: CAPTIONS[name] for name in CATEGORIES[:4]}
+    assert CAPTIONS["position"] == 6720 and CAPTIONS["attribute_binding"] == 42000
+    captions = evaluation_prompts(6 * 200, 0)
+    for category in CATEGORIES[:4]:
+        drawn = [caption for caption in captions if parse_caption(caption).category == category]
+        assert len(set(drawn)) == CAPTIONS[category]
+        times = Counter(drawn).values()
+        assert max(times) - min(times) <= 1

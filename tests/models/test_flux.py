@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, adapters_off
+from dydit_scale.adapters.td_lora import TDLoraConfig, adapters_off, add_td_lora
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.flux import DyFluxOutput, DyFluxTransformer2DModel
 from dydit_scale.models.small import small_flux_pipeline
@@ -84,7 +84,10 @@ def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict) 
     assert counter.get_total_flops() / 2 == pytest.approx(cost.static, rel=1e-6)
 
 
-TARGETS = r".*transformer_blocks\.\d+\..*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out|norm1?\.linear)"
+TARGETS = (
+    r".*transformer_blocks\.\d+\..*(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out"
+    r"|net\.0\.proj|net\.2|proj_mlp|proj_out|norm1?\.linear)"
+)
 
 
 def adapted(kind: str) -> DyFluxTransformer2DModel:
