@@ -150,6 +150,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipes", type=Path, default=Path("recipes/shapes"), help="folder of the recipes and their controls"
     )
+    parser.add_argument("--strict", action="store_true", help="fail if the cost ratio or the score misses its goal")
     parser.set_defaults(run=_run_demo)
 
 
@@ -157,7 +158,7 @@ def _run_demo(args: argparse.Namespace) -> None:
     _quiet()
     from dydit_scale.workflows.demo import run_demo
 
-    run_demo(args.out, args.recipes, args.name)
+    run_demo(args.out, args.recipes, args.name, strict=args.strict)
 
 
 Add = Callable[[argparse.ArgumentParser], None]
