@@ -61,10 +61,10 @@ def render(run: RunData, date: datetime.date) -> Html:
 
 def _masthead(run: RunData, date: datetime.date) -> Html:
     steps = [curve.steps[-1] for curve in run.metrics.curves.values() if curve.steps.size]
-    seconds = run.metrics.curve("seconds").last
+    seconds = float(run.metrics.curve("seconds").values.sum())  # each record holds its own step's
     facts = [
         f"run {run.name}",
-        f"{count(max(steps))} steps" if steps else "no step yet",
+        f"{count(max(steps) + 1)} steps" if steps else "no step yet",
         *([f"trained {duration(seconds)}"] if seconds else []),
         f"report of {date.isoformat()}",
     ]

@@ -86,7 +86,7 @@ def _save_scores(
 
 
 def _save_pictures(out: Path, pictures: dict[str, np.ndarray], captions: Sequence[str]) -> None:
-    chosen = np.linspace(0, len(captions) - 1, min(SHOWN, len(captions))).astype(int)
+    chosen = np.arange(min(SHOWN, len(captions)))  # not picked by anyone; categories take turns
     arrays: dict[str, np.ndarray] = {"captions": np.array([captions[i] for i in chosen])}
     for name, all_pictures in pictures.items():
         arrays[name] = all_pictures[chosen]
