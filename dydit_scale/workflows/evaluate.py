@@ -86,10 +86,10 @@ def _save_scores(
 
 
 def _save_pictures(out: Path, pictures: dict[str, np.ndarray], captions: Sequence[str]) -> None:
-    chosen = np.arange(min(SHOWN, len(captions)))  # not picked by anyone; categories take turns
+    chosen = range(min(SHOWN, len(captions)))  # not picked by anyone; categories take turns
     arrays: dict[str, np.ndarray] = {"captions": np.array([captions[i] for i in chosen])}
     for name, all_pictures in pictures.items():
-        arrays[name] = all_pictures[chosen]
+        arrays[name] = all_pictures[: len(chosen)]
         arrays[f"ok_{name}"] = np.array([judge(all_pictures[i], captions[i]).correct for i in chosen])
     np.savez_compressed(out / "pictures.npz", **arrays)  # type: ignore[arg-type]
 
