@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from safetensors import safe_open
 
 from dydit_scale.cli.main import main
 from dydit_scale.parallel.world import World
@@ -89,7 +90,7 @@ def test_evaluation_export_and_report(folder: Path, capsys: pytest.CaptureFixtur
     assert set(scores["models"]) == {"base", "control", "dynamic"} and scores["prompts"] == 12
     widths = np.load(run / "evaluation" / "widths.npz")
     assert widths["heads"].shape == (3, 2, 4) and widths["tokens"].shape == (3, 2)
-    assert 0 < widths["heads"].mean() < 1
+    assert widths["tokens"].min() < 1
     tokens = np.load(run / "evaluation" / "tokens.npz")
     assert tokens["keep"].shape == (6, 3, 8, 8)
     words = ["export", str(run), "--format", "td-lora", "--format", "diffusers", "--force"]
@@ -122,7 +123,10 @@ def test_an_exported_lora_works_in_an_ordinary_pipeline(folder: Path, tmp_path: 
 def test_a_trained_pipeline_is_exported_whole(folder: Path, tmp_path: Path) -> None:
     assert main(["export", str(folder / "full"), "--format", "pipeline", "--out", str(tmp_path)]) == 0
     pipe = FluxPipeline.from_pretrained(tmp_path / "pipeline")
-    assert type(pipe.transformer) is FluxTransformer2DModel and pipe.transformer.dtype == torch.float16
+    assert type(pipe.transformer) is FluxTransformer2DModel
+    (file,) = (tmp_path / "pipeline" / "transformer").glob("*.safetensors")
+    with safe_open(file, "pt") as weights:
+        assert weights.get_slice("proj_out.weight").get_dtype() == "F16"
 
 
 def test_mistakes_are_told_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
