@@ -38,8 +38,7 @@ class Ema:
     def load(self, full: Mapping[str, Tensor], updates: int) -> None:
         """Continue from a ``state`` of any engine; every rank passes the full tensors. ValueError if one differs."""
         check_state("ema state", full, self.engine.shapes)
-        self.engine.write(self.local, full)
-        self.updates = updates
+        self.local, self.updates = {k: v.clone() for k, v in self.engine.scatter(full).items()}, updates
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -148,12 +148,6 @@ class Engine(ABC):
     def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's pieces (on its device) of full tensors that every rank passes; no communication."""
 
-    @torch.no_grad()
-    def write(self, local: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> None:
-        """Copy full tensors into the pieces of ``local``, in place and one at a time: a device may not hold them all."""
-        for name, tensor in local.items():
-            tensor.copy_(self.scatter({name: full[name]})[name])
-
     @property
     @abstractmethod
     def updates(self) -> int:
@@ -184,14 +178,19 @@ class Engine(ABC):
         if optimizer is not None:
             shapes = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in self.shapes.items()}
             check_state("optimizer state", optimizer, shapes | {"step": torch.Size([])})
-        self.write(self.local_parameters(), trainable)
+        _copy(self.local_parameters(), self.scatter(trainable))
         for kind, local in self.local_moments().items():
             if optimizer is None:
-                torch._foreach_zero_(list(local.values()))
+                _copy(local, {name: torch.zeros_like(tensor) for name, tensor in local.items()})
             else:
-                self.write(local, {name: optimizer[f"{kind}.{name}"] for name in self.shapes})
+                _copy(local, self.scatter({name: optimizer[f"{kind}.{name}"] for name in self.shapes}))
         self.updates = 0 if optimizer is None else int(optimizer["step"])
         self.refresh()
+
+
+def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    for name, tensor in to.items():
+        tensor.copy_(source[name])
 
 
 def check_state(where: str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, StepResult
 from dydit_scale.parallel.world import World
@@ -117,4 +116,4 @@ def _grad(param: nn.Parameter) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -16,8 +16,6 @@ from dydit_scale.parallel.reduce import sum_tensor
 from dydit_scale.parallel.single import build_adamw, start_moments
 from dydit_scale.parallel.world import World, ensure_group
 
-MAX_BUCKET = 50_000_000
-
 
 class Piece(NamedTuple):
     """The part of one parameter that lies in this rank's flat fp32 buffer of one group."""
@@ -47,7 +45,7 @@ class ZeroEngine(Engine):
         self.deepspeed, *_ = deepspeed.initialize(
             model=network,
             optimizer=self.optimizer,
-            config=deepspeed_config(config, world, accumulation, sum(shape.numel() for shape in self.shapes.values())),
+            config=deepspeed_config(config, world, accumulation),
             dist_init_required=False,
         )
         self.module = self.deepspeed
@@ -101,9 +99,8 @@ class ZeroEngine(Engine):
 
     def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name: tensor.reshape(-1).narrow(0, piece.param_start, piece.numel).to(self.world.device, torch.float32)
-            for name, tensor in full.items()
-            if (piece := self.pieces.get(name)) is not None
+            name: full[name].reshape(-1).narrow(0, piece.param_start, piece.numel).to(self.world.device, torch.float32)
+            for name, piece in self.pieces.items()
         }
 
     @property
@@ -147,11 +144,8 @@ def _piece(param: nn.Parameter) -> Piece | None:
     return piece if piece.numel else None
 
 
-def deepspeed_config(config: EngineConfig, world: World, accumulation: int, numel: int) -> dict[str, Any]:
-    """Every value that touches the numbers, written out: DeepSpeed's own defaults clip at 1.0 and change over time.
-
-    ``numel`` is the number of trainable elements.
-    """
+def deepspeed_config(config: EngineConfig, world: World, accumulation: int) -> dict[str, Any]:
+    """Every value that touches the numbers, written out: DeepSpeed's own defaults clip at 1.0 and change over time."""
     return {
         # the engine never sees a batch; these three only have to agree with each other
         "train_micro_batch_size_per_gpu": 1,
@@ -175,9 +169,6 @@ def deepspeed_config(config: EngineConfig, world: World, accumulation: int, nume
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_scatter": True,
-            # of elements; the buffer is allocated whole, and the default would take 2 GB for the smallest adapter
-            "reduce_bucket_size": min(numel, MAX_BUCKET),
-            "allgather_bucket_size": MAX_BUCKET,
             "round_robin_gradients": False,
             "ignore_unused_parameters": True,
         },
