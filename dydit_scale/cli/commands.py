@@ -21,6 +21,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--side", type=int, default=32, help="pixels of a picture's side")
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument("--samples-per-shard", type=int, default=2048)
+    shapes.add_argument("--workers", type=int, help="processes that draw (default: one on each core, at most 8)")
     shapes.set_defaults(run=_run_shapes)
     index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
     index.add_argument("folder", type=Path)
@@ -32,7 +33,12 @@ def _run_shapes(args: argparse.Namespace) -> None:
     from data_tools.shapes import write_shapes
 
     index = write_shapes(
-        args.out, samples=args.samples, side=args.side, seed=args.seed, samples_per_shard=args.samples_per_shard
+        args.out,
+        samples=args.samples,
+        side=args.side,
+        seed=args.seed,
+        samples_per_shard=args.samples_per_shard,
+        workers=args.workers,
     )
     print(f"{args.out}: {index.num_samples} scenes in {len(index.shards)} shards, digest {index.digest[:12]}")
 

@@ -208,6 +208,17 @@ def test_shards_are_the_same_twice(tmp_path: Path) -> None:
     assert other.digest != indices[0].digest
 
 
+def test_shards_do_not_depend_on_the_processes_that_draw(tmp_path: Path) -> None:
+    for workers in (1, 3):
+        write_shapes(
+            tmp_path / str(workers), samples=300, side=16, samples_per_shard=140, workers=workers, progress=False
+        )
+    names = sorted(path.name for path in (tmp_path / "1").glob("*.tar"))
+    assert len(names) == 3
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+
+
 def test_shards_hold_the_scenes(tmp_path: Path) -> None:
     index = write_shapes(tmp_path / "shards", samples=12, side=24, seed=9, samples_per_shard=5, progress=False)
     assert index.num_samples == 12
