@@ -6,8 +6,9 @@ computes what the static model computes, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,22 @@ class DyFluxOutput(NamedTuple):
 
     sample: Float[Tensor, "batch image_tokens channels"]
     masks: DynamicMasks
+
+
+def _at_full_strength(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a LoRA scale that packed sub-networks, whose weights hold the adapters already, would not follow."""
+
+    @functools.wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scale = (kwargs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
+        if self._plan is not None and scale != 1.0:
+            raise ValueError(
+                f"joint_attention_kwargs: scale {scale} would not reach the packed sub-networks, whose weights hold "
+                "the adapters at their strength when pack was called; scale the adapter first and pack again, or unpack()"
+            )
+        return forward(self, *args, **kwargs)
+
+    return checked
 
 
 class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
@@ -98,6 +115,7 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         for block in self.dynamic_blocks():
             block.timestep_state = self.timestep_state  # type: ignore[assignment]
 
+    @_at_full_strength
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,

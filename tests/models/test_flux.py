@@ -124,6 +124,18 @@ def test_packing_folds_the_adapter_in(kind: str) -> None:
         pass
 
 
+@torch.no_grad()
+def test_packed_slices_refuse_another_strength_of_the_adapter() -> None:
+    model, x = adapted("lora"), inputs([0.5])
+    full = model(**x).sample
+    half = model(**x, joint_attention_kwargs={"scale": 0.5}).sample
+    assert not torch.allclose(half, full, atol=1e-3)
+    model.pack(torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="would not reach the packed"):
+        model(**x, joint_attention_kwargs={"scale": 0.5})
+    torch.testing.assert_close(model(**x, joint_attention_kwargs={"scale": 1.0}).sample, full, atol=1e-5, rtol=1e-4)
+
+
 def test_training_and_moving_forget_the_plan_and_staying_does_not() -> None:
     model = tiny_dynamic()
     model.pack(torch.tensor([0.5]))
