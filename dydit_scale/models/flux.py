@@ -48,8 +48,8 @@ def _at_full_strength(forward: Callable[..., Any]) -> Callable[..., Any]:
         scale = (kwargs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
         if self._plan is not None and scale != 1.0:
             raise ValueError(
-                f"joint_attention_kwargs: scale {scale} would not reach the packed sub-networks, whose weights hold "
-                "the adapters at their strength when pack was called; scale the adapter first and pack again, or unpack()"
+                f"joint_attention_kwargs: scale {scale} would not reach the packed sub-networks, which hold the "
+                "adapters at the strength they had when packed; scale the adapter first and pack again, or unpack()"
             )
         return forward(self, *args, **kwargs)
 

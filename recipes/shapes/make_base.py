@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -94,7 +95,7 @@ def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: floa
         recipe.data, index, seed=recipe.seed, rank=0, world_size=1, global_batch=settings.batch_size,
         micro_batch=settings.batch_size, consumed=0, quarantine=None,
     )  # fmt: skip
-    module = torch.compile(network)
+    module = torch.compile(network) if recipe.engine.compile else network
     bar = tqdm(range(settings.steps), unit="step")
     for step, batch in zip(bar, loader, strict=False):
         levels = objective.training_levels(step, batch.positions - step * settings.batch_size)
@@ -114,7 +115,7 @@ def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: floa
             save(pipeline, average, out)
 
 
-def save(pipeline, average: dict[str, Tensor], out: Path) -> None:
+def save(pipeline: FluxPipeline, average: dict[str, Tensor], out: Path) -> None:
     """Write the pipeline with the averaged weights, and put the trained ones back."""
     network = pipeline.transformer
     trained = {n: p.detach().clone() for n, p in network.state_dict().items()}
