@@ -190,6 +190,10 @@ class Recipe:
     flow: FlowConfig = field(default_factory=FlowConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as in a YAML file."""
+        return _plain(self)
+
     def __post_init__(self) -> None:
         if self.dynamic is None and self.cost.target < 1:
             raise ValueError(f"cost.target is {self.cost.target}, but dynamic is null: a static model always costs 1")
@@ -224,12 +228,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe; :func:`load_recipe` reads it back equal."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(_plain(recipe))))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.as_dict())))
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lines ``key: old -> new`` for every value that differs."""
-    a, b = (_flat(_plain(r)) for r in (old, new))
+    a, b = (_flat(r.as_dict()) for r in (old, new))
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 

@@ -3,6 +3,7 @@ report."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,14 +11,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dydit_scale.report.page import write_report
+from dydit_scale.sampling.speed import machine
 from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run
 
-PROMPTS, STEPS, SAMPLES = 256, 10, 8192
+PROMPTS, STEPS, CFG, SAMPLES = 256, 10, 3.0, 8192
 RATIO_TOLERANCE = 0.03
 LEAST_SHARE = {"demo": 0.85, "long": 0.97}
 """Least score of the dynamic model, as a share of its control's."""
@@ -44,19 +47,22 @@ def run_demo(out: Path, recipes: Path, name: str = "demo", *, strict: bool = Fal
     _step("3/6  control: the static base fine-tuned equally long with plain LoRA of equal size", began)
     _call([*launcher, control, *data, f"run={runs['control']}"])
     _step("4/6  evaluate: packed sub-networks beside base and control", began)
-    result = evaluate_run(runs["td_lora"], control=runs["control"], prompts=PROMPTS, steps=STEPS, pairs=2, timed=32)
+    result = evaluate_run(
+        runs["td_lora"], control=runs["control"], prompts=PROMPTS, steps=STEPS, cfg=CFG, pairs=2, timed=32
+    )
     _step("5/6  export the adapter and load it back", began)
     exports = export_run(runs["td_lora"], ["td-lora", "diffusers"], force=True)
     _step("6/6  report", began)
     report = write_report(runs["td_lora"])
-    print(_achieved(runs["td_lora"], adapted, result, exports, time.monotonic() - began))
-    scores = {name: s["overall"] for name, s in result.scores.items()}
-    target = load_recipe(adapted).cost.target
+    achieved = _achieved(runs, recipes, name, result, exports, time.monotonic() - began)
+    (out / "result.json").write_text(json.dumps(achieved, indent=1))
+    print(_table(achieved))
+    scores = achieved["scores"]
     missed = missed_goals(
-        _final_ratio(runs["td_lora"]), target, scores["dynamic"], scores["control"], LEAST_SHARE[name]
+        achieved["ratio"], achieved["target"], scores["dynamic"], scores["control"], LEAST_SHARE[name]
     )
     print("\n" + ("goals: reached" if not missed else "goals missed: " + "; ".join(missed)))
-    print(f"report: {report}")
+    print(f"result: {out / 'result.json'}\nreport: {report}")
     if missed and strict:
         raise ValueError("a goal was missed (see above), and --strict asks for all of them")
     return report
@@ -88,28 +94,53 @@ def _final_ratio(run: Path) -> float:
     return [r["ratio_eval"] for r in read_metrics(run / "metrics.jsonl") if "ratio_eval" in r][-1]
 
 
-def _achieved(run: Path, recipe: Path, result: EvaluationResult, exports: Sequence[dict], seconds: float) -> str:
-    ratio = _final_ratio(run)
-    scores = {name: s["overall"] for name, s in result.scores.items()}
-    share = scores["dynamic"] / scores["control"] if scores["control"] else float("nan")
-    speed = result.speed or {}
-    mean = next(r for r in exports if r["format"] == "diffusers")
+def _achieved(
+    runs: dict[str, Path],
+    recipes: Path,
+    name: str,
+    result: EvaluationResult,
+    exports: Sequence[dict],
+    seconds: float,
+) -> dict[str, Any]:
+    """What came of it, with the settings that gave it and the machine that did it."""
+    recipe = load_recipe(recipes / f"{name}.yaml")
+    scores = {model: s["overall"] for model, s in result.scores.items()}
+    return {
+        "recipe": f"{name}.yaml",
+        "prompts": PROMPTS,
+        "sampler_steps": STEPS,
+        "cfg": CFG,
+        "ratio": _final_ratio(runs["td_lora"]),
+        "target": recipe.cost.target,
+        "scores": scores,
+        "share_of_control": scores["dynamic"] / scores["control"] if scores["control"] else float("nan"),
+        "categories": {model: s["categories"] for model, s in result.scores.items()},
+        "speed": result.speed,
+        "exports": [{k: row[k] for k in ("format", "bytes", "output_error")} for row in exports],
+        "seconds": seconds,
+        "settings": recipe.as_dict(),
+        **machine(),
+    }
+
+
+def _table(achieved: dict[str, Any]) -> str:
+    scores, speed = achieved["scores"], achieved["speed"]
+    adapter, mean = achieved["exports"]
     rows = [
-        ("cost ratio at evaluation", f"{ratio:.3f}", f"target {load_recipe(recipe).cost.target:.2f}"),
-        ("score, dynamic", f"{scores['dynamic']:.3f}", f"{share:.0%} of its control"),
+        ("cost ratio at evaluation", f"{achieved['ratio']:.3f}", f"target {achieved['target']:.2f}"),
+        ("score, dynamic", f"{scores['dynamic']:.3f}", f"{achieved['share_of_control']:.0%} of its control"),
         ("score, control", f"{scores['control']:.3f}", "static, plain LoRA of equal size"),
         ("score, base", f"{scores['base']:.3f}", "untouched"),
         ("speed-up", f"{speed['realised']:.2f}x", f"ideal {speed['ideal']:.2f}x, {speed['share']:.0%} of it"),
-        ("adapter", f"{exports[0]['bytes'] / 1e6:.2f} MB", "loaded back, equal bit for bit"),
+        ("adapter", f"{adapter['bytes'] / 1e6:.2f} MB", "loaded back, equal bit for bit"),
         (
             "mean plain LoRA",
             f"{mean['bytes'] / 1e6:.2f} MB",
             f"error {mean['output_error']:.2f} of the adapter's effect",
         ),
-        ("time", f"{seconds / 60:.1f} min", "without installation"),
+        ("time", f"{achieved['seconds'] / 60:.1f} min", "without installation"),
     ]
-    lines = [f"  {name:26}{value:>10}   {note}" for name, value, note in rows]
-    return "\n" + "\n".join(lines)
+    return "\n" + "\n".join(f"  {what:26}{value:>10}   {note}" for what, value, note in rows)
 
 
 def _step(title: str, began: float) -> None:
