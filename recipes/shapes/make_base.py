@@ -11,12 +11,14 @@ alone learns here. The averaged weights are written to OUT every 1,000 steps.
 from __future__ import annotations
 
 import argparse
+import copy
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -112,16 +114,15 @@ def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: floa
             param.grad = None
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % 1000 == 0 or step + 1 == settings.steps:
-            save(pipeline, average, out)
+            save(recipe, network, average, out)
 
 
-def save(pipeline: FluxPipeline, average: dict[str, Tensor], out: Path) -> None:
-    """Write the pipeline with the averaged weights, and put the trained ones back."""
-    network = pipeline.transformer
-    trained = {n: p.detach().clone() for n, p in network.state_dict().items()}
-    network.load_state_dict(average)
-    pipeline.save_pretrained(out)
-    network.load_state_dict(trained)
+def save(recipe: Recipe, network: ModelMixin, average: dict[str, Tensor], out: Path) -> None:
+    """Write the recipe's pipeline folder to ``out``, with the averaged weights in its transformer."""
+    shutil.copytree(recipe.model.base, out, dirs_exist_ok=True)
+    averaged = copy.deepcopy(network)
+    averaged.load_state_dict(average)
+    averaged.save_pretrained(out / "transformer")
 
 
 if __name__ == "__main__":
