@@ -98,7 +98,8 @@ def test_gradients_are_those_of_the_static_model(dtype: torch.dtype, checkpointi
         torch.testing.assert_close(ours[name].grad, theirs[name].grad, msg=name)
     copies = [theirs[f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1.bias"].grad for i in range(LAYERS)]
     shared = ours["time_class_embed.timestep_embedder.linear_1.bias"].grad
-    torch.testing.assert_close(shared, sum(copies), atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
+    distance = float((shared - sum(copies)).norm() / shared.norm())
+    assert distance < (0.02 if dtype == torch.bfloat16 else 1e-5)  # one sum is rounded, the other is of rounded parts
 
 
 def original_forward(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
