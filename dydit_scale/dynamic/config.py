@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 TokenRouterKind = Literal["dit", "flux"]
@@ -21,8 +21,9 @@ class DynamicConfig:
     """Image tokens may skip work in a block (SDT, DyDiT section 3.3)."""
     mlp_groups: int | None = None
     """Channel groups per MLP; None takes the number of heads, as in the paper."""
-    token_router: TokenRouterKind = "flux"
-    """``dit``: two layers on the residual stream. ``flux``: modulated by time and text, as in DyFLUX."""
+    token_router: TokenRouterKind | None = None
+    """``dit``: two layers on the residual stream. ``flux``: modulated by time and text, as in DyFLUX. None takes the
+    one of the model's family."""
     token_bottleneck: int = 64
     """Width between the time embedding and the ``flux`` router's modulation; 0 for DyFLUX's single wide layer."""
     single_bypass: SingleBypass = "mlp"
@@ -35,9 +36,11 @@ class DynamicConfig:
     """Temperature of the Gumbel-sigmoid; 1 keeps the ratio in training close to the one at evaluation. Release: 5."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("token_router", get_args(TokenRouterKind)), ("single_bypass", get_args(SingleBypass))):
+        choices = {"token_router": (*get_args(TokenRouterKind), None), "single_bypass": get_args(SingleBypass)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"dynamic.{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+                expected = ", ".join(map(str, allowed))
+                raise ValueError(f"dynamic.{name}: expected one of {expected}; got {getattr(self, name)!r}")
         if self.temperature <= 0:
             raise ValueError(f"dynamic.temperature: expected a positive number; got {self.temperature}")
         if self.mlp_groups is not None and self.mlp_groups < 1:
@@ -46,3 +49,7 @@ class DynamicConfig:
             )
         if self.token_bottleneck < 0:
             raise ValueError(f"dynamic.token_bottleneck: expected 0 or more; got {self.token_bottleneck}")
+
+    def for_family(self, token_router: TokenRouterKind) -> DynamicConfig:
+        """The config with the family's token router where none was chosen."""
+        return self if self.token_router else replace(self, token_router=token_router)

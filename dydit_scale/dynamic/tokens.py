@@ -30,7 +30,7 @@ class TokenRouter(Router):
         self,
         x: Float[Tensor, "batch tokens dim"],
         temb: Float[Tensor, "batch dim_t"],
-        text: Float[Tensor, "batch text dim"],
+        text: Float[Tensor, "batch text dim"] | None,
     ) -> Float[Tensor, "batch tokens"]:
         """Logits in fp32 (``temb`` and ``text`` are not used)."""
         return _linear(self.up, F.relu(_linear(self.down, x))).squeeze(-1)
@@ -79,11 +79,23 @@ def make_token_router(config: DynamicConfig, dim: int) -> TokenRouter | Modulate
     raise ValueError(f"dynamic.token_router: {config.token_router!r}")
 
 
+def router_macs(config: DynamicConfig, dim: int, tokens: int) -> int:
+    """MACs of that router for one sample of ``tokens`` tokens; 0 where tokens are not dynamic."""
+    if not config.tokens:
+        return 0
+    if config.token_router == "dit":
+        return tokens * (dim + 1) * max(1, dim // 16)
+    if config.token_router == "flux":
+        r = config.token_bottleneck
+        return (dim * r + r * 4 * dim if r else 4 * dim * dim) + tokens * dim
+    raise ValueError(f"dynamic.token_router: {config.token_router!r}")
+
+
 def route_tokens(
     router: TokenRouter | ModulatedTokenRouter,
     x: Float[Tensor, "batch tokens dim"],
     temb: Float[Tensor, "batch dim_t"],
-    text: Float[Tensor, "batch text dim"],
+    text: Float[Tensor, "batch text dim"] | None,
     noise: Float[Tensor, "batch tokens"] | None,
     temperature: float,
 ) -> Float[Tensor, "batch tokens"]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.config import DynamicConfig, TokenRouterKind
 from dydit_scale.dynamic.cost import ModelCost
-from dydit_scale.dynamic.masks import GateMode, WidthMasks
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode, WidthMasks
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.width import Router, WidthRouter
 from dydit_scale.models.plan import PackedPlan, StepTable
@@ -29,6 +33,16 @@ class DynamicModelMixin:
 
     static_class: ClassVar[type[ModelMixin]]
     """The diffusers class whose weights this one takes."""
+    output_class: ClassVar[Any]
+    """The named result (sample, masks) of a forward that was asked for its masks."""
+    processor_class: ClassVar[type]
+    """The attention processor that obeys head masks."""
+    token_router: ClassVar[TokenRouterKind]
+    """The family's token router, taken where the config names none."""
+    own_settings: ClassVar[tuple[str, ...]] = ("dynamic",)
+    """Fields of the config that the static class does not know."""
+    timestep_tolerance: ClassVar[float] = 1e-5
+    """How far, as a share, a timestep may be from the planned one to run its sub-network."""
     dy_width: WidthRouter
     dynamic: DynamicConfig
     timestep_state: TimestepState
@@ -56,13 +70,27 @@ class DynamicModelMixin:
         """The pure timestep embedding in fp32, for timesteps as the forward takes them."""
         raise TypeError(f"{type(self).__name__} must define routing_embedding")
 
-    def cost(self, image_tokens: int, text_tokens: int) -> ModelCost:
-        """MACs of one forward."""
+    def cost(self, image_tokens: int, text_tokens: int = 0) -> ModelCost:
+        """MACs of one forward for one sample, from shapes; ``text_tokens`` is 0 where classes are the condition."""
         raise TypeError(f"{type(self).__name__} must define cost")
 
+    @classmethod
+    def _own_names(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A static state dict under this class' names."""
+        return state
+
+    def _static_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`_own_names`."""
+        return state
+
     def rank_units(self) -> None:
-        """Order heads and channels by importance: the always-on unit gets the best (see dynamic/ranking.py)."""
-        raise TypeError(f"{type(self).__name__} must define rank_units")
+        """The most important heads and channels of each block become its always-on unit (see dynamic/ranking.py)."""
+        for block in self.dynamic_blocks():
+            block.rank_units()  # type: ignore[operator]
+
+    def fuse_qkv_projections(self) -> None:
+        """Refused: fused projections would bypass adapters, and cannot be cut by head."""
+        raise ValueError("a dynamic model cuts q, k and v by head; do not fuse them")
 
     # Static and back
     @classmethod
@@ -81,13 +109,15 @@ class DynamicModelMixin:
         settings = {k: v for k, v in static.config.items() if not k.startswith("_")}
         with init_empty_weights():
             model = cls.from_config(  # type: ignore[attr-defined]
-                {**settings, "dynamic": asdict(config or DynamicConfig())}
+                {**settings, "dynamic": asdict((config or DynamicConfig()).for_family(cls.token_router))}
             )
-        missing, unexpected = model.load_state_dict(static.state_dict(keep_vars=True), strict=False, assign=True)
+        base = cls._own_names(static.state_dict(keep_vars=True))
+        missing, unexpected = model.load_state_dict(base, strict=False, assign=True)
         if unexpected or any(".dy_" not in f".{k}" for k in missing):
             raise ValueError(
                 f"{cls.__name__}.from_static: weights do not fit: missing {missing}, unexpected {unexpected}"
             )
+        _share_buffers(static, model)
         _materialise_routers(model, seed)
         model.train(static.training)
         if rank:
@@ -96,11 +126,13 @@ class DynamicModelMixin:
 
     def to_static(self) -> ModelMixin:
         """The static model with the same tensors; routers stay behind."""
-        settings = {k: v for k, v in self.config.items() if not k.startswith("_") and k != "dynamic"}  # type: ignore[attr-defined]
+        config = self.config  # type: ignore[attr-defined]
+        settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in self.own_settings}
         with init_empty_weights():
             static = self.static_class.from_config(settings)
         base = {k: v for k, v in self.state_dict(keep_vars=True).items() if ".dy_" not in f".{k}"}  # type: ignore[attr-defined]
-        static.load_state_dict(base, strict=True, assign=True)
+        static.load_state_dict(self._static_names(base), strict=True, assign=True)
+        _share_buffers(self, static)
         return static.train(self.training)  # type: ignore[attr-defined]
 
     @classmethod
@@ -135,6 +167,50 @@ class DynamicModelMixin:
         """Which units work at each of the timesteps."""
         return StepTable.build(self, timesteps)
 
+    def _planned_steps(self, timestep: Float[Tensor, " batch"]) -> dict[int | None, list[int]]:
+        """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan."""
+        rows: dict[int | None, list[int]] = {}
+        if self._plan is not None:
+            for row, t in enumerate(timestep.tolist()):
+                rows.setdefault(self._plan.step_of(t), []).append(row)
+        return rows
+
+    def _network_at(
+        self, step: int | None, timestep: Float[Tensor, " batch"], gates: GateMode
+    ) -> tuple[Float[Tensor, "batch_t dim"], tuple[nn.Module, ...], WidthMasks]:
+        """(routing embedding, blocks, their width masks): the sub-network of a planned step, or the masked model."""
+        if self._plan is not None and step is not None:
+            return self._plan.table.t_emb[step : step + 1], self._plan.blocks[step], WidthMasks(None, None)
+        t_emb = self.routing_embedding(timestep)
+        return t_emb, tuple(self.dynamic_blocks()), self.width_masks(t_emb, gates)
+
+    def _masks(self, step: int | None, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
+        """All masks of a forward, ones where nothing is dynamic."""
+        layers, batch = tokens.shape[:2]
+        if self._plan is not None and step is not None:
+            width = self._plan.table.at(step, batch)
+        heads = self.config["num_attention_heads"]  # type: ignore[attr-defined]
+        units = (heads, self.dynamic.mlp_groups or heads)
+        heads_on, groups_on = (
+            torch.ones(layers, batch, n, device=tokens.device) if m is None else m.expand(-1, batch, -1)
+            for m, n in zip(width, units, strict=True)
+        )
+        return DynamicMasks(heads_on, groups_on, tokens)
+
+    def _result(self, sample: Tensor, masks: DynamicMasks | None, return_dict: bool) -> Any:
+        """The named result where masks were collected, else what diffusers returns."""
+        if masks is not None:
+            return self.output_class(sample, masks)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_processors(self) -> None:
+        for name, processor in self.attn_processors.items():  # type: ignore[attr-defined]
+            if not isinstance(processor, self.processor_class):
+                raise ValueError(
+                    f"{name} is a {type(processor).__name__}, which ignores head masks; "
+                    "choose kernels with set_attention_backend, or use to_static() for other processors"
+                )
+
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         before = _places(self)
         out = super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
@@ -150,6 +226,54 @@ class DynamicModelMixin:
         if mode:
             self.unpack()
         return super().train(mode)  # type: ignore[misc]
+
+
+def at_full_strength(kwargs_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator of a forward whose ``kwargs_name`` may hold a LoRA ``scale``: refuse a scale that packed
+    sub-networks, whose weights hold the adapters already, would not follow."""
+
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            scale = (kwargs.get(kwargs_name) or {}).get("scale", 1.0)
+            if self._plan is not None and scale != 1.0:
+                raise ValueError(
+                    f"{kwargs_name}: scale {scale} would not reach the packed sub-networks, whose weights hold the "
+                    "adapters at their strength when pack was called; scale the adapter first and pack again, or "
+                    "unpack()"
+                )
+            return forward(self, *args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def timestep_embedding(embed: Any, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
+    """The output of a diffusers embedder's timestep part (``time_proj``, ``timestep_embedder``) alone, in fp32."""
+    mlp = embed.timestep_embedder
+    with torch.autocast(timestep.device.type, enabled=False):
+        x = F.linear(embed.time_proj(timestep.float()), mlp.linear_1.weight.float(), mlp.linear_1.bias.float())
+        return F.linear(F.silu(x), mlp.linear_2.weight.float(), mlp.linear_2.bias.float())
+
+
+def in_batch_order(parts: list[Any], rows: list[list[int]]) -> tuple[Tensor, DynamicMasks | None]:
+    """(sample, masks if there are any) of the whole batch, from the outputs for its ``rows``, part by part."""
+    order = torch.tensor([i for part in rows for i in part]).argsort()
+    sample = torch.cat([part[0] for part in parts])[order]
+    if not hasattr(parts[0], "masks"):
+        return sample, None
+    kinds = zip(*(part.masks for part in parts), strict=True)
+    return sample, DynamicMasks(*(torch.cat(kind, dim=1)[:, order] for kind in kinds))
+
+
+def _share_buffers(source: Any, target: Any) -> None:
+    """Let ``target`` use the buffers of ``source`` that no state dict carries (tables of positions)."""
+    buffers = dict(source.named_buffers())
+    for name, module in target.named_modules():
+        for leaf in module._non_persistent_buffers_set:
+            if (full := f"{name}.{leaf}".lstrip(".")) in buffers:
+                setattr(module, leaf, buffers[full])
 
 
 def _places(model: Any) -> set[tuple[torch.device, torch.dtype]]:

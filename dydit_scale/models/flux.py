@@ -6,9 +6,8 @@ computes what the static model computes, bit for bit.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +18,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
-from dydit_scale.models.base import DynamicModelMixin
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.tokens import router_macs
+from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
+from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.flux_blocks import (
-    BlockGates,
     DyFluxAttnProcessor,
     DyFluxSingleTransformerBlock,
     DyFluxTransformerBlock,
@@ -40,22 +39,6 @@ class DyFluxOutput(NamedTuple):
     masks: DynamicMasks
 
 
-def _at_full_strength(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a LoRA scale that packed sub-networks, whose weights hold the adapters already, would not follow."""
-
-    @functools.wraps(forward)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scale = (kwargs.get("joint_attention_kwargs") or {}).get("scale", 1.0)
-        if self._plan is not None and scale != 1.0:
-            raise ValueError(
-                f"joint_attention_kwargs: scale {scale} would not reach the packed sub-networks, which hold the "
-                "adapters at the strength they had when packed; scale the adapter first and pack again, or unpack()"
-            )
-        return forward(self, *args, **kwargs)
-
-    return checked
-
-
 class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
     """FLUX.1 with timestep-wise dynamic width and spatial-wise dynamic tokens.
 
@@ -64,6 +47,10 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
     """
 
     static_class = FluxTransformer2DModel
+    output_class = DyFluxOutput
+    processor_class = DyFluxAttnProcessor
+    token_router = "flux"
+    timestep_tolerance = 0.006  # pipelines round to bf16, by up to 0.4 %
     _no_split_modules = ["DyFluxTransformerBlock", "DyFluxSingleTransformerBlock"]
     _repeated_blocks = ["DyFluxTransformerBlock", "DyFluxSingleTransformerBlock"]
     _keep_in_fp32_modules = ["dy_width", "dy_token"]
@@ -99,7 +86,7 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             guidance_embeds=guidance_embeds,
             axes_dims_rope=axes_dims_rope,
         )
-        self.dynamic = DynamicConfig(**(dynamic or {}))
+        self.dynamic = DynamicConfig(**(dynamic or {})).for_family(self.token_router)
         shape = {
             "dim": self.inner_dim,
             "num_attention_heads": num_attention_heads,
@@ -115,7 +102,7 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         for block in self.dynamic_blocks():
             block.timestep_state = self.timestep_state  # type: ignore[assignment]
 
-    @_at_full_strength
+    @at_full_strength("joint_attention_kwargs")
     @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
@@ -142,7 +129,7 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             collect: return :class:`DyFluxOutput` with the masks of all layers.
         """
         self._check(joint_attention_kwargs)
-        steps = self._planned_steps(timestep) if gates == "threshold" and not torch.is_grad_enabled() else {}
+        steps = self._planned_steps(timestep.float()) if gates == "threshold" and not torch.is_grad_enabled() else {}
         if len(steps) > 1:
             if controlnet_block_samples or controlnet_single_block_samples:
                 raise ValueError("packed sampling of a batch with several timesteps does not go with ControlNet")
@@ -158,15 +145,10 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
                 self(*(x[r] for x in batched), guidance=None if guidance is None else guidance[r], **shared)
                 for r in rows
             ]
-            return _joined(parts, rows, collect, return_dict)
+            return self._result(*in_batch_order(parts, rows), return_dict)
 
         step = next(iter(steps), None)
-        if self._plan is not None and step is not None:
-            t_emb, blocks = self._plan.table.t_emb[step : step + 1], self._plan.blocks[step]
-            width = WidthMasks(None, None)
-        else:
-            t_emb, blocks = self.routing_embedding(timestep), tuple(self.dynamic_blocks())
-            width = self.width_masks(t_emb, gates)
+        t_emb, blocks, width = self._network_at(step, timestep, gates)
         control = ControlNetResiduals(
             controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
         )
@@ -189,11 +171,7 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
                     hidden_states, i, len(self.transformer_blocks), len(self.single_transformer_blocks)
                 )
             sample = self.proj_out(self.norm_out(hidden_states, temb))
-        if collect:
-            if self._plan is not None and step is not None:
-                width = self._plan.table.at(step, len(timestep))
-            return DyFluxOutput(sample, self._masks(width, torch.stack(tokens)))
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return self._result(sample, self._masks(step, width, torch.stack(tokens)) if collect else None, return_dict)
 
     def dynamic_blocks(self) -> list[nn.Module]:
         """Double blocks, then single ones."""
@@ -201,20 +179,9 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
 
     def routing_embedding(self, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """The output of the timestep embedder alone, computed in fp32 from timesteps in 0..1."""
-        embed = self.time_text_embed
-        with torch.autocast(timestep.device.type, enabled=False):
-            x = embed.time_proj(timestep.float() * 1000)
-            for linear in (embed.timestep_embedder.linear_1, embed.timestep_embedder.linear_2):
-                x = x if linear is embed.timestep_embedder.linear_1 else F.silu(x)
-                x = F.linear(x.float(), linear.weight.float(), linear.bias.float())
-        return x
+        return timestep_embedding(self.time_text_embed, timestep.float() * 1000)
 
-    def rank_units(self) -> None:
-        """The most important heads and channels of each block become its always-on unit."""
-        for block in self.dynamic_blocks():
-            block.rank_units()  # type: ignore[operator]
-
-    def cost(self, image_tokens: int, text_tokens: int) -> ModelCost:
+    def cost(self, image_tokens: int, text_tokens: int = 0) -> ModelCost:
         """MACs of one forward for one sample, from shapes."""
         config, d = self.config, self.inner_dim
         double = _double_cost(self.dynamic, d, self.mlp_dim, image_tokens, text_tokens)
@@ -228,32 +195,15 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             outside=embedders + 2 * d * d + per_token,
         )
 
-    def fuse_qkv_projections(self) -> None:
-        """Refused: fused projections would bypass adapters, and cannot be cut by head."""
-        raise ValueError("a dynamic model cuts q, k and v by head; do not fuse them")
-
     @property
     def mlp_dim(self) -> int:
         """Hidden channels of each MLP."""
         return 4 * self.inner_dim
 
     def _check(self, joint_attention_kwargs: dict[str, Any] | None) -> None:
-        for name, processor in self.attn_processors.items():
-            if not isinstance(processor, DyFluxAttnProcessor):
-                raise ValueError(
-                    f"{name} is a {type(processor).__name__}, which ignores head masks; "
-                    "choose kernels with set_attention_backend, or use to_static() for IP adapters"
-                )
+        self._check_processors()
         if joint_attention_kwargs and "ip_adapter_image_embeds" in joint_attention_kwargs:
             raise ValueError("IP adapters replace the attention that head masks act on; use to_static() for them")
-
-    def _planned_steps(self, timestep: Float[Tensor, " batch"]) -> dict[int | None, list[int]]:
-        """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan."""
-        rows: dict[int | None, list[int]] = {}
-        if self._plan is not None:
-            for row, t in enumerate(timestep.float().tolist()):
-                rows.setdefault(self._plan.step_of(t), []).append(row)
-        return rows
 
     def _embed(
         self,
@@ -271,27 +221,6 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         temb = self.time_text_embed(*(x for x in scaled if x is not None), pooled_projections)
         ids = torch.cat([x[0] if x.ndim == 3 else x for x in (txt_ids, img_ids)])
         return hidden_states, self.context_embedder(encoder_hidden_states), temb, self.pos_embed(ids)
-
-    def _masks(self, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
-        """All masks, ones where nothing is dynamic."""
-        layers, batch = tokens.shape[:2]
-        heads = self.config["num_attention_heads"]
-        units = (heads, self.dynamic.mlp_groups or heads)
-        heads_on, groups_on = (
-            torch.ones(layers, batch, n, device=tokens.device) if m is None else m
-            for m, n in zip(width, units, strict=True)
-        )
-        return DynamicMasks(heads_on, groups_on, tokens)
-
-
-def _joined(parts: list[Any], rows: list[list[int]], collect: bool, return_dict: bool) -> Any:
-    """The outputs of several parts of a batch in the batch's own order."""
-    order = torch.tensor([i for part in rows for i in part]).argsort()
-    sample = torch.cat([part[0] for part in parts])[order]
-    if collect:
-        masks = (torch.cat(kind, dim=1)[:, order] for kind in zip(*(part.masks for part in parts), strict=True))
-        return DyFluxOutput(sample, DynamicMasks(*masks))
-    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
 class ControlNetResiduals(NamedTuple):
@@ -315,7 +244,7 @@ def _double_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -
     both = image + text
     return BlockCost(
         fixed=12 * d * d,
-        router=_router_cost(config, d, image),
+        router=router_macs(config, d, image),
         heads=4 * d * d * both + 2 * both * both * d,
         groups=2 * d * f * text,
         groups_tokens=2 * d * f * image,
@@ -327,21 +256,12 @@ def _single_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -
     skips_output = config.single_bypass == "attn_out+mlp"
     return BlockCost(
         fixed=3 * d * d,
-        router=_router_cost(config, d, image),
+        router=router_macs(config, d, image),
         heads=3 * d * d * both + 2 * both * both * d + d * d * (text if skips_output else both),
         heads_tokens=d * d * image if skips_output else 0,
         groups=2 * d * f * text,
         groups_tokens=2 * d * f * image,
     )
-
-
-def _router_cost(config: DynamicConfig, d: int, image: int) -> int:
-    if not config.tokens:
-        return 0
-    if config.token_router == "dit":
-        return image * (d + 1) * max(1, d // 16)
-    r = config.token_bottleneck
-    return (d * r + r * 4 * d if r else 4 * d * d) + image * d
 
 
 for _block in (DyFluxTransformerBlock, DyFluxSingleTransformerBlock):

@@ -6,7 +6,7 @@ with the MLP on the chosen image tokens only. The numbers are the same.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -17,25 +17,21 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.masks import WidthMasks
 from dydit_scale.dynamic.packing import active, add_on_rows, chosen_rows, fold, shallow, slice_linear
-from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank, units_in_place
-from dydit_scale.dynamic.timestep import TimestepState
-from dydit_scale.dynamic.tokens import make_token_router, route_tokens
-
-
-class BlockGates(NamedTuple):
-    """The gates of one block in one forward."""
-
-    heads: Float[Tensor, "batch units"] | None = None
-    groups: Float[Tensor, "batch units"] | None = None
-    token_noise: Float[Tensor, "batch tokens"] | None = None
-    open: bool = False
-    """No token is skipped."""
+from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
+from dydit_scale.models.blocks import (
+    BlockGates,
+    DynamicBlock,
+    channels_of,
+    cut_attention,
+    cut_feed_forward,
+    feed_forward,
+)
 
 
 class DyFluxAttnProcessor(FluxAttnProcessor):
@@ -83,44 +79,14 @@ class DyFluxAttnProcessor(FluxAttnProcessor):
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
 
-class _DyFluxBlock(nn.Module):
-    """What both kinds of block share. ``dy_*_unit`` tables say which routing unit a head or channel belongs to."""
+class _DyFluxBlock(DynamicBlock):
+    """What both kinds of block share."""
 
-    timestep_state: TimestepState | None = None
-    is_packed: bool = False
     attn: FluxAttention
-    dy_head_unit: Tensor
-    dy_channel_unit: Tensor
-    dynamic: DynamicConfig
 
     def _init_dynamic(self, dim: int, heads: int, channels: int, config: DynamicConfig) -> None:
-        groups = config.mlp_groups or heads
-        if channels % groups:
-            raise ValueError(f"dynamic.mlp_groups: {channels} MLP channels cannot be cut into {groups} equal groups")
-        self.dynamic = config
+        super()._init_dynamic(dim, heads, channels, config)
         self.attn.set_processor(DyFluxAttnProcessor())
-        self.register_buffer("dy_head_unit", torch.arange(heads))
-        self.register_buffer("dy_channel_unit", units_in_place(channels, groups))
-        self.dy_token = make_token_router(config, dim) if config.tokens else None
-
-    def depends_on_timestep(self) -> bool:
-        """Whether an adapter makes a weight depend on the timestep."""
-        return any(hasattr(m, "weight_at") for m in self.modules())
-
-    def _route(
-        self, image: Tensor, text: Tensor, temb: Tensor, gates: BlockGates
-    ) -> Float[Tensor, "batch tokens"] | None:
-        if self.dy_token is None or gates.open:
-            return None
-        return route_tokens(self.dy_token, image, temb, text, gates.token_noise, self.dynamic.temperature)
-
-    def _head_mask(self, gates: BlockGates) -> Float[Tensor, "batch heads"] | None:
-        return None if gates.heads is None else gates.heads[:, self.dy_head_unit]
-
-    def _cut(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> tuple[FluxAttention, Tensor | None]:
-        heads = None if width.heads is None else active(width.heads, self.dy_head_unit)
-        channels = None if width.groups is None else active(width.groups, self.dy_channel_unit)
-        return cut_attention(self.attn, heads, t_emb), channels
 
 
 class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
@@ -172,17 +138,18 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
                 rows = chosen_rows(keep)
                 hidden_states = add_on_rows(hidden_states, rows, self.ff(image.flatten(0, 1)[rows]), gate_mlp)
             else:
-                image = gate_mlp[:, None] * _feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
+                image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
                 hidden_states = hidden_states + (image if keep is None else image * keep[..., None].to(image.dtype))
-            text = _feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
+            text = feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
             encoder_hidden_states = _finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
         return _result(encoder_hidden_states, hidden_states, keep, collect)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxTransformerBlock:
         """The block cut to one sample's active units."""
-        attn, channels = self._cut(width, t_emb)
+        heads, channels = self._active(width)
+        attn = cut_attention(self.attn, heads, t_emb)
         context = None if width.groups is None else active(width.groups, self.dy_context_channel_unit)
-        ff, ff_context = _cut_feed_forward(self.ff, channels, t_emb), _cut_feed_forward(self.ff_context, context, t_emb)
+        ff, ff_context = cut_feed_forward(self.ff, channels, t_emb), cut_feed_forward(self.ff_context, context, t_emb)
         return fold(shallow(self, attn=attn, ff=ff, ff_context=ff_context, is_packed=True), t_emb)  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -269,15 +236,14 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxSingleTransformerBlock:
         """The block cut to one sample's active units; the output projection falls into an attention and an MLP part."""
-        attn, channels = self._cut(width, t_emb)
+        heads, channels = self._active(width)
         dim = self.attn.inner_dim
-        heads = None if width.heads is None else active(width.heads, self.dy_head_unit)
         device = self.dy_channel_unit.device
         attn_cols = torch.arange(dim, device=device) if heads is None else channels_of(heads, self.attn.head_dim)
         mlp_cols = torch.arange(self.mlp_hidden_dim, device=device) if channels is None else channels
         proj_out = fold(self.proj_out, t_emb)
         changes: dict[str, Any] = {
-            "attn": attn,
+            "attn": cut_attention(self.attn, heads, t_emb),
             "proj_mlp": slice_linear(self.proj_mlp, rows=channels, t_emb=t_emb),
             "out_attn": slice_linear(proj_out, cols=attn_cols),
             "out_mlp": slice_linear(proj_out, cols=dim + mlp_cols, bias=False),
@@ -295,43 +261,8 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         self.dy_channel_unit.copy_(units_by_rank(importance, int(self.dy_channel_unit.max()) + 1))
 
 
-def cut_attention(
-    attn: FluxAttention, heads: Int64[Tensor, " active"] | None, t_emb: Float[Tensor, "1 dim"]
-) -> FluxAttention:
-    """The attention with the given heads only (None: all), sharing norms and processor."""
-    rows = None if heads is None else channels_of(heads, attn.head_dim)
-    names = ["to_q", "to_k", "to_v"] + (["add_q_proj", "add_k_proj", "add_v_proj"] if attn.added_kv_proj_dim else [])
-    changes: dict[str, Any] = {name: slice_linear(getattr(attn, name), rows=rows, t_emb=t_emb) for name in names}
-    if not attn.pre_only:
-        changes["to_out"] = nn.ModuleList([slice_linear(attn.to_out[0], cols=rows, t_emb=t_emb), attn.to_out[1]])
-    if attn.added_kv_proj_dim:
-        changes["to_add_out"] = slice_linear(attn.to_add_out, cols=rows, t_emb=t_emb)
-    return shallow(attn, heads=attn.heads if heads is None else len(heads), **changes)
-
-
-def channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor, " channels"]:
-    """The channels of the given heads."""
-    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
-
-
 def _heads(x: Float[Tensor, "batch tokens channels"], head_dim: int) -> Float[Tensor, "batch tokens heads head_dim"]:
     return x.unflatten(-1, (-1, head_dim))
-
-
-def _feed_forward(ff: Any, x: Tensor, groups: Tensor | None, unit_of: Tensor) -> Tensor:
-    # Masked after the activation: GELU(0) = 0, so the value is that of masking before it, and the gate's gradient is
-    # the channel's whole contribution.
-    if groups is None:
-        return ff(x)
-    up, dropout, down = ff.net
-    hidden = up(x)
-    return down(dropout(hidden * groups[:, unit_of][:, None].to(hidden.dtype)))
-
-
-def _cut_feed_forward(ff: Any, channels: Tensor | None, t_emb: Tensor) -> nn.Module:
-    up, dropout, down = ff.net
-    up = shallow(up, proj=slice_linear(up.proj, rows=channels, t_emb=t_emb))
-    return shallow(ff, net=nn.ModuleList([up, dropout, slice_linear(down, cols=channels, t_emb=t_emb)]))
 
 
 def _finite(x: Tensor) -> Tensor:

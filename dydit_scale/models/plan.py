@@ -14,9 +14,6 @@ from dydit_scale.dynamic.masks import WidthMasks
 if TYPE_CHECKING:
     from dydit_scale.models.base import DynamicModelMixin
 
-_TOLERANCE = 0.006
-"""How far, as a share, a pipeline's timestep may be from the planned one: bf16 rounds by up to 0.4 %."""
-
 
 class PackableBlock(Protocol):
     """A block that can cut itself."""
@@ -67,6 +64,8 @@ class PackedPlan:
     """Sub-blocks that had to be cut."""
     bytes: int
     """Memory of the weights that were copied, not viewed."""
+    tolerance: float
+    """How far, as a share, a timestep may be from the planned one."""
 
     @classmethod
     @torch.no_grad()
@@ -95,13 +94,13 @@ class PackedPlan:
                         )
                 row.append(cut[key])
             rows.append(tuple(row))
-        return cls(table, tuple(rows), len(cut), used)
+        return cls(table, tuple(rows), len(cut), used, model.timestep_tolerance)
 
     def step_of(self, timestep: float) -> int | None:
         """The planned step nearest to ``timestep``, or None where none is near."""
         distance = (self.table.timesteps - timestep).abs()
         nearest = int(distance.argmin())
-        return nearest if float(distance[nearest]) <= _TOLERANCE * max(abs(timestep), 1e-3) else None
+        return nearest if float(distance[nearest]) <= self.tolerance * max(abs(timestep), 1e-3) else None
 
 
 def _key(block: Any, table: StepTable, layer: int, step: int) -> tuple:

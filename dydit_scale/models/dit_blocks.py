@@ -1,0 +1,143 @@
+"""DiT's block with gates: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with the
+MLP on the chosen tokens only. The numbers are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
+from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
+from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+
+
+class DyDiTAttnProcessor:
+    """Self-attention with a head mask, for any number of heads that the projections hold.
+
+    Unlike diffusers' AttnProcessor2_0 it follows ``set_attention_backend``.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Float[Tensor, "batch tokens dim"],
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        head_mask: Float[Tensor, "batch_t heads"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Attention after its output projection; a masked head contributes zero."""
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        query, key, value = (proj(hidden_states).unflatten(-1, (attn.heads, -1)) for proj in projections)
+        out = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        if head_mask is not None:
+            out = out * head_mask[:, None, :, None].to(out.dtype)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+
+
+class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
+    """Attention over all tokens, then the MLP, which skipped tokens miss (DyDiT section 3).
+
+    Unlike the static block it gets the sum of timestep and class embedding from the model, so it has no embedder.
+    """
+
+    attn1: Attention
+    ff: Any  # diffusers' FeedForward: net = [activation with its projection, dropout, projection]
+    norm1: nn.Module
+    norm3: nn.Module
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        *,
+        dropout: float,
+        activation_fn: str,
+        attention_bias: bool,
+        upcast_attention: bool,
+        norm_elementwise_affine: bool,
+        norm_eps: float,
+        config: DynamicConfig,
+    ) -> None:
+        BasicTransformerBlock.__init__(
+            self,
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            dropout=dropout,
+            activation_fn=activation_fn,
+            attention_bias=attention_bias,
+            upcast_attention=upcast_attention,
+            norm_type="layer_norm",
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+        )
+        self.norm1 = AdaLayerNormZero(dim)
+        self.attn1.set_processor(DyDiTAttnProcessor())
+        up, _, down = self.ff.net
+        if up.proj.out_features != down.in_features:
+            raise ValueError(
+                f"activation_fn {activation_fn!r}: expected one without a second, gating projection, such as "
+                "'gelu-approximate', because groups of channels are cut from one projection"
+            )
+        self._init_dynamic(dim, num_attention_heads, down.in_features, config)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch tokens dim"],
+        temb: Float[Tensor, "batch dim"],
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        t_emb: Float[Tensor, "batch_t dim"] | None = None,
+        gates: BlockGates = BlockGates(),
+        collect: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The tokens, and with ``collect`` (tokens, token gates [batch, tokens]).
+
+        Args:
+            temb: what modulates: timestep plus class.
+            t_emb: the pure timestep embedding in fp32, for adapters.
+        """
+        with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
+            x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
+            x = self.attn1(x, head_mask=self._head_mask(gates), **(cross_attention_kwargs or {}))
+            hidden_states = hidden_states + gate_msa[:, None] * x
+
+            keep = self._route(hidden_states, None, temb, gates)
+            x = self.norm3(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+            if self.is_packed and keep is not None:
+                rows = chosen_rows(keep)
+                hidden_states = add_on_rows(hidden_states, rows, self.ff(x.flatten(0, 1)[rows]), gate_mlp)
+            else:
+                x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
+                hidden_states = hidden_states + (x if keep is None else x * keep[..., None].to(x.dtype))
+        if not collect:
+            return hidden_states
+        return hidden_states, torch.ones(x.shape[:2], device=x.device) if keep is None else keep
+
+    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyDiTTransformerBlock:
+        """The block cut to one sample's active units."""
+        heads, channels = self._active(width)
+        attn1, ff = cut_attention(self.attn1, heads, t_emb), cut_feed_forward(self.ff, channels, t_emb)
+        return fold(shallow(self, attn1=attn1, ff=ff, is_packed=True), t_emb)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def rank_units(self) -> None:
+        """Let the most important heads and channels be unit 0."""
+        attn, up, down = self.attn1, self.ff.net[0].proj, self.ff.net[2]
+        importance = head_importance([(attn.to_v, attn.to_out[0].weight)], attn.heads)
+        self.dy_head_unit.copy_(units_by_rank(importance, attn.heads))
+        self.dy_channel_unit.copy_(units_by_rank(path_importance(up, down.weight), int(self.dy_channel_unit.max()) + 1))
