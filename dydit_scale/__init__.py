@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from dydit_scale.dynamic.config import DynamicConfig
 
 # Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
-from dydit_scale.models import encoders, flux
+from dydit_scale.models import encoders, flux, latte
 from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.latte import DyLatteTransformer3DModel
 from dydit_scale.models.registry import make_dynamic
 from dydit_scale.sampling.generate import SampleConfig, sampler_timesteps
 
@@ -28,8 +29,8 @@ __version__ = "0.1.0"
 
 
 def pack(model: DynamicModelMixin, timesteps: Tensor, *, max_bytes: int | None = None) -> PackedPlan:
-    """Cut a sub-network for each timestep of a sampler (``timesteps`` [steps] in 0..1, from ``sampler_timesteps``);
-    forwards without gradient run them from now on.
+    """Cut a sub-network for each timestep of a sampler (``timesteps`` [steps] as the model's forward takes them: FLUX
+    in 0..1, see ``sampler_timesteps``; Latte the scheduler's own); forwards without gradient run them from now on.
 
     Raises ValueError if the copied weights would take more than ``max_bytes``.
     """
@@ -45,10 +46,12 @@ def load_td_lora(model: Any, folder: str) -> Any:
 
 __all__ = [
     "DyFluxTransformer2DModel",
+    "DyLatteTransformer3DModel",
     "DynamicConfig",
     "SampleConfig",
     "encoders",
     "flux",
+    "latte",
     "load_td_lora",
     "make_dynamic",
     "pack",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from diffusers import FluxTransformer2DModel, ModelMixin
+from diffusers import FluxTransformer2DModel, LatteTransformer3DModel, ModelMixin
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.latte import DyLatteTransformer3DModel
 
-DYNAMIC_CLASSES: dict[type[ModelMixin], type[DynamicModelMixin]] = {FluxTransformer2DModel: DyFluxTransformer2DModel}
+DYNAMIC_CLASSES: dict[type[ModelMixin], type[DynamicModelMixin]] = {
+    FluxTransformer2DModel: DyFluxTransformer2DModel,
+    LatteTransformer3DModel: DyLatteTransformer3DModel,
+}
 
 
 def make_dynamic(static: ModelMixin, config: DynamicConfig | None = None, *, rank: bool = True) -> DynamicModelMixin:
