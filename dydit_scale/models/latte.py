@@ -1,4 +1,4 @@
-"""DyLatte: Latte's video transformer with dynamic heads, MLP channels and tokens (DyDiT++ section 4).
+"""DyLatte: Latte's video transformer with dynamic heads, MLP channels and tokens (DyLatte in DyDiT++).
 
 A subclass of diffusers' LatteTransformer3DModel (Latte-1, text to video) with the same parameter names for the base
 weights. All gates open, it computes what the static model computes, bit for bit.
