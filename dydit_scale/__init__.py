@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from dydit_scale.dynamic.config import DynamicConfig
 
 # Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
-from dydit_scale.models import dit, encoders, flux
+from dydit_scale.models import dit, encoders, flux, latte
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.latte import DyLatteTransformer3DModel
 from dydit_scale.models.registry import make_dynamic
 from dydit_scale.sampling.generate import SampleConfig, sampler_timesteps
 
@@ -30,7 +31,8 @@ __version__ = "0.1.0"
 
 def pack(model: DynamicModelMixin, timesteps: Tensor, *, max_bytes: int | None = None) -> PackedPlan:
     """Cut a sub-network for each timestep of a sampler (``timesteps`` [steps] as the model's forward takes them: for
-    FLUX 0..1, from ``sampler_timesteps``; for DiT its scheduler's); forwards without gradient run them from now on.
+    FLUX 0..1, from ``sampler_timesteps``; for DiT and Latte their scheduler's); forwards without gradient run them from
+    now on.
 
     Raises ValueError if the copied weights would take more than ``max_bytes``.
     """
@@ -47,11 +49,13 @@ def load_td_lora(model: Any, folder: str) -> Any:
 __all__ = [
     "DyDiTTransformer2DModel",
     "DyFluxTransformer2DModel",
+    "DyLatteTransformer3DModel",
     "DynamicConfig",
     "SampleConfig",
     "dit",
     "encoders",
     "flux",
+    "latte",
     "load_td_lora",
     "make_dynamic",
     "pack",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, ModelMixin
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel, ModelMixin
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.latte import DyLatteTransformer3DModel
 
 DYNAMIC_CLASSES: dict[type[ModelMixin], type[DynamicModelMixin]] = {
     DiTTransformer2DModel: DyDiTTransformer2DModel,
     FluxTransformer2DModel: DyFluxTransformer2DModel,
+    LatteTransformer3DModel: DyLatteTransformer3DModel,
 }
 
 

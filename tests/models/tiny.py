@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -13,6 +13,7 @@ from dydit_scale.dynamic.masks import GateNoise
 from dydit_scale.models.encoders import image_ids
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 
+M = TypeVar("M", bound=nn.Module)
 HEADS, IMAGE, TEXT, BATCH, LAYERS = 4, 16, 5, 3, 3
 
 
@@ -32,7 +33,7 @@ def tiny_dynamic(**config: Any) -> DyFluxTransformer2DModel:
     return DyFluxTransformer2DModel.from_static(tiny_flux(), DynamicConfig(**settings))
 
 
-def scramble(model: DyFluxTransformer2DModel, seed: int = 0) -> DyFluxTransformer2DModel:
+def scramble(model: M, seed: int = 0) -> M:
     """Routers that decide at random: about half of everything is off, differently at each timestep and token."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

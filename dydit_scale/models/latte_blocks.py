@@ -1,0 +1,157 @@
+"""Latte's spatial and temporal blocks with gates.
+
+Each runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with
+the MLP on the chosen tokens only. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
+from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
+from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+
+
+class DyLatteAttnProcessor:
+    """Attention with a head mask, for any number of heads that the projections hold, on a backend that
+    ``set_attention_backend`` chooses (the stock processor ignores it)."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Float[Tensor, "rows tokens dim"],
+        encoder_hidden_states: Float[Tensor, "rows text dim"] | None = None,
+        attention_mask: Float[Tensor, "rows 1 1 text"] | Bool[Tensor, "rows 1 1 text"] | None = None,
+        head_mask: Float[Tensor, "batch heads"] | None = None,
+    ) -> Float[Tensor, "rows tokens dim"]:
+        """Self-attention, or attention to the text; a masked head contributes zero. A sample's rows are neighbours."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )  # rows tokens heads head_dim
+        if head_mask is not None:
+            per_sample = out.unflatten(0, (len(head_mask), -1))
+            out = (per_sample * head_mask[:, None, None, :, None].to(out.dtype)).flatten(0, 1)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+
+
+class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
+    """A spatial block (rows are frames, tokens their patches) or a temporal one (rows are places, tokens the frames).
+
+    The heads of self-attention and the groups of the MLP follow the timestep; a skipped token misses the MLP. The
+    cross-attention to the text, in spatial blocks only, always runs whole: its heads have no counterpart among those
+    of self-attention, each token needs the text, and it is 9 % of Latte-1's MACs (512 x 512, 16 frames).
+    """
+
+    attn1: Attention
+    attn2: Attention | None
+    ff: Any  # diffusers' FeedForward: net = [activation with its projection, dropout, projection]
+    norm1: nn.Module
+    norm2: nn.Module
+    scale_shift_table: nn.Parameter
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        *,
+        cross_attention_dim: int | None,
+        dropout: float,
+        activation_fn: str,
+        attention_bias: bool,
+        norm_elementwise_affine: bool,
+        norm_eps: float,
+        config: DynamicConfig,
+    ) -> None:
+        BasicTransformerBlock.__init__(
+            self,
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            cross_attention_dim=cross_attention_dim,
+            dropout=dropout,
+            activation_fn=activation_fn,
+            attention_bias=attention_bias,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+        )
+        for attn in (self.attn1, self.attn2):
+            if attn is not None:
+                attn.set_processor(DyLatteAttnProcessor())
+        self._init_dynamic(dim, num_attention_heads, self.ff.net[2].in_features, config)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "rows tokens dim"],
+        encoder_hidden_states: Float[Tensor, "rows text dim"] | None,
+        encoder_attention_mask: Float[Tensor, "rows 1 1 text"] | Bool[Tensor, "rows 1 1 text"] | None,
+        timestep: Float[Tensor, "batch dim6"],
+        t_emb: Float[Tensor, "batch_t dim"] | None = None,
+        gates: BlockGates = BlockGates(),
+        collect: bool = False,
+    ) -> Float[Tensor, "rows tokens dim"] | tuple[Tensor, Tensor]:
+        """The tokens, and with ``collect`` their gates [batch, rows of a sample * tokens].
+
+        Args:
+            timestep: the output of ``adaln_single`` for each sample, not repeated over its rows as upstream.
+        """
+        with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
+            modulation = self.scale_shift_table[None] + timestep.unflatten(1, (6, -1))
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # batch 1 dim
+            rows, batch = hidden_states.shape, len(timestep)
+            x = hidden_states.reshape(batch, -1, rows[-1])  # all but attention acts on each token alone
+
+            attended = self.norm1(x) * (1 + scale_msa) + shift_msa
+            x = gate_msa * self.attn1(attended.view(rows), head_mask=self._head_mask(gates)).view_as(x) + x
+            if self.attn2 is not None:
+                text = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+                x = self.attn2(x.view(rows), **text).view_as(x) + x
+
+            keep = self._route(x, None, timestep, gates)
+            hidden = self.norm2(x) * (1 + scale_mlp) + shift_mlp
+            if self.is_packed and keep is not None:
+                chosen = chosen_rows(keep)
+                x = add_on_rows(x, chosen, self.ff(hidden.flatten(0, 1)[chosen]), gate_mlp[:, 0])
+            else:
+                out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
+                x = (out if keep is None else out * keep[..., None].to(out.dtype)) + x
+        if not collect:
+            return x.view(rows)
+        return x.view(rows), torch.ones(x.shape[:2], device=x.device) if keep is None else keep
+
+    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyLatteTransformerBlock:
+        """The block cut to one sample's active units."""
+        heads, channels = self._active(width)
+        attn1, ff = cut_attention(self.attn1, heads, t_emb), cut_feed_forward(self.ff, channels, t_emb)
+        return fold(shallow(self, attn1=attn1, ff=ff, is_packed=True), t_emb)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def rank_units(self) -> None:
+        """Let the most important heads and channels be unit 0."""
+        attn, up, down = self.attn1, self.ff.net[0].proj, self.ff.net[2]
+        importance = head_importance([(attn.to_v, attn.to_out[0].weight)], attn.heads)
+        self.dy_head_unit.copy_(units_by_rank(importance, attn.heads))
+        units = int(self.dy_channel_unit.max()) + 1
+        self.dy_channel_unit.copy_(units_by_rank(path_importance(up, down.weight), units))
