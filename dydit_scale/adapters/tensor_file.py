@@ -21,7 +21,7 @@ class TensorFile(NamedTuple):
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
-    """ValueError if there is no tensor, or the first that is sharded, without elements, or not finite."""
+    """ValueError if there is no tensor, or the first that is sharded, without elements, quantised, or not finite."""
     if not tensors:
         raise ValueError(f"{where}: expected tensors, got none")
     for name, tensor in tensors.items():
@@ -29,6 +29,8 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
             raise ValueError(f"{where}: {name} is a shard of a distributed tensor; gather the full tensors first")
         if tensor.numel() == 0:
             raise ValueError(f"{where}: {name} has no elements {list(tensor.shape)}; was a sharded model not gathered?")
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise ValueError(f"{where}: {name} is {tensor.dtype}; expected unquantised weights, such as bf16")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{where}: {name} has values that are NaN or infinite")
 

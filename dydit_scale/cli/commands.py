@@ -138,6 +138,27 @@ def _run_export(args: argparse.Namespace) -> None:
         print(f"{row['format']}: {row['path']}, {row['bytes'] / 1e6:.2f} MB, loaded back and compared; error: {errors}")
 
 
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="original checkpoint (.safetensors, .pt, .pth), or a model folder")
+    parser.add_argument("out", type=Path, help="model folder to write, or file with --to original")
+    parser.add_argument("--to", choices=("diffusers", "original"), default="diffusers")
+    parser.add_argument("--weights", choices=("ema", "model"), help="of a training file (default: ema where present)")
+    parser.add_argument("--heads", type=int, help="attention heads, where no published size tells them")
+    parser.set_defaults(run=_run_convert)
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    _quiet()
+    from dydit_scale.workflows.convert import convert
+
+    done = convert(args.source, args.out, to=args.to, weights=args.weights, heads=args.heads)
+    taken = f", its {done.weights} weights" if done.weights else ""
+    print(f"{args.source}: {done.layout.title}{taken}")
+    print(f"{args.out}: {done.tensors} tensors" + (f" for {done.layout.target}" if args.to == "diffusers" else ""))
+    if args.to == "diffusers" and done.layout.note:
+        print(f"note: {done.layout.note}")
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, help="HTML file (default: RUN/report.html)")
@@ -175,5 +196,6 @@ COMMANDS: dict[str, tuple[Add, str]] = {
     "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),
     "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
     "export": (_export, "write adapters or models, loaded back and verified"),
+    "convert": (_convert, "turn DiT, SiT, FLUX, DyDiT and DyFLUX checkpoints into model folders, and back"),
     "report": (_report, "write one HTML page about a run"),
 }

@@ -17,6 +17,8 @@ class DynamicConfig:
     """Attention heads are switched by the timestep (TDW, DyDiT section 3.2)."""
     mlp: bool = True
     """Groups of MLP channels are switched by the timestep (TDW)."""
+    always_on: bool = True
+    """Unit 0 of heads and of channels works at every timestep; not so in DyDiT's release of 2024-12."""
     tokens: bool = True
     """Image tokens may skip work in a block (SDT, DyDiT section 3.3)."""
     mlp_groups: int | None = None

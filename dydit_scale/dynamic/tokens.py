@@ -40,12 +40,14 @@ class ModulatedTokenRouter(Router):
     """DyFLUX's kind: the normalised token, modulated by time, plus the mean of the equally modulated text tokens.
 
     The modulation is ``Linear(SiLU(temb) -> 4C)``; with a bottleneck of r it costs r (C_t + 4C) instead of 4C C_t.
+    Without one it is DyFLUX's own router, whose norm has a weight and a bias, the same for image and text.
     """
 
     def __init__(self, dim: int, bottleneck: int, bias: float) -> None:
         super().__init__()
         self.start = bias
         self.reduce = nn.Linear(dim, bottleneck, bias=False) if bottleneck else None
+        self.norm = None if bottleneck else nn.LayerNorm(dim)
         self.modulate = nn.Linear(bottleneck or dim, 4 * dim)
         self.up = nn.Linear(dim, 1)
         self.reset_parameters()
@@ -54,6 +56,8 @@ class ModulatedTokenRouter(Router):
         """Small weights under a positive bias: every token starts on."""
         linears = (self.modulate, self.up) if self.reduce is None else (self.reduce, self.modulate, self.up)
         _start(linears, self.up, self.start, generator)
+        if self.norm is not None and not self.norm.weight.is_meta:
+            self.norm.reset_parameters()
 
     def forward(
         self,
@@ -65,9 +69,13 @@ class ModulatedTokenRouter(Router):
         t = F.silu(temb.float())
         t = t if self.reduce is None else _linear(self.reduce, t)
         shift_x, scale_x, shift_text, scale_text = _linear(self.modulate, t)[:, None].chunk(4, dim=-1)
-        x = F.layer_norm(x.float(), x.shape[-1:]) * (1 + scale_x) + shift_x
-        text = F.layer_norm(text.float(), text.shape[-1:]) * (1 + scale_text) + shift_text
+        x = self._normalised(x) * (1 + scale_x) + shift_x
+        text = self._normalised(text) * (1 + scale_text) + shift_text
         return _linear(self.up, x + text.mean(1, keepdim=True)).squeeze(-1)
+
+    def _normalised(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        affine = () if self.norm is None else (self.norm.weight.float(), self.norm.bias.float())
+        return F.layer_norm(x.float(), x.shape[-1:], *affine)
 
 
 def make_token_router(config: DynamicConfig, dim: int) -> TokenRouter | ModulatedTokenRouter:

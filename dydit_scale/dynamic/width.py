@@ -18,13 +18,13 @@ class Router(nn.Module):
 
 
 class UnitRouter(Router):
-    """One logit per layer and unit from the timestep embedding; unit 0 has none and is always on."""
+    """One logit per layer and routed unit from the timestep embedding."""
 
     def __init__(self, layers: int, dim: int, units: int, bias: float) -> None:
         super().__init__()
         self.start = bias
-        self.weight = nn.Parameter(torch.empty(layers, units - 1, dim))
-        self.bias = nn.Parameter(torch.empty(layers, units - 1))
+        self.weight = nn.Parameter(torch.empty(layers, units, dim))
+        self.bias = nn.Parameter(torch.empty(layers, units))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -33,7 +33,7 @@ class UnitRouter(Router):
             nn.init.normal_(self.weight, std=0.01, generator=generator)
             nn.init.constant_(self.bias, self.start)
 
-    def forward(self, t_emb: Float[Tensor, "batch dim"]) -> Float[Tensor, "layers batch units_1"]:
+    def forward(self, t_emb: Float[Tensor, "batch dim"]) -> Float[Tensor, "layers batch routed"]:
         """Logits in fp32; autocast must be off."""
         return torch.einsum("bd,lud->lbu", t_emb, self.weight.float()) + self.bias.float()[:, None]
 
@@ -41,30 +41,38 @@ class UnitRouter(Router):
 class WidthRouter(nn.Module):
     """All width routers of a model in one place, evaluated once per forward on the pure fp32 timestep embedding.
 
-    They belong to the root: a router inside block k would still be sharded when the root asks for it.
+    They belong to the root: a router inside block k would still be sharded when the root asks for it. With
+    ``always_on``, unit 0 has no logit and works at every timestep.
     """
 
     def __init__(
-        self, *, layers: int, dim: int, heads: int | None, groups: int | None, bias: float, temperature: float
+        self,
+        *,
+        layers: int,
+        dim: int,
+        heads: int | None,
+        groups: int | None,
+        bias: float,
+        temperature: float,
+        always_on: bool = True,
     ) -> None:
         super().__init__()
         self.temperature = temperature
-        self.heads = UnitRouter(layers, dim, heads, bias) if heads else None
-        self.groups = UnitRouter(layers, dim, groups, bias) if groups else None
+        self.fixed = int(always_on)
+        self.heads = UnitRouter(layers, dim, heads - self.fixed, bias) if heads else None
+        self.groups = UnitRouter(layers, dim, groups - self.fixed, bias) if groups else None
 
     def forward(self, t_emb: Float[Tensor, "batch dim"], mode: GateMode) -> WidthMasks:
         """Masks for every layer; ``mode`` "open" is the caller's affair (no router is asked then)."""
         with torch.autocast(t_emb.device.type, enabled=False):
             heads, groups = (None if r is None else r(t_emb.float()) for r in (self.heads, self.groups))
         if mode == "threshold":
-            return WidthMasks(*(None if x is None else _with_first(threshold_gate(x)) for x in (heads, groups)))
+            return WidthMasks(*(None if x is None else self._with_fixed(threshold_gate(x)) for x in (heads, groups)))
         if isinstance(mode, str):
             raise ValueError(f"gate mode {mode!r}: expected 'threshold' or noise")
         noisy = ((heads, mode.heads), (groups, mode.groups))
-        return WidthMasks(
-            *(None if x is None else _with_first(gumbel_gate(x, n[..., 1:], self.temperature)) for x, n in noisy)
-        )
+        gates = (None if x is None else gumbel_gate(x, n[..., self.fixed :], self.temperature) for x, n in noisy)
+        return WidthMasks(*(None if g is None else self._with_fixed(g) for g in gates))
 
-
-def _with_first(gates: Float[Tensor, "layers batch units_1"]) -> Float[Tensor, "layers batch units"]:
-    return torch.cat([gates.new_ones(*gates.shape[:-1], 1), gates], dim=-1)
+    def _with_fixed(self, gates: Float[Tensor, "layers batch routed"]) -> Float[Tensor, "layers batch units"]:
+        return torch.cat([gates.new_ones(*gates.shape[:-1], self.fixed), gates], dim=-1)

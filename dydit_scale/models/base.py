@@ -58,6 +58,7 @@ class DynamicModelMixin:
             groups=(d.mlp_groups or heads) if d.mlp else None,
             bias=d.width_bias,
             temperature=d.temperature,
+            always_on=d.always_on,
         )
         self.timestep_state = TimestepState()
 

@@ -82,6 +82,7 @@ class PackedPlan:
             for layer, block in enumerate(model.dynamic_blocks()):
                 key = _key(block, table, layer, step)
                 if key not in cut:
+                    _check_heads(table, layer, step)
                     cut[key] = block.packed(  # type: ignore[operator]
                         table.masks(layer, step), table.t_emb[step : step + 1]
                     )
@@ -101,6 +102,16 @@ class PackedPlan:
         distance = (self.table.timesteps - timestep).abs()
         nearest = int(distance.argmin())
         return nearest if float(distance[nearest]) <= self.tolerance * max(abs(timestep), 1e-3) else None
+
+
+def _check_heads(table: StepTable, layer: int, step: int) -> None:
+    """ValueError if no head is on, which only a model without an always-on unit can come to."""
+    heads = table.masks(layer, step).heads
+    if heads is not None and not heads.any():
+        raise ValueError(
+            f"pack: layer {layer} has no head on at timestep {float(table.timesteps[step]):g}, and attention cannot be "
+            "cut to nothing; sample without packing"
+        )
 
 
 def _key(block: Any, table: StepTable, layer: int, step: int) -> tuple:

@@ -63,6 +63,23 @@ def test_packed_equals_masked_for_mixed_batches_too(config: dict) -> None:
         model.unpack()
 
 
+@torch.no_grad()
+def test_without_an_always_on_unit_the_first_may_be_off_but_not_all_heads() -> None:
+    model, x = scramble(tiny_dynamic(always_on=False)), inputs([0.5, 0.5])
+    for router in (model.dy_width.heads, model.dy_width.groups):
+        assert router is not None and router.bias.shape == (LAYERS, HEADS)
+        router.weight.zero_()
+        router.bias.copy_(torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    masks = model(**x, collect=True).masks
+    assert masks.heads[..., 0].sum() == 0 and masks.heads.mean() == masks.groups.mean() == 0.5
+    masked = model(**x).sample
+    model.pack(torch.tensor([0.5]))
+    torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
+    model.dy_width.heads.bias[1].fill_(-1.0)
+    with pytest.raises(ValueError, match=r"layer 1 has no head on at timestep 0\.5"):
+        model.pack(torch.tensor([0.5]))
+
+
 @pytest.mark.parametrize("config", KINDS + PARTS, ids=str)
 @torch.no_grad()
 def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict) -> None:
