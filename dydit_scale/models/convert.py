@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from torch import Tensor
 
+from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.keys.dit import DIT
 from dydit_scale.models.keys.dydit import DYDIT
@@ -29,7 +30,10 @@ from dydit_scale.models.keys.layout import Config, Layout, Shapes
 from dydit_scale.models.keys.rules import Computed, Rule
 
 LAYOUTS = (DIT, DYDIT, FLUX, DYFLUX)
-_CLASSES = {c.__name__: c for c in (DiTTransformer2DModel, FluxTransformer2DModel, DyFluxTransformer2DModel)}
+_CLASSES = {
+    c.__name__: c
+    for c in (DiTTransformer2DModel, DyDiTTransformer2DModel, DyFluxTransformer2DModel, FluxTransformer2DModel)
+}
 _SMALLEST: Config = {
     **dict.fromkeys(("num_layers", "num_single_layers", "num_attention_heads", "sample_size", "patch_size"), 1),
     "attention_head_dim": 32,
@@ -139,16 +143,15 @@ def expected_originals(layout: Layout, config: Config) -> Shapes:
 
 def target_shapes(layout: Layout, config: Config) -> Shapes:
     """Names and shapes of the model that belongs to a ``config.json``."""
-    cls: Any = _CLASSES[layout.base]
+    cls: Any = _CLASSES[layout.target]
     with init_empty_weights():
         model = cls(**{name: config[name] for name in _defaults(layout) if name in config})
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return layout.amend(shapes, config) if layout.amend else shapes
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _defaults(layout: Layout) -> Config:
     """The base class's settings with their defaults."""
-    parameters = inspect.signature(_CLASSES[layout.base].__init__).parameters
+    parameters = inspect.signature(_CLASSES[layout.target].__init__).parameters
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 

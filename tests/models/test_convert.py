@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dydit_scale.dynamic.masks import GateNoise
-from dydit_scale.dynamic.tokens import TokenRouter
-from dydit_scale.dynamic.width import WidthRouter
 from dydit_scale.models.convert import LAYOUTS, to_diffusers, to_original
+from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.encoders import image_ids
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.keys.dit import published_heads
@@ -190,22 +189,16 @@ def test_dydit_names_its_routers_as_the_dynamic_modules_do(rows: int) -> None:
             for s in ("weight", "bias"):
                 row = converted.tensors[f"dy_width.{ours}.{s}"][i]
                 assert torch.equal(row, state[f"blocks.{i}.{original}.router.{s}"])
-    width = WidthRouter(
-        layers=DEPTH, dim=DIM, heads=HEADS, groups=HEADS, bias=15.0, temperature=5.0, always_on=always_on
-    )
-    width.load_state_dict({n.removeprefix("dy_width."): t for n, t in converted.tensors.items() if "dy_width" in n})
-    tokens = "transformer_blocks.1.dy_token."
-    TokenRouter(DIM, 35.0).load_state_dict(
-        {n.removeprefix(tokens): t for n, t in converted.tensors.items() if n.startswith(tokens)}
-    )
+    model = DyDiTTransformer2DModel.from_config(converted.config)
+    model.load_state_dict(converted.tensors)
     t_emb = torch.randn(3, DIM, generator=torch.Generator().manual_seed(0))
     logits = torch.stack([t_emb @ state[f"blocks.{i}.attn_rate.router.weight"].T for i in range(DEPTH)])
     logits += torch.stack([state[f"blocks.{i}.attn_rate.router.bias"] for i in range(DEPTH)])[:, None]
-    heads = width(t_emb, "threshold").heads
+    heads = model.width_masks(t_emb, "threshold").heads
     assert heads is not None and heads.shape == (DEPTH, 3, HEADS)
     assert torch.equal(heads[..., -rows:], (logits > 0).float())
     noise = GateNoise(*(torch.zeros(DEPTH, 3, HEADS) for _ in range(3)))
-    noisy = width(t_emb, noise).heads
+    noisy = model.width_masks(t_emb, noise).heads
     assert noisy is not None and torch.equal(noisy.detach(), heads)
 
 

@@ -94,7 +94,6 @@ def network_rules(config: Config) -> list[Rule]:
 DIT = Layout(
     title="DiT or SiT (facebookresearch)",
     target="DiTTransformer2DModel",
-    base="DiTTransformer2DModel",
     config=dit_config,
     rules=dit_rules,
     note="diffusers' static class embeds timesteps with a frequency shift of 1, the original with 0, so its output is "

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.keys.dit import dit_config, embedder_rules, network_rules
-from dydit_scale.models.keys.layout import Config, Layout, Shapes, Tensors, shape
+from dydit_scale.models.keys.layout import Config, Layout, Tensors, shape
 from dydit_scale.models.keys.rules import Rule, Stack, rename
 from dydit_scale.models.keys.units import contiguous_units
 
@@ -51,29 +51,9 @@ def dydit_rules(config: Config) -> list[Rule]:
     return rules
 
 
-def dydit_shapes(base: Shapes, config: Config) -> Shapes:
-    """The static class's shapes with the first block's embedders for all, and everything dynamic."""
-    layers, heads = config["num_layers"], config["num_attention_heads"]
-    dim = heads * config["attention_head_dim"]
-    units, hidden = heads - config["dynamic"]["always_on"], max(1, dim // 16)
-    first = "transformer_blocks.0.norm1.emb"
-    shapes = {name: size for name, size in base.items() if ".norm1.emb." not in name}
-    shapes |= {name.replace(first, _EMBEDDER): size for name, size in base.items() if name.startswith(f"{first}.")}
-    for name in _WIDTHS.values():
-        shapes |= {f"dy_width.{name}.weight": (layers, units, dim), f"dy_width.{name}.bias": (layers, units)}
-    for i in range(layers):
-        block = f"transformer_blocks.{i}"
-        shapes |= {f"{block}.dy_head_unit": (heads,), f"{block}.dy_channel_unit": (4 * dim,)}
-        shapes |= {f"{block}.dy_token.down.weight": (hidden, dim), f"{block}.dy_token.down.bias": (hidden,)}
-        shapes |= {f"{block}.dy_token.up.weight": (1, hidden), f"{block}.dy_token.up.bias": (1,)}
-    return shapes
-
-
 DYDIT = Layout(
     title="DyDiT",
     target="DyDiTTransformer2DModel",
-    base="DiTTransformer2DModel",
     config=dydit_config,
     rules=dydit_rules,
-    amend=dydit_shapes,
 )

@@ -66,7 +66,6 @@ def dyflux_rules(config: Config) -> list[Rule]:
 DYFLUX = Layout(
     title="DyFLUX",
     target="DyFluxTransformer2DModel",
-    base="DyFluxTransformer2DModel",
     config=dyflux_config,
     rules=dyflux_rules,
     wrapper="module",

@@ -105,7 +105,6 @@ def _scale(original: str, ours: str) -> list[Rule]:
 FLUX = Layout(
     title="FLUX.1 (black-forest-labs)",
     target="FluxTransformer2DModel",
-    base="FluxTransformer2DModel",
     config=flux_config,
     rules=flux_rules,
 )

@@ -22,15 +22,11 @@ class Layout:
     title: str
     """For messages."""
     target: str
-    """Name of the class in ``config.json``."""
-    base: str
-    """Name of the class that has the base weights; another than ``target`` where ``amend`` makes up the difference."""
+    """Name of the class that takes the weights, as in ``config.json``."""
     config: Callable[[Tensors, int | None], Config]
     """``config.json`` from the shapes of an original file, and the number of heads if the user gives it."""
     rules: Callable[[Config], list[Rule]]
     """All rules of a model with this ``config.json``."""
-    amend: Callable[[Shapes, Config], Shapes] | None = None
-    """Names and shapes of the target from those of the base class."""
     wrapper: str | None = None
     """Key under which the original's ``.pt`` files hold the weights."""
     note: str = ""
