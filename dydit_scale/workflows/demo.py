@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -42,7 +43,8 @@ def run_demo(out: Path, recipes: Path, name: str = "demo", *, strict: bool = Fal
     _step("1/6  data: captioned scenes as webdataset shards", began)
     _call([bin_dir / "dydit", "data", "shapes", out / "shards", "--samples", str(SAMPLES)])
     _step("2/6  adapt the base to half its compute: TD-LoRA and routers, DeepSpeed ZeRO-2 on 2 processes", began)
-    launcher: list[str | Path] = [bin_dir / "deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train"]
+    port = ["--master_port", str(_free_port())]  # the launcher's own is taken while another run is under way
+    launcher: list[str | Path] = [bin_dir / "deepspeed", "--num_gpus", "2", *port, "--module", "dydit_scale.train"]
     _call([*launcher, adapted, *data, f"run={runs['td_lora']}"])
     _step("3/6  control: the static base fine-tuned equally long with plain LoRA of equal size", began)
     _call([*launcher, control, *data, f"run={runs['control']}"])
@@ -141,6 +143,12 @@ def _table(achieved: dict[str, Any]) -> str:
         ("time", f"{achieved['seconds'] / 60:.1f} min", "without installation"),
     ]
     return "\n" + "\n".join(f"  {what:26}{value:>10}   {note}" for what, value, note in rows)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _step(title: str, began: float) -> None:
