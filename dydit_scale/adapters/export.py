@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -70,11 +71,15 @@ class MeanError:
 
 
 @torch.no_grad()
-def flux_timestep_embeddings(model: nn.Module, timesteps: Float[Tensor, " steps"]) -> Float[Tensor, "steps dim"]:
-    """The pure timestep embeddings of a Flux-like model, fp32; ``timesteps`` in [0, 1] as its forward takes them.
+def timestep_embeddings(model: Any, timesteps: Float[Tensor, " steps"]) -> Float[Tensor, "steps dim"]:
+    """The pure timestep embeddings of a model in fp32, as its adapter sees them; ``timesteps`` as its forward takes
+    them.
 
-    Same cast as in diffusers' forward: 1000 t and its sinusoids are rounded to the embedder's dtype.
+    Dynamic models say so themselves. A static FLUX embeds 1000 t, and casts as in diffusers' forward: 1000 t and its
+    sinusoids are rounded to the embedder's dtype.
     """
+    if hasattr(model, "routing_embedding"):
+        return model.routing_embedding(timesteps)
     project, embed = (model.get_submodule(f"time_text_embed.{part}") for part in ("time_proj", "timestep_embedder"))
     dtype = next(embed.parameters()).dtype
     return embed(project(timesteps.to(dtype) * 1000).to(dtype)).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,12 +62,10 @@ def _ratio(top: float, bottom: float) -> float:
     return top / bottom if bottom else (0.0 if top == 0 else math.inf)
 
 
-def _load_with_diffusers(path: Path, base: nn.Module) -> int:
+def _load_with_diffusers(path: Path, base: nn.Module, pipeline_class: Any) -> int:
     # The pipeline's loader, not the transformer's: it is the one users call, and it decides what kind of file it is.
-    from diffusers import FluxPipeline  # here, because the import takes seconds
-
-    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    pipeline = FluxPipeline(transformer=base, **dict.fromkeys(parts))
+    required = [p for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
+    pipeline = pipeline_class(**{**{p.name: None for p in required}, "transformer": base})
     pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
     return sum(isinstance(module, LoraLayer) for module in base.modules())
 
@@ -83,17 +82,19 @@ def _merge_by_hand(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def verify_diffusers_lora(
     path: str | Path,
     make_base: Callable[[], nn.Module],
+    pipeline_class: Any,
     inputs: Inputs,
     *,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     tolerance: float = 1e-5,
 ) -> DiffusersCheck:
-    """Load ``path`` into a fresh Flux transformer through FluxPipeline.load_lora_weights and compare outputs.
+    """Load ``path`` into a fresh transformer through its pipeline's load_lora_weights and compare outputs.
 
     Args:
         path: A file written by ``export_mean_lora`` or ``export_plain_lora``.
         make_base: Makes a fresh base transformer (without adapters, diffusers' own class) at each call; called twice.
+        pipeline_class: The diffusers pipeline that users load it with, such as FluxPipeline.
         inputs: Keyword arguments of the transformer's forward, best at several timesteps.
         model: The adapted model in memory. Its routers, if any, should be open, or their effect counts as error.
         tensors: What the file should hold (``mean_lora`` or ``plain_lora`` of ``model``), merged by hand to compare.
@@ -106,7 +107,7 @@ def verify_diffusers_lora(
         raise ValueError("verify_diffusers_lora: expected inputs, got none")
     loaded_model = make_base()
     base = _outputs(loaded_model, inputs)
-    layers, expected_layers = _load_with_diffusers(path, loaded_model), len(tensors) // 2
+    layers, expected_layers = _load_with_diffusers(path, loaded_model, pipeline_class), len(tensors) // 2
     if layers != expected_layers:
         raise ValueError(f"{path}: diffusers made {layers} LoRA layers of it, expected {expected_layers}")
     loaded = _outputs(loaded_model, inputs)

@@ -62,10 +62,19 @@ class DynamicModelMixin:
         )
         self.timestep_state = TimestepState()
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether anything in it can be switched off."""
+        return self.dynamic.heads or self.dynamic.mlp or self.dynamic.tokens
+
     # What a model defines
     def dynamic_blocks(self) -> list[nn.Module]:
         """The blocks in the order of the masks' layers."""
         raise TypeError(f"{type(self).__name__} must define dynamic_blocks")
+
+    def block_names(self) -> list[str]:
+        """What to call the blocks in a table."""
+        return [f"block {i}" for i in range(len(self.dynamic_blocks()))]
 
     def routing_embedding(self, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """The pure timestep embedding in fp32, for timesteps as the forward takes them."""
@@ -100,13 +109,15 @@ class DynamicModelMixin:
     ) -> M:
         """The dynamic model of ``static``, sharing its tensors; all gates start open.
 
+        ``static`` may also be of this class with nothing dynamic in it, as ``dydit convert`` writes weights that the
+        diffusers class cannot compute exactly.
+
         Raises:
             ValueError: the model is not of the class that this one makes dynamic.
         """
-        if type(static) is not cls.static_class:
-            raise ValueError(
-                f"{cls.__name__}.from_static: expected a {cls.static_class.__name__}; got {type(static).__name__}"
-            )
+        if not (type(static) is cls.static_class or (type(static) is cls and not static.is_dynamic)):
+            got = f"a dynamic {cls.__name__}" if type(static) is cls else type(static).__name__
+            raise ValueError(f"{cls.__name__}.from_static: expected a {cls.static_class.__name__}; got {got}")
         settings = {k: v for k, v in static.config.items() if not k.startswith("_")}
         with init_empty_weights():
             model = cls.from_config(  # type: ignore[attr-defined]

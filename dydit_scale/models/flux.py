@@ -177,6 +177,11 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         """Double blocks, then single ones."""
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
+    def block_names(self) -> list[str]:
+        """Double and single blocks by their numbers."""
+        kinds = (("double", self.transformer_blocks), ("single", self.single_transformer_blocks))
+        return [f"{kind} {i}" for kind, blocks in kinds for i in range(len(blocks))]
+
     def routing_embedding(self, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """The output of the timestep embedder alone, computed in fp32 from timesteps in 0..1."""
         return timestep_embedding(self.time_text_embed, timestep.float() * 1000)

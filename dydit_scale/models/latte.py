@@ -201,6 +201,10 @@ class DyLatteTransformer3DModel(DynamicModelMixin, PeftAdapterMixin, AttentionMi
         pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         return [block for pair in pairs for block in pair]
 
+    def block_names(self) -> list[str]:
+        """Spatial and temporal blocks by their numbers."""
+        return [f"{('spatial', 'temporal')[i % 2]} {i // 2}" for i in range(len(self.dynamic_blocks()))]
+
     def routing_embedding(self, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """The output of the timestep embedder, computed in fp32 from timesteps in 0..999."""
         return timestep_embedding(self.adaln_single.emb, timestep)

@@ -8,30 +8,50 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 
+from dydit_scale.models.family import Family, frozen_parts
+from dydit_scale.models.registry import family_named
 
-def load_pipeline(base: str, dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """The pipeline around the transformer (scheduler, autoencoder, text encoders, tokenizers), without it."""
+
+def family_of_base(base: str) -> Family:
+    """The family of a pipeline's folder or hub name, by the class that its model_index.json names.
+
+    Raises ValueError if there is none, or no such file.
+    """
     _check_folder(base)
     try:
-        pipe = FluxPipeline.from_pretrained(base, transformer=None, dtype=dtype)
+        config = DiffusionPipeline.load_config(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.base {base}: its model_index.json cannot be read: {error}") from error
+    return family_named(config["_class_name"], f"model.base {base}")
+
+
+def load_pipeline(base: str, family: Family, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline around the transformer (scheduler, autoencoder, text encoders, tokenizers), without it."""
+    _check_folder(base)
+    cls = family.pipeline_class
+    try:
+        pipe = cls.from_pretrained(base, transformer=None, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"model.base {base}: it does not load as a FluxPipeline: {error}") from error
+        raise ValueError(f"model.base {base}: it does not load as a {cls.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        getattr(pipe, name).requires_grad_(False).eval()
+    for part in frozen_parts(pipe):
+        part.requires_grad_(False).eval()
     return pipe
 
 
-def load_transformer(base: str, cls: Any = FluxTransformer2DModel, *, from_scratch: bool = False) -> Any:
-    """The transformer of a pipeline folder in fp32, strictly: every weight must be there and fit.
+def load_transformer(base: str, family: Family, *, from_scratch: bool = False) -> Any:
+    """The transformer of a pipeline's folder or hub name in fp32, strictly: every weight must be there and fit.
+
+    It is of the family's static class, or of its dynamic one where the folder says so.
 
     Raises:
         ValueError: the folder has none, or a weight is missing, too much, or of another shape (the first is named).
     """
     _check_folder(base)
+    cls: Any = _transformer_class(base, family)
     if from_scratch:
         return cls.from_config(cls.load_config(base, subfolder="transformer"))
     if Path(base).is_dir():
@@ -45,12 +65,21 @@ def load_transformer(base: str, cls: Any = FluxTransformer2DModel, *, from_scrat
     return model
 
 
+def _transformer_class(base: str, family: Family) -> type[ModelMixin]:
+    known = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
+    try:
+        name = family.static_class.load_config(base, subfolder="transformer").get("_class_name")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base {base}: the config of its transformer cannot be read: {error}") from error
+    if name not in known:
+        raise ValueError(f"base {base}: its transformer is a {name}; expected {' or '.join(known)}")
+    return known[name]
+
+
 def _check_folder(base: str) -> None:
     looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
     if looks_local and not (Path(base) / "model_index.json").is_file():
-        raise ValueError(
-            f"model.base {base}: expected the folder of a FluxPipeline (with model_index.json) or a hub name"
-        )
+        raise ValueError(f"model.base {base}: expected the folder of a pipeline (with model_index.json) or a hub name")
 
 
 def _check_weights(folder: Path, cls: Any) -> None:

@@ -1,20 +1,43 @@
-"""Which dynamic class belongs to which static one."""
+"""The families of models, and which one a pipeline or a transformer belongs to."""
 
 from __future__ import annotations
 
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel, ModelMixin
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from diffusers import ModelMixin
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.models import families
 from dydit_scale.models.base import DynamicModelMixin
-from dydit_scale.models.dit import DyDiTTransformer2DModel
-from dydit_scale.models.flux import DyFluxTransformer2DModel
-from dydit_scale.models.latte import DyLatteTransformer3DModel
+from dydit_scale.models.family import Family
 
-DYNAMIC_CLASSES: dict[type[ModelMixin], type[DynamicModelMixin]] = {
-    DiTTransformer2DModel: DyDiTTransformer2DModel,
-    FluxTransformer2DModel: DyFluxTransformer2DModel,
-    LatteTransformer3DModel: DyLatteTransformer3DModel,
-}
+
+@functools.cache
+def all_families() -> tuple[Family, ...]:
+    """Those of every module in ``models.families``."""
+    found: list[Family] = []
+    for module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
+        found += importlib.import_module(module.name).FAMILIES
+    return tuple(found)
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of a pipeline, by its class.
+
+    Raises ValueError if there is none.
+    """
+    return family_named(type(pipeline).__name__, f"{type(pipeline).__name__}")
+
+
+def family_named(pipeline_class: str, where: str) -> Family:
+    """The family whose pipeline has this class name; ``where`` begins the ValueError if there is none."""
+    known = {family.pipeline_class.__name__: family for family in all_families()}
+    if pipeline_class not in known:
+        raise ValueError(f"{where}: no family of models has a {pipeline_class}; there are {', '.join(sorted(known))}")
+    return known[pipeline_class]
 
 
 def make_dynamic(static: ModelMixin, config: DynamicConfig | None = None, *, rank: bool = True) -> DynamicModelMixin:
@@ -25,7 +48,8 @@ def make_dynamic(static: ModelMixin, config: DynamicConfig | None = None, *, ran
 
     Raises ValueError for a class that has no dynamic counterpart.
     """
-    if type(static) not in DYNAMIC_CLASSES:
-        known = ", ".join(c.__name__ for c in DYNAMIC_CLASSES)
-        raise ValueError(f"make_dynamic: no dynamic class for {type(static).__name__}; there is one for {known}")
-    return DYNAMIC_CLASSES[type(static)].from_static(static, config, rank=rank)
+    known = {family.static_class: family.dynamic_class for family in all_families()}
+    if type(static) not in known:
+        names = ", ".join(sorted(c.__name__ for c in known))
+        raise ValueError(f"make_dynamic: no dynamic class for {type(static).__name__}; there is one for {names}")
+    return known[type(static)].from_static(static, config, rank=rank)

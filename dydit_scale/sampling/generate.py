@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,119 +9,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from dydit_scale.diffusion.flow import sample_noise
+from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.dynamic.masks import DynamicMasks
-from dydit_scale.models.encoders import pack_latents
+from dydit_scale.models.family import Family, SampleConfig, SampleSize
+from dydit_scale.models.registry import family_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How pictures are drawn."""
-
-    steps: int = 28
-    """Euler steps."""
-    side: int = 1024
-    """Pixels of the square picture's side."""
-    guidance: float = 3.5
-    """Distilled guidance, for models that take it."""
-    cfg: float = 1.0
-    """Classifier-free guidance with the empty prompt, for models that were not distilled; 1 is off, more doubles the
-    cost."""
-    text_tokens: int = 512
-    """Length to which T5 pads prompts."""
-    batch: int = 64
-    """Pictures at a time."""
-    seed: int = 0
-    """Seed of the noise."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"sampling: steps and batch must be 1 or more; got {self.steps} and {self.batch}")
-        if self.cfg < 1:
-            raise ValueError(f"sampling: cfg must be 1 (off) or more; got {self.cfg}")
-
-    @property
-    def forwards(self) -> int:
-        """Forwards of the transformer for each batch."""
-        return self.steps * (2 if self.cfg > 1 else 1)
+def sampler_timesteps(pipe: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
+    """The timesteps at which the pipeline will call its transformer, as passed to it (FLUX: in 0..1)."""
+    return family_of(pipe).timesteps(pipe, config)
 
 
-def sampler_timesteps(pipe: FluxPipeline, config: SampleConfig) -> Float[Tensor, " steps"]:
-    """The timesteps, in 0..1, at which the pipeline will call its transformer."""
-    scheduler = copy.deepcopy(pipe.scheduler)
-    c = scheduler.config
-    mu = calculate_shift(
-        image_tokens(pipe, config.side),
-        c.get("base_image_seq_len", 256),
-        c.get("max_image_seq_len", 4096),
-        c.get("base_shift", 0.5),
-        c.get("max_shift", 1.15),
-    )
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / config.steps, config.steps), mu=mu)
-    return scheduler.timesteps.float() / 1000
-
-
-def image_tokens(pipe: FluxPipeline, side: int) -> int:
-    """Image tokens of a square picture.
-
-    Raises ValueError if the side is not a whole number of tokens.
-    """
-    patch = 2 * pipe.vae_scale_factor
-    if side % patch:
-        raise ValueError(f"picture side {side}: expected a multiple of {patch} pixels, the side of one token")
-    return (side // patch) ** 2
+def forwards(pipe: Any, config: SampleConfig) -> int:
+    """Samples that the transformer computes for each picture, both branches of guidance counted."""
+    return len(sampler_timesteps(pipe, config)) * (2 if config.cfg > 1 else 1)
 
 
 @torch.no_grad()
 def generate(
-    pipe: FluxPipeline, prompts: Sequence[str], config: SampleConfig, *, first: int = 0, progress: str | None = None
+    pipe: Any, prompts: Sequence[str], config: SampleConfig, *, first: int = 0, progress: str | None = None
 ) -> np.ndarray:
-    """Pictures of the prompts, uint8 [prompts, side, side, 3].
+    """Pictures of the prompts, uint8 [prompts, side, side, 3], or videos [prompts, frames, side, side, 3].
 
     Args:
         first: number of the first picture, which its noise depends on.
         progress: label of a progress bar; None shows none.
     """
+    family, device = family_of(pipe), next(pipe.transformer.parameters()).device
     pictures = []
     starts = range(0, len(prompts), config.batch)
     bar = tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None, dynamic_ncols=True)
     for start in starts:
         part = list(prompts[start : start + config.batch])
         numbers = torch.arange(first + start, first + start + len(part))
-        pictures.append(_generate_batch(pipe, part, _noise(pipe, numbers, config), config))
+        noise = _noise(pipe, family, numbers, config).to(device)
+        generators = [keyed_generator(config.seed, "sampler", number) for number in numbers.tolist()]
+        pictures.append(family.draw(pipe, part, noise, generators, config))
         bar.update(len(part))
     bar.close()
     return np.concatenate(pictures)
 
 
-def _noise(pipe: FluxPipeline, numbers: Tensor, config: SampleConfig) -> Float[Tensor, "batch tokens channels"]:
-    side = config.side // pipe.vae_scale_factor
-    return pack_latents(
-        sample_noise(config.seed, numbers, (pipe.transformer.config["in_channels"] // 4, side, side), "sample")
-    )
-
-
-def _generate_batch(pipe: FluxPipeline, prompts: list[str], noise: Tensor, config: SampleConfig) -> np.ndarray:
-    device = next(pipe.transformer.parameters()).device
-    images = pipe(
-        prompt=prompts,
-        height=config.side,
-        width=config.side,
-        num_inference_steps=config.steps,
-        guidance_scale=config.guidance,
-        negative_prompt=[""] * len(prompts) if config.cfg > 1 else None,
-        true_cfg_scale=config.cfg,
-        latents=noise.to(device, pipe.text_encoder_2.dtype),
-        max_sequence_length=config.text_tokens,
-        output_type="np",
-    ).images
-    return np.round(images * 255).astype(np.uint8)
+def _noise(pipe: Any, family: Family, numbers: Tensor, config: SampleConfig) -> Float[Tensor, "batch *latent"]:
+    size = SampleSize(side=config.side, frames=config.frames)
+    return sample_noise(config.seed, numbers, family.latent_shape(pipe, size), "sample")
 
 
 @dataclass

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from torch import nn
 
 from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, is_dynamic_name
-from dydit_scale.models.flux import DyFluxTransformer2DModel
-from dydit_scale.models.loading import load_pipeline, load_transformer
+from dydit_scale.models.family import Family, SampleSize
+from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
 from dydit_scale.parallel.engine import ParamGroup
-from dydit_scale.sampling.generate import image_tokens
 from dydit_scale.train.recipe import AdapterConfig, Recipe
 
 
@@ -22,7 +20,7 @@ class Parts(NamedTuple):
 
     network: Any
     """The transformer that learns: dynamic or static, adapters in place, fp32, frozen where the recipe says so."""
-    pipeline: FluxPipeline
+    pipeline: Any
     """The rest of the pipeline, with ``network`` as its transformer."""
     teacher: Any
     """The frozen static model to distil from, where it is not the network itself with its adapters off; or None."""
@@ -34,26 +32,27 @@ def build_parts(recipe: Recipe) -> Parts:
     Raises ValueError if the base does not fit, or the target ratio is below what the architecture can reach.
     """
     dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-    pipeline = load_pipeline(recipe.model.base, dtype)
+    family = family_of_base(recipe.model.base)
+    pipeline = load_pipeline(recipe.model.base, family, dtype)
     torch.manual_seed(recipe.seed)  # fresh weights (from_scratch, plain LoRA) are equal on every rank
-    network = load_transformer(recipe.model.base, from_scratch=recipe.model.from_scratch)
+    network = load_transformer(recipe.model.base, family, from_scratch=recipe.model.from_scratch)
     teacher = None
     if recipe.dynamic is not None:
-        network = DyFluxTransformer2DModel.from_static(network, recipe.dynamic, seed=recipe.seed)
-        _check_target(recipe, network, pipeline)
+        network = family.dynamic_class.from_static(network, recipe.dynamic, seed=recipe.seed)
         if recipe.supervision.kind == "distill" and recipe.adapter.kind == "none":
-            teacher = load_transformer(recipe.model.base).requires_grad_(False).eval().to(dtype)
+            teacher = load_transformer(recipe.model.base, family).requires_grad_(False).eval().to(dtype)
     network.requires_grad_(recipe.adapter.kind == "none")
     for name, parameter in network.named_parameters():
         if is_dynamic_name(name):
             parameter.requires_grad_(True)
-    if network.config["guidance_embeds"]:
+    if network.config.get("guidance_embeds"):
         network.time_text_embed.guidance_embedder.requires_grad_(False)
     add_adapter(network, recipe.adapter, recipe.seed)
     for parameter in network.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     pipeline.register_modules(transformer=network)
+    _check_target(recipe, family, network, pipeline)
     return Parts(network, pipeline, teacher)
 
 
@@ -87,13 +86,17 @@ def param_groups(recipe: Recipe, network: nn.Module) -> list[ParamGroup]:
     return [ParamGroup(name=n, params=p, lr=lr, weight_decay=decay) for n, p, lr, decay in groups if p]
 
 
-def shard_units(network: FluxTransformer2DModel) -> list[nn.Module]:
+def shard_units(network: nn.Module) -> list[nn.Module]:
     """The blocks, which FSDP gathers one at a time."""
-    return [*network.transformer_blocks, *network.single_transformer_blocks]
+    return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
-def _check_target(recipe: Recipe, network: DyFluxTransformer2DModel, pipeline: FluxPipeline) -> None:
-    cost = network.cost(image_tokens(pipeline, recipe.data.image_size), recipe.model.text_tokens)
+def _check_target(recipe: Recipe, family: Family, network: Any, pipeline: Any) -> None:
+    size = SampleSize(side=recipe.data.image_size)
+    family.image_tokens(pipeline, size)
+    if recipe.dynamic is None:
+        return
+    cost = family.cost(network, pipeline, size, recipe.model.text_tokens)
     d = network.dynamic
     heads = network.config["num_attention_heads"]
     floor = cost.floor(heads if d.heads else 1, (d.mlp_groups or heads) if d.mlp else 1, tokens=d.tokens)

@@ -21,12 +21,12 @@ from dydit_scale.checkpoint.store import Checkpoint, CheckpointError, load_check
 from dydit_scale.data.loader import Batch, make_loader
 from dydit_scale.data.shards import ShardIndex, load_index
 from dydit_scale.dynamic.losses import cost_loss
+from dydit_scale.models.family import frozen_parts
 from dydit_scale.models.loading import base_digest
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import AdamWConfig, Engine, StepResult, make_engine
 from dydit_scale.parallel.reduce import global_mean, mean_values
 from dydit_scale.parallel.world import World, barrier, broadcast_object
-from dydit_scale.sampling.generate import image_tokens
 from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.metrics import Metrics
 from dydit_scale.train.objective import Objective, Terms
@@ -128,13 +128,12 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
     if checkpoint is not None:
         _check_same(checkpoint, folder, data=index.digest, base=base)
     parts = build_parts(recipe)
-    image_tokens(parts.pipeline, recipe.data.image_size)
     if recipe.train.gradient_checkpointing:
         of_static_td = recipe.dynamic is None and recipe.adapter.kind == "td_lora"
         parts.network.enable_gradient_checkpointing(checkpoint_with_timestep(parts.network) if of_static_td else None)
     groups = param_groups(recipe, parts.network)
     adamw = AdamWConfig(betas=recipe.train.betas)
-    for part in (parts.pipeline.vae, parts.pipeline.text_encoder, parts.pipeline.text_encoder_2):
+    for part in frozen_parts(parts.pipeline):
         part.to(world.device)
     engine = make_engine(
         recipe.engine, parts.network, groups, world,

@@ -1,34 +1,37 @@
-"""What a batch is trained on: rectified flow, a second target for the dynamic model, and the budget."""
+"""What a batch is trained on: the diffusion process, a second target for the dynamic model, and the budget."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxPipeline
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from dydit_scale.adapters.td_lora import adapters_off
 from dydit_scale.data.loader import Batch
-from dydit_scale.diffusion.flow import interpolate, per_sample_mse, sample_noise, velocity
+from dydit_scale.diffusion.flow import per_sample_mse, sample_noise
+from dydit_scale.diffusion.process import FlowProcess, Process
 from dydit_scale.diffusion.randomness import keyed_generator
-from dydit_scale.diffusion.timesteps import logit_normal, stratified_uniform
+from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.dynamic.gates import logistic_noise
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
-from dydit_scale.models.encoders import encode_pictures, image_ids, pack_latents
+from dydit_scale.models.family import Family, Prompts, SampleSize
+from dydit_scale.models.registry import family_of
 from dydit_scale.train.recipe import Recipe
 
 
 class Inputs(NamedTuple):
     """A batch as the transformer takes it."""
 
-    noisy: Float[Tensor, "batch tokens channels"]
-    target: Float[Tensor, "batch tokens channels"]
-    s: Float[Tensor, " batch"]
-    """Noise levels in fp32, which are FLUX's timesteps."""
-    conditions: dict[str, Tensor]
-    """Text, positions and guidance, by argument name."""
+    x0: Float[Tensor, "batch *latent"]
+    noise: Float[Tensor, "batch *latent"]
+    noisy: Float[Tensor, "batch *latent"]
+    level: Shaped[Tensor, " batch"]
+    """As the diffusion process counts; flow: noise levels s in fp32."""
+    arguments: dict[str, Any]
+    """The transformer's arguments by name, the noisy pictures and timesteps included."""
+    text_tokens: int
 
 
 class Terms(NamedTuple):
@@ -40,53 +43,55 @@ class Terms(NamedTuple):
     """MACs dynamic / static."""
 
 
+def make_process(recipe: Recipe, family: Family) -> Process:
+    """The diffusion process that the family's transformers learn, with the recipe's settings."""
+    flow = recipe.flow
+    return FlowProcess(mean=flow.mean, std=flow.std, shift=flow.shift, data_last=family.objective == "flow_data_last")
+
+
 class Objective:
     """Turns batches into losses. ``network`` answers for attributes; forwards go through the ``module`` of each
     call."""
 
     def __init__(
-        self, recipe: Recipe, network: Any, pipeline: FluxPipeline, teacher: nn.Module | None, device: torch.device
+        self, recipe: Recipe, network: Any, pipeline: Any, teacher: nn.Module | None, device: torch.device
     ) -> None:
         self.recipe, self.network, self.pipeline, self.device = recipe, network, pipeline, device
+        self.family = family_of(pipeline)
+        self.process = make_process(recipe, self.family)
+        self.size = sample_size(recipe)
         self.teacher = None if teacher is None else teacher.to(device)
         self.is_dynamic = recipe.dynamic is not None
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, s: Float[Tensor, " batch"], seed: int) -> Inputs:
+    def prepare(self, batch: Batch, level: Shaped[Tensor, " batch"], seed: int) -> Inputs:
         """Encode pictures and captions and add noise; random draws depend on the seed and the samples' positions
         alone."""
-        shape = self._latent_shape()
+        family, pipeline, model = self.family, self.pipeline, self.recipe.model
+        shape = family.latent_shape(pipeline, self.size)
         posterior = sample_noise(seed, batch.positions, shape, "posterior").to(self.device)
-        z = encode_pictures(self.pipeline.vae, batch.pixels.to(self.device), posterior)
-        noise = pack_latents(sample_noise(seed, batch.positions, shape)).to(self.device)
-        x0, s = pack_latents(z), s.to(self.device)
-        text, pooled, text_ids = self.pipeline.encode_prompt(
-            prompt=list(batch.captions),
-            prompt_2=None,
-            device=self.device,
-            max_sequence_length=self.recipe.model.text_tokens,
-        )
-        conditions = {
-            "encoder_hidden_states": text,
-            "pooled_projections": pooled,
-            "txt_ids": text_ids,
-            "img_ids": image_ids(shape[1] // 2, shape[2] // 2).to(self.device),
+        x0 = family.pack(family.encode(pipeline, batch.pixels.to(self.device), posterior))
+        noise = family.pack(sample_noise(seed, batch.positions, shape)).to(self.device)
+        level = level.to(self.device)
+        noisy = self.process.noisy(x0, noise, level)
+        prompts = Prompts(captions=batch.captions, text_tokens=model.text_tokens, guidance=model.guidance)
+        arguments = {
+            "hidden_states": noisy,
+            "timestep": self.process.timestep(level),
+            **family.conditions(pipeline, prompts, self.size),
         }
-        if self.network.config["guidance_embeds"]:
-            conditions["guidance"] = torch.full_like(s, self.recipe.model.guidance)
-        return Inputs(interpolate(x0, noise, s), velocity(x0, noise), s, conditions)
+        return Inputs(x0, noise, noisy, level, arguments, model.text_tokens)
 
-    def training_levels(self, step: int, places: Tensor) -> Float[Tensor, " batch"]:
+    def training_levels(self, step: int, places: Tensor) -> Shaped[Tensor, " batch"]:
         """Noise levels for the given places in the global batch of a step."""
-        flow = self.recipe.flow
-        u = stratified_uniform(self.recipe.seed, step, places)
-        return logit_normal(u, mean=flow.mean, std=flow.std, shift=flow.shift)
+        return self.process.training_levels(stratified_uniform(self.recipe.seed, step, places))
 
-    def gate_noise(self, positions: Tensor, image_tokens: int) -> GateNoise:
+    def gate_noise(self, positions: Tensor) -> GateNoise:
         """Noise of the gates, a function of (seed, position)."""
         blocks = len(self.network.dynamic_blocks())
         heads = self.network.config["num_attention_heads"]
-        shapes = [(blocks, heads), (blocks, self.network.dynamic.mlp_groups or heads), (blocks, image_tokens)]
+        tokens = self.family.image_tokens(self.pipeline, self.size)
+        shapes = [(blocks, heads), (blocks, self.network.dynamic.mlp_groups or heads), (blocks, tokens)]
         rows = []
         for position in positions.tolist():
             generator = keyed_generator(self.recipe.seed, "gates", position)
@@ -96,39 +101,42 @@ class Objective:
     def terms(self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int) -> Terms:
         """The losses of a training batch."""
         if not self.is_dynamic:
-            sample = self._forward(module, inputs)
-            flow = per_sample_mse(sample, inputs.target)
+            flow = self._loss(self._forward(module, inputs), inputs)
             return Terms(flow, torch.zeros_like(flow), torch.ones_like(flow))
-        noise = self.gate_noise(positions, inputs.noisy.shape[1])
-        sample, masks = self.forward_dynamic(module, inputs, noise)
+        sample, masks = self.forward_dynamic(module, inputs, self.gate_noise(positions))
         return Terms(
-            per_sample_mse(sample, inputs.target),
-            self._supervision(module, inputs, sample, step),
-            self.ratio(inputs, masks),
+            self._loss(sample, inputs), self._supervision(module, inputs, sample, step), self.ratio(inputs, masks)
         )
 
     def forward_dynamic(self, module: nn.Module, inputs: Inputs, gates: GateMode) -> tuple[Tensor, DynamicMasks]:
         """Prediction and masks."""
-        out = module(hidden_states=inputs.noisy, timestep=inputs.s, gates=gates, collect=True, **inputs.conditions)
+        out = module(gates=gates, collect=True, **inputs.arguments)
         return out.sample, out.masks
 
     def predict(self, module: nn.Module, inputs: Inputs) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """Prediction and cost ratio as at inference."""
         if not self.is_dynamic:
-            return self._forward(module, inputs), torch.ones_like(inputs.s)
+            return self._forward(module, inputs), torch.ones(len(inputs.level), device=self.device)
         sample, masks = self.forward_dynamic(module, inputs, "threshold")
         return sample, self.ratio(inputs, masks)
 
+    def error(self, sample: Tensor, inputs: Inputs) -> Float[Tensor, " batch"]:
+        """Mean squared error of a prediction."""
+        return self.process.error(sample, inputs.x0, inputs.noise, inputs.level)
+
     def ratio(self, inputs: Inputs, masks: DynamicMasks) -> Float[Tensor, " batch"]:
         """MACs dynamic / static of each sample."""
-        return self.network.cost(inputs.noisy.shape[1], inputs.conditions["txt_ids"].shape[0]).ratio(masks)
+        return self.family.cost(self.network, self.pipeline, self.size, inputs.text_tokens).ratio(masks)
+
+    def _loss(self, sample: Tensor, inputs: Inputs) -> Float[Tensor, " batch"]:
+        return self.process.loss(sample, inputs.x0, inputs.noise, inputs.level)
 
     def _supervision(self, module: nn.Module, inputs: Inputs, sample: Tensor, step: int) -> Float[Tensor, " batch"]:
         config = self.recipe.supervision
         if config.kind == "none" or (config.steps is not None and step >= config.steps):
-            return torch.zeros_like(inputs.s)
+            return torch.zeros(len(inputs.level), device=self.device)
         if config.kind == "complete":
-            return per_sample_mse(self._forward(module, inputs, gates="open"), inputs.target)
+            return self._loss(self._forward(module, inputs, gates="open"), inputs)
         if config.kind == "distill":
             return per_sample_mse(sample, self._teach(module, inputs))
         raise ValueError(f"supervision.kind: {config.kind!r}")
@@ -141,9 +149,9 @@ class Objective:
             return self._forward(module, inputs, gates="open")
 
     def _forward(self, module: nn.Module, inputs: Inputs, **options: Any) -> Tensor:
-        out = module(hidden_states=inputs.noisy, timestep=inputs.s, return_dict=False, **inputs.conditions, **options)
-        return out[0]
+        return module(return_dict=False, **inputs.arguments, **options)[0]
 
-    def _latent_shape(self) -> tuple[int, int, int]:
-        side = self.recipe.data.image_size // self.pipeline.vae_scale_factor
-        return (self.network.config["in_channels"] // 4, side, side)
+
+def sample_size(recipe: Recipe) -> SampleSize:
+    """Pixels of a sample, as the recipe's data make it."""
+    return SampleSize(side=recipe.data.image_size)

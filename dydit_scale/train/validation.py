@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from dydit_scale.data.loader import Batch, make_loader
 from dydit_scale.data.shards import ShardIndex
-from dydit_scale.diffusion.flow import per_sample_mse
 from dydit_scale.diffusion.randomness import keyed_seed
-from dydit_scale.diffusion.timesteps import shifted, stratified_uniform
+from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.parallel.reduce import mean_values, sum_tensor
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import SampleConfig, generate, picture_grid
@@ -52,15 +51,15 @@ class Validator:
         for batch in self.batches:
             inputs = self.objective.prepare(batch, self._levels(batch.positions), self.seed)
             sample, ratio = self.objective.predict(module, inputs)
-            error = per_sample_mse(sample, inputs.target)
+            error = self.objective.error(sample, inputs)
             totals += torch.stack([error.double().sum(), ratio.double().sum()]).cpu()
             count += len(batch.positions)
         means = (totals / count).tolist()
         return Evaluation(**mean_values({"mse_eval": means[0], "ratio_eval": means[1]}))
 
     def _levels(self, positions: Tensor) -> Tensor:
-        """As a sampler with the recipe's shift visits them, whatever the density in training."""
-        return shifted(stratified_uniform(self.seed, 0, positions), self.recipe.flow.shift)
+        """As a sampler visits them, whatever the density in training."""
+        return self.objective.process.even_levels(stratified_uniform(self.seed, 0, positions))
 
     def sample(self) -> np.ndarray:
         """A grid of the recipe's prompts; every rank draws its share. Collective."""

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dydit_scale.dynamic.masks import DynamicMasks
 from dydit_scale.evaluation.prompts import evaluation_prompts
 from dydit_scale.evaluation.shapes_judge import judge, score
-from dydit_scale.sampling.generate import Recording, SampleConfig, generate, recorded, sampler_timesteps
+from dydit_scale.models.family import SampleConfig
+from dydit_scale.models.registry import family_of
+from dydit_scale.sampling.generate import Recording, generate, recorded, sampler_timesteps
 from dydit_scale.sampling.speed import machine
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, static_pipeline
 from dydit_scale.workflows.sample import measure
@@ -97,20 +100,18 @@ def _save_pictures(out: Path, pictures: dict[str, np.ndarray], captions: Sequenc
 def _save_gates(out: Path, run: LoadedRun, recording: Recording, config: SampleConfig, pictures: np.ndarray) -> None:
     network = run.network
     table = network.step_table(sampler_timesteps(run.pipeline, config))
-    steps = config.steps
-    conditional = recording.masks[:: config.forwards // steps]  # under guidance, the prompt's forward comes first
+    steps = len(table.timesteps)
+    conditional = _of_prompts(recording, run, config)
     tokens = [np.concatenate([m.tokens.numpy() for m in conditional[s::steps]], axis=1) for s in range(steps)]
     layers = len(network.dynamic_blocks())
     heads = network.config["num_attention_heads"]
-    names = [f"double {i}" for i in range(len(network.transformer_blocks))]
-    names += [f"single {i}" for i in range(len(network.single_transformer_blocks))]
     np.savez_compressed(
         out / "widths.npz",
         timesteps=table.timesteps.numpy() * 1000,
         heads=_by_step(table.heads, steps, layers, heads),
         groups=_by_step(table.groups, steps, layers, network.dynamic.mlp_groups or heads),
         tokens=np.stack([t.mean(axis=(1, 2)) for t in tokens]),
-        names=np.array(names),
+        names=np.array(network.block_names()),
     )
     side = int(tokens[0].shape[-1] ** 0.5)
     shown = np.linspace(0, steps - 1, min(4, steps)).astype(int)
@@ -118,6 +119,15 @@ def _save_gates(out: Path, run: LoadedRun, recording: Recording, config: SampleC
     np.savez_compressed(
         out / "tokens.npz", pictures=pictures[:MAPPED], keep=keep, timesteps=table.timesteps.numpy()[shown] * 1000
     )
+
+
+def _of_prompts(recording: Recording, run: LoadedRun, config: SampleConfig) -> list[DynamicMasks]:
+    """The masks of the branch with the prompts, where guidance adds another."""
+    if config.cfg == 1:
+        return recording.masks
+    if not family_of(run.pipeline).batches_guidance:
+        return recording.masks[::2]  # the prompts' forward comes first
+    return [DynamicMasks(*(m[:, : m.shape[1] // 2] for m in masks)) for masks in recording.masks]
 
 
 def _by_step(masks: Any, steps: int, layers: int, units: int) -> np.ndarray:

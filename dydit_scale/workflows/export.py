@@ -16,18 +16,19 @@ from dydit_scale.adapters.export import (
     ModelSpec,
     export_mean_lora,
     export_plain_lora,
-    flux_timestep_embeddings,
     mean_lora,
     plain_lora,
+    timestep_embeddings,
 )
 from dydit_scale.adapters.state import save_td_lora
 from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.adapters.verify import verify_diffusers_lora, verify_td_lora
-from dydit_scale.diffusion.randomness import keyed_generator
-from dydit_scale.models.encoders import image_ids
-from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.diffusion.flow import sample_noise
+from dydit_scale.models.family import Prompts
 from dydit_scale.models.loading import load_transformer
+from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import sampler_timesteps
+from dydit_scale.train.objective import make_process, sample_size
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config
 
 FORMATS = ("td-lora", "diffusers", "pipeline")
@@ -64,14 +65,18 @@ def _write_td_lora(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[s
     inputs = _probe_inputs(run)
     with torch.no_grad():
         reference = [run.network(**x, return_dict=False)[0] for x in inputs]
-    fresh = load_transformer(run.recipe.model.base)
+    fresh = _fresh_base(run)
     if run.recipe.dynamic is not None:
-        fresh = DyFluxTransformer2DModel.from_static(fresh, run.recipe.dynamic)
+        fresh = family_of(run.pipeline).dynamic_class.from_static(fresh, run.recipe.dynamic)
     verify_td_lora(path, fresh.eval(), inputs, reference)
     return _row(path, error_mean=0.0, error_max=0.0, output_error=0.0)
 
 
 def _write_diffusers(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
+    if not hasattr(run.pipeline, "load_lora_weights"):
+        raise ValueError(
+            f"run {run.folder}: diffusers loads no LoRA into a {type(run.pipeline).__name__}; export it as td-lora"
+        )
     spec = ModelSpec(
         title=run.recipe.name, date=date.today().isoformat(), description=f"Adapts {run.recipe.model.base}"
     )
@@ -82,14 +87,14 @@ def _write_diffusers(run: LoadedRun, out: Path, steps: int, force: bool) -> dict
         errors, tensors = {"error_mean": 0.0, "error_max": 0.0}, plain_lora(network)
     elif run.recipe.adapter.kind == "td_lora":
         timesteps = sampler_timesteps(run.pipeline, sample_config(run, steps=steps))
-        t_embs = flux_timestep_embeddings(network, timesteps)
+        t_embs = timestep_embeddings(network, timesteps)
         error = export_mean_lora(network, t_embs, path, spec, max_error=0.5, force=force)
         errors = {"error_mean": error.total, "error_max": max(error.layers.values())}
         tensors = mean_lora(network, t_embs)
     else:
         raise ValueError(f"run {run.folder} trained all weights; there is no LoRA in it (use --format pipeline)")
     check = verify_diffusers_lora(
-        path, lambda: load_transformer(run.recipe.model.base).eval(), _probe_inputs(run),
+        path, lambda: _fresh_base(run), type(run.pipeline), _probe_inputs(run),
         model=_OpenGates(network) if run.recipe.dynamic is not None else network, tensors=tensors,
     )  # fmt: skip
     mean = sum(check.approximation) / len(check.approximation)
@@ -125,7 +130,7 @@ _WRITERS: dict[str, Callable[[LoadedRun, Path, int, bool], dict[str, Any]]] = {
 class _OpenGates(nn.Module):
     """The complete model: what a static base with the adapter is compared to."""
 
-    def __init__(self, network: DyFluxTransformer2DModel) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
@@ -133,26 +138,23 @@ class _OpenGates(nn.Module):
         return self.network(**inputs, gates="open")
 
 
+def _fresh_base(run: LoadedRun) -> Any:
+    return load_transformer(run.recipe.model.base, family_of(run.pipeline)).eval()
+
+
 def _probe_inputs(run: LoadedRun) -> list[dict[str, Tensor]]:
-    """Random inputs of the transformer at several timesteps."""
-    config, side = run.network.config, run.recipe.data.image_size // (2 * run.pipeline.vae_scale_factor)
-    generator = keyed_generator(0, "probe")
-    inputs = []
-    for t in (0.98, 0.75, 0.5, 0.25, 0.05):
-        x = {
-            "hidden_states": torch.randn(2, side * side, config["in_channels"], generator=generator),
-            "encoder_hidden_states": torch.randn(
-                2, run.recipe.model.text_tokens, config["joint_attention_dim"], generator=generator
-            ),
-            "pooled_projections": torch.randn(2, config["pooled_projection_dim"], generator=generator),
-            "timestep": torch.full((2,), t),
-            "img_ids": image_ids(side, side),
-            "txt_ids": torch.zeros(run.recipe.model.text_tokens, 3),
-        }
-        if config["guidance_embeds"]:
-            x["guidance"] = torch.full((2,), run.recipe.model.guidance)
-        inputs.append(x)
-    return inputs
+    """Noise and the recipe's first prompts, as inputs of the transformer at several timesteps."""
+    family, pipeline, recipe, size = family_of(run.pipeline), run.pipeline, run.recipe, sample_size(run.recipe)
+    process = make_process(recipe, family)
+    captions = [*recipe.train.sample_prompts[:1], ""][:2]
+    prompts = Prompts(captions=captions, text_tokens=recipe.model.text_tokens, guidance=recipe.model.guidance)
+    conditions = family.conditions(pipeline, prompts, size)
+    noise = family.pack(sample_noise(0, torch.arange(len(captions)), family.latent_shape(pipeline, size), "probe"))
+    levels = process.even_levels(torch.tensor([0.98, 0.75, 0.5, 0.25, 0.05]))
+    return [
+        {"hidden_states": noise, "timestep": process.timestep(level.expand(len(captions))), **conditions}
+        for level in levels
+    ]
 
 
 def _row(path: Path, **errors: float) -> dict[str, Any]:

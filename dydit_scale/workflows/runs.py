@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxPipeline
 
 from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
+from dydit_scale.models.family import with_transformer
 from dydit_scale.models.loading import base_digest, load_transformer
+from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import SampleConfig
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.recipe import Recipe, load_recipe
@@ -22,7 +23,7 @@ class LoadedRun(NamedTuple):
 
     folder: Path
     recipe: Recipe
-    pipeline: FluxPipeline
+    pipeline: Any
     network: Any
     checkpoint: Checkpoint
 
@@ -61,7 +62,7 @@ def load_run(folder: str | Path, *, device: str = "auto", fp32: bool = False) ->
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     network = parts.network.eval().requires_grad_(False)
-    dtype = parts.pipeline.text_encoder_2.dtype
+    dtype = parts.pipeline.vae.dtype
     for name, parameter in network.named_parameters():
         if not is_dynamic_name(name) and ".td_" not in name and ".lora_" not in name:
             parameter.data = parameter.data.to(dtype)
@@ -74,19 +75,10 @@ def pick_device(device: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
-def static_pipeline(run: LoadedRun) -> FluxPipeline:
+def static_pipeline(run: LoadedRun) -> Any:
     """The untouched base of a run, sharing everything but the transformer."""
-    transformer = (
-        load_transformer(run.recipe.model.base).to(run.pipeline.device, run.pipeline.text_encoder_2.dtype).eval()
-    )
-    return with_transformer(run.pipeline, transformer)
-
-
-def with_transformer(pipeline: FluxPipeline, transformer: Any) -> FluxPipeline:
-    """The same pipeline around another transformer."""
-    other = FluxPipeline(**{**pipeline.components, "transformer": transformer})
-    other.set_progress_bar_config(disable=True)
-    return other
+    transformer = load_transformer(run.recipe.model.base, family_of(run.pipeline))
+    return with_transformer(run.pipeline, transformer.to(run.pipeline.device, run.pipeline.vae.dtype).eval())
 
 
 def sample_config(run: LoadedRun, **changes: Any) -> SampleConfig:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dydit_scale.dynamic.cost import KeepRates
+from dydit_scale.dynamic.cost import KeepRates, ModelCost
+from dydit_scale.models.family import SampleConfig, SampleSize
+from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import (
     Recording,
-    SampleConfig,
+    forwards,
     generate,
-    image_tokens,
     picture_grid,
     recorded,
     sampler_timesteps,
@@ -59,11 +60,11 @@ def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pai
     static = static_pipeline(run)
     with recorded(run.network) as recording:
         generate(run.pipeline, prompts, config)
-    cost = run.network.cost(image_tokens(run.pipeline, config.side), config.text_tokens)
+    samples = forwards(run.pipeline, config)
     return compare_speed(
         lambda: generate(static, prompts, config),
         lambda: generate(run.pipeline, prompts, config),
-        macs_static=cost.static * config.forwards,
+        macs_static=_cost(run, config).static * samples,
         macs_dynamic=macs_of(run, recording, config),
         batch=len(prompts),
         steps=config.steps,
@@ -73,12 +74,14 @@ def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pai
 
 def macs_of(run: LoadedRun, recording: Recording, config: SampleConfig) -> float:
     """MACs per picture over all recorded forwards."""
-    cost = run.network.cost(image_tokens(run.pipeline, config.side), config.text_tokens)
-    return (
-        sum(float(cost.dynamic(KeepRates(*m.keep_rates())).mean()) for m in recording.masks)
-        * config.forwards
-        / len(recording.masks)
-    )
+    cost = _cost(run, config)
+    each = [float(cost.dynamic(KeepRates(*m.keep_rates())).mean()) for m in recording.masks]
+    return sum(each) / len(each) * forwards(run.pipeline, config)
+
+
+def _cost(run: LoadedRun, config: SampleConfig) -> ModelCost:
+    size = SampleSize(side=config.side, frames=config.frames)
+    return family_of(run.pipeline).cost(run.network, run.pipeline, size, config.text_tokens)
 
 
 def read_prompts(path: Path) -> list[str]:

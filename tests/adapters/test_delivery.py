@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dydit_scale.adapters.delivery import checkpoint_with_timestep
-from dydit_scale.adapters.export import flux_timestep_embeddings
+from dydit_scale.adapters.export import timestep_embeddings
 from dydit_scale.adapters.td_lora import add_td_lora, td_layers
 from tests.adapters.tiny import adapted_flux, adapted_mlp, embeddings, flux_config, flux_inputs, tiny_flux, tokens
 
@@ -83,14 +83,14 @@ def test_layers_use_the_pure_embedding_of_the_timestep_in_fp32() -> None:
     times = TIMES.bfloat16()
     model(**flux_inputs(times, dtype=torch.bfloat16))
     assert seen[0].dtype == torch.float32
-    assert torch.equal(seen[0], flux_timestep_embeddings(model, times))
+    assert torch.equal(seen[0], timestep_embeddings(model, times))
 
 
 def test_nothing_is_left_after_a_forward_or_a_failed_one() -> None:
     model = adapted_flux()
     model(**flux_inputs(TIMES))
     assert model.timestep_state.emb is None
-    flux_timestep_embeddings(model, TIMES)
+    timestep_embeddings(model, TIMES)
     assert model.timestep_state.emb is None
     with pytest.raises(RuntimeError):
         model(**{**flux_inputs(TIMES), "encoder_hidden_states": torch.randn(2, 5, 7)})

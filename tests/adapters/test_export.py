@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,10 +18,10 @@ from dydit_scale.adapters.export import (
     ModelSpec,
     export_mean_lora,
     export_plain_lora,
-    flux_timestep_embeddings,
     mean_error,
     mean_lora,
     plain_lora,
+    timestep_embeddings,
 )
 from dydit_scale.adapters.state import save_td_lora
 from dydit_scale.adapters.td_lora import td_layers
@@ -49,7 +50,7 @@ def updates(model: nn.Module, t_embs: Tensor) -> dict[str, Tensor]:
 
 def test_the_mean_is_the_mean_of_the_updates() -> None:
     model = mixed_ranks()
-    t_embs = flux_timestep_embeddings(model, STEPS)
+    t_embs = timestep_embeddings(model, STEPS)
     tensors, dense = mean_lora(model, t_embs), updates(model, t_embs)
     assert len(tensors) == 2 * FLUX_LAYERS
     for name, update in dense.items():
@@ -59,7 +60,7 @@ def test_the_mean_is_the_mean_of_the_updates() -> None:
 
 def test_the_reported_error_is_the_dense_one() -> None:
     model = mixed_ranks()
-    t_embs = flux_timestep_embeddings(model, STEPS)
+    t_embs = timestep_embeddings(model, STEPS)
     error, dense = mean_error(model, t_embs), updates(model, t_embs)
     off = {name: update - update.mean(dim=0) for name, update in dense.items()}
     assert len(error.layers) == FLUX_LAYERS
@@ -74,16 +75,16 @@ def test_the_reported_error_is_the_dense_one() -> None:
 
 def test_diffusers_loads_the_mean(tmp_path: Path) -> None:
     model, path = mixed_ranks(), tmp_path / "mean.safetensors"
-    t_embs = flux_timestep_embeddings(model, STEPS)
+    t_embs = timestep_embeddings(model, STEPS)
     error = export_mean_lora(model, t_embs, path, SPEC, max_error=1.0)
-    check = verify_diffusers_lora(path, tiny_flux, INPUTS, model=model, tensors=mean_lora(model, t_embs))
+    check = verify_diffusers_lora(path, tiny_flux, FluxPipeline, INPUTS, model=model, tensors=mean_lora(model, t_embs))
     assert check.loader_error < 1e-5
     assert check.layers == FLUX_LAYERS
     assert len(check.approximation) == 3
     assert all(0.001 < value < 1 for value in check.approximation)
-    at_one = flux_timestep_embeddings(model, torch.tensor([0.5]))
+    at_one = timestep_embeddings(model, torch.tensor([0.5]))
     export_mean_lora(model, at_one, path, SPEC)
-    exact = verify_diffusers_lora(path, tiny_flux, INPUTS, model=model, tensors=mean_lora(model, at_one))
+    exact = verify_diffusers_lora(path, tiny_flux, FluxPipeline, INPUTS, model=model, tensors=mean_lora(model, at_one))
     assert exact.approximation[1] < 1e-4 < exact.approximation[0]
     assert json.loads(path.with_suffix(".json").read_text())["total"] == 0.0
     assert error.total > 0
@@ -91,7 +92,7 @@ def test_diffusers_loads_the_mean(tmp_path: Path) -> None:
 
 def test_the_header_says_what_the_file_is(tmp_path: Path) -> None:
     model, path = mixed_ranks(), tmp_path / "mean.safetensors"
-    error = export_mean_lora(model, flux_timestep_embeddings(model, STEPS), path, SPEC, max_error=1.0)
+    error = export_mean_lora(model, timestep_embeddings(model, STEPS), path, SPEC, max_error=1.0)
     with safe_open(path, "pt") as file:
         header = file.metadata()
     assert header["format"] == "pt"
@@ -109,7 +110,7 @@ def test_the_header_says_what_the_file_is(tmp_path: Path) -> None:
 
 def test_a_mean_that_is_too_far_off_is_refused_unless_forced(tmp_path: Path) -> None:
     model, path = adapted_flux(), tmp_path / "mean.safetensors"
-    t_embs = flux_timestep_embeddings(model, STEPS)
+    t_embs = timestep_embeddings(model, STEPS)
     with pytest.raises(ValueError, match=r"more than max_error 0\.01"):
         export_mean_lora(model, t_embs, path, SPEC, max_error=0.01)
     assert not path.exists()
@@ -127,7 +128,7 @@ def test_plain_lora_is_exported_exactly(tmp_path: Path) -> None:
     )
     model = inject_adapter_in_model(config, tiny_flux())
     path = export_plain_lora(model, tmp_path / "plain.safetensors", SPEC)
-    check = verify_diffusers_lora(path, tiny_flux, INPUTS, model=model, tensors=plain_lora(model))
+    check = verify_diffusers_lora(path, tiny_flux, FluxPipeline, INPUTS, model=model, tensors=plain_lora(model))
     assert check.layers == 4
     assert max(check.approximation) < 1e-4
 
@@ -146,7 +147,7 @@ def test_what_is_no_plain_lora_is_refused() -> None:
 )
 def test_verification_fails_for_a_wrong_file(tmp_path: Path, damage: str, message: str) -> None:
     model, path = adapted_flux(), tmp_path / "mean.safetensors"
-    t_embs = flux_timestep_embeddings(model, STEPS)
+    t_embs = timestep_embeddings(model, STEPS)
     export_mean_lora(model, t_embs, path, SPEC, max_error=1.0)
     with safe_open(path, "pt") as file:
         header = file.metadata()
@@ -159,7 +160,7 @@ def test_verification_fails_for_a_wrong_file(tmp_path: Path, damage: str, messag
         tensors = {name: t for name, t in tensors.items() if "proj_mlp" not in name}
     save_file(tensors, path, metadata=header)
     with pytest.raises(ValueError, match=message):
-        verify_diffusers_lora(path, tiny_flux, INPUTS, model=model, tensors=mean_lora(model, t_embs))
+        verify_diffusers_lora(path, tiny_flux, FluxPipeline, INPUTS, model=model, tensors=mean_lora(model, t_embs))
 
 
 def test_native_verification_is_exact(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""How a family of models mixes pictures with noise, what its transformer is told and what it must answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from dydit_scale.diffusion.flow import interpolate, per_sample_mse, velocity
+from dydit_scale.diffusion.timesteps import logit_normal, shifted
+
+
+class Process(Protocol):
+    """Levels are numbers [batch] that only the process understands; x0 and noise are [batch, ...]."""
+
+    def training_levels(self, u: Float[Tensor, " batch"]) -> Shaped[Tensor, " batch"]:
+        """Levels for training from uniform numbers in (0, 1)."""
+
+    def even_levels(self, u: Float[Tensor, " batch"]) -> Shaped[Tensor, " batch"]:
+        """Levels as a sampler visits them, whatever the density in training."""
+
+    def noisy(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """The transformer's input."""
+
+    def timestep(self, level: Tensor) -> Tensor:
+        """The level as the transformer takes it."""
+
+    def loss(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
+        """What each sample adds to the loss in training."""
+
+    def error(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
+        """Mean squared error of the answer, for evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowProcess:
+    """Rectified flow: a straight line between picture and noise. FLUX (arXiv 2403.03206) and SiT (2401.08740)."""
+
+    mean: float = 0.0
+    """Density of levels in training: sigmoid(mean + std * normal), shifted."""
+    std: float = 1.0
+    shift: float = 1.0
+    data_last: bool = False
+    """SiT's direction: the transformer is told 0 at noise and 1 at the picture, and answers with picture - noise."""
+
+    def training_levels(self, u: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Noise levels s in (0, 1), 1 is noise."""
+        return logit_normal(u, mean=self.mean, std=self.std, shift=self.shift)
+
+    def even_levels(self, u: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """As an Euler sampler with this shift visits them."""
+        return shifted(u, self.shift)
+
+    def noisy(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """``(1 - s) x0 + s noise``."""
+        return interpolate(x0, noise, level)
+
+    def timestep(self, level: Tensor) -> Tensor:
+        """s, or 1 - s for models that count from noise."""
+        return 1 - level if self.data_last else level
+
+    def loss(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
+        """Mean squared error of the velocity."""
+        target = velocity(x0, noise)
+        return per_sample_mse(answer, -target if self.data_last else target)
+
+    error = loss

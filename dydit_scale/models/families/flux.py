@@ -1,0 +1,95 @@
+"""FLUX.1 (dev, schnell, lite): text to image by rectified flow."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from jaxtyping import Float
+from torch import Tensor
+
+from dydit_scale.models.encoders import image_ids, pack_latents
+from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, to_uint8
+from dydit_scale.models.flux import DyFluxTransformer2DModel
+
+
+class FluxFamily(Family):
+    """FluxPipeline; prompts go through CLIP and T5, latents are packed two by two."""
+
+    pipeline_class = FluxPipeline
+    static_class = FluxTransformer2DModel
+    dynamic_class = DyFluxTransformer2DModel
+    batches_guidance = False
+
+    def latent_shape(self, pipeline: FluxPipeline, size: SampleSize) -> tuple[int, ...]:
+        """[channels, rows, cols] of the autoencoder."""
+        side = 2 * check_side(size.side, 2 * pipeline.vae_scale_factor)
+        return (pipeline.transformer.config["in_channels"] // 4, side, side)
+
+    def image_tokens(self, pipeline: FluxPipeline, size: SampleSize) -> int:
+        """Tokens of one picture."""
+        return check_side(size.side, 2 * pipeline.vae_scale_factor) ** 2
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """[batch, tokens, 4 * channels]."""
+        return pack_latents(latents)
+
+    def conditions(self, pipeline: FluxPipeline, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
+        """Text, positions and guidance."""
+        device = pipeline.text_encoder_2.device
+        text, pooled, text_ids = pipeline.encode_prompt(
+            prompt=list(prompts.captions), prompt_2=None, device=device, max_sequence_length=prompts.text_tokens
+        )
+        side = check_side(size.side, 2 * pipeline.vae_scale_factor)
+        conditions = {
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "txt_ids": text_ids,
+            "img_ids": image_ids(side, side).to(device),
+        }
+        if pipeline.transformer.config["guidance_embeds"]:
+            conditions["guidance"] = torch.full((len(prompts.captions),), prompts.guidance, device=device)
+        return conditions
+
+    def timesteps(self, pipeline: FluxPipeline, config: SampleConfig) -> Float[Tensor, " steps"]:
+        """In 0..1, 1 is noise."""
+        scheduler = copy.deepcopy(pipeline.scheduler)
+        c = scheduler.config
+        mu = calculate_shift(
+            self.image_tokens(pipeline, SampleSize(side=config.side)),
+            c.get("base_image_seq_len", 256),
+            c.get("max_image_seq_len", 4096),
+            c.get("base_shift", 0.5),
+            c.get("max_shift", 1.15),
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / config.steps, config.steps), mu=mu)
+        return scheduler.timesteps.float() / 1000
+
+    def draw(
+        self,
+        pipeline: FluxPipeline,
+        prompts: list[str],
+        noise: Tensor,
+        generators: list[torch.Generator],
+        config: SampleConfig,
+    ) -> np.ndarray:
+        """Euler steps; with ``cfg`` diffusers runs the branches one after the other."""
+        images = pipeline(
+            prompt=prompts,
+            height=config.side,
+            width=config.side,
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance,
+            negative_prompt=[""] * len(prompts) if config.cfg > 1 else None,
+            true_cfg_scale=config.cfg,
+            latents=self.pack(noise).to(pipeline.text_encoder_2.dtype),
+            max_sequence_length=config.text_tokens,
+            output_type="np",
+        ).images
+        return to_uint8(images)
+
+
+FAMILIES = [FluxFamily()]

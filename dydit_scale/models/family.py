@@ -1,0 +1,179 @@
+"""What training and sampling need to know of a kind of pipeline; a family of models is one object of this class."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from dydit_scale.dynamic.cost import ModelCost
+from dydit_scale.models.base import DynamicModelMixin
+from dydit_scale.models.encoders import encode_pictures
+
+ObjectiveKind = Literal["flow", "flow_data_last", "ddpm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSize:
+    """Pixels of a sample."""
+
+    side: int
+    """Of the square picture."""
+    frames: int = 1
+    """More than 1 is a video."""
+    images: int = 0
+    """Single pictures beside each clip (joint training on video and images)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How pictures and videos are drawn."""
+
+    steps: int = 28
+    """Steps of the sampler."""
+    side: int = 1024
+    """Pixels of the square picture's side."""
+    frames: int = 1
+    """Frames of a video."""
+    guidance: float = 3.5
+    """Distilled guidance, for models that take it."""
+    cfg: float = 1.0
+    """Classifier-free guidance against no prompt or no class, for models that were not distilled; 1 is off, more
+    doubles the cost."""
+    text_tokens: int = 512
+    """Length to which T5 pads prompts."""
+    sampler: str | None = None
+    """One of the family's samplers; None takes the pipeline's own scheduler."""
+    batch: int = 64
+    """Pictures at a time."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.frames < 1:
+            raise ValueError(
+                f"sampling: steps, batch and frames must be 1 or more; got {self.steps}, {self.batch}, {self.frames}"
+            )
+        if self.cfg < 1:
+            raise ValueError(f"sampling: cfg must be 1 (off) or more; got {self.cfg}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What a batch shows."""
+
+    captions: Sequence[str]
+    """"" for none."""
+    labels: Int64[Tensor, " batch"] | None = None
+    """Classes, -1 for none; without them class-conditional families look captions up among their names."""
+    text_tokens: int = 512
+    """Length to which captions are padded."""
+    guidance: float = 1.0
+    """Distilled guidance, where the model has an embedder for it."""
+
+
+class Family(ABC):
+    """A kind of pipeline around a dynamic transformer. To add a model, write one in a module of ``models.families``.
+
+    Latents are what the autoencoder makes and noise is drawn for; ``pack`` turns them into what the transformer takes.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    """Its name in a folder's model_index.json is how the family is found."""
+    static_class: ClassVar[type[ModelMixin]]
+    dynamic_class: ClassVar[type[DynamicModelMixin]]
+    objective: ClassVar[ObjectiveKind] = "flow"
+    """What the transformer learns; ``flow_data_last`` is SiT's direction, from noise at 0 to data at 1."""
+    reads_text: ClassVar[bool] = True
+    """False for class-conditional models, whose prompts are names or numbers of classes."""
+    batches_guidance: ClassVar[bool] = True
+    """Under classifier-free guidance both branches run in one forward, the prompts' first; False: one after the
+    other."""
+
+    @abstractmethod
+    def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
+        """Shape of one sample's latents and noise.
+
+        Raises ValueError if the side is not a whole number of tokens.
+        """
+
+    @abstractmethod
+    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
+        """Tokens of one sample that token routers decide about."""
+
+    @abstractmethod
+    def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
+        """The transformer's other arguments, on the pipeline's device, by name."""
+
+    @abstractmethod
+    def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
+        """The timesteps at which the pipeline will call its transformer, as passed to it."""
+
+    @abstractmethod
+    def draw(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        noise: Tensor,
+        generators: list[torch.Generator],
+        config: SampleConfig,
+    ) -> np.ndarray:
+        """Pictures uint8 [batch, side, side, 3], or videos [batch, frames, side, side, 3].
+
+        Args:
+            noise: latents to start from.
+            generators: one for each picture, for samplers that add noise on the way.
+        """
+
+    def encode(self, pipeline: Any, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Latents of pictures [batch, 3, side, side] or videos [batch, frames, 3, side, side], drawn by ``noise``."""
+        if pixels.ndim == 4:
+            return encode_pictures(pipeline.vae, pixels, noise)
+        z = encode_pictures(pipeline.vae, pixels.flatten(0, 1), noise.transpose(1, 2).flatten(0, 1))
+        return z.unflatten(0, pixels.shape[:2]).transpose(1, 2)  # [batch, channels, frames, rows, cols]
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents as the transformer takes them."""
+        return latents
+
+    def cost(self, network: Any, pipeline: Any, size: SampleSize, text_tokens: int) -> ModelCost:
+        """MACs of one forward for one sample; ``text_tokens`` counts for families that read text."""
+        return network.cost(self.image_tokens(pipeline, size), text_tokens if self.reads_text else 0)
+
+    def forward_options(self, size: SampleSize) -> dict[str, Any]:
+        """Arguments of the transformer's forward that depend on the size alone."""
+        return {}
+
+
+def frozen_parts(pipeline: Any) -> list[nn.Module]:
+    """The networks around the transformer: autoencoder and text encoders."""
+    parts = pipeline.components.items()
+    return [part for name, part in parts if isinstance(part, nn.Module) and name != "transformer"]
+
+
+def with_transformer(pipeline: Any, transformer: Any) -> Any:
+    """The same pipeline, sharing everything, around another transformer."""
+    other = copy.copy(pipeline)
+    other.register_modules(transformer=transformer)
+    return other
+
+
+def check_side(side: int, unit: int) -> int:
+    """Tokens along a side of pixels, each of which covers ``unit`` of them; ValueError if that is not whole."""
+    if side % unit:
+        raise ValueError(f"picture side {side}: expected a multiple of {unit} pixels, the side of one token")
+    return side // unit
+
+
+def to_uint8(pictures: Any) -> np.ndarray:
+    """Pictures in 0..1 as bytes."""
+    pictures = pictures.float().cpu().numpy() if isinstance(pictures, torch.Tensor) else np.asarray(pictures)
+    return np.round(np.clip(pictures, 0, 1) * 255).astype(np.uint8)
