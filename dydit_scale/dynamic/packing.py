@@ -15,16 +15,13 @@ M = TypeVar("M", bound=nn.Module)
 def shallow(module: M, **changes: object) -> M:
     """The module again, sharing every tensor and submodule, except for ``changes`` by attribute name.
 
-    Raises ValueError if a hook has replaced the module's forward: it would go on to call the original's.
+    Hooks that have replaced the module's forward stay with the original.
     """
-    if "forward" in vars(module):
-        raise ValueError(
-            f"{type(module).__name__} has a hook around its forward (a cache, offloading, casting), which a packed "
-            "copy would share with the original; pack before you set it, or sample without packing"
-        )
     clone = copy.copy(module)
     for registry in ("_parameters", "_buffers", "_modules"):
         clone.__dict__[registry] = dict(module.__dict__[registry])
+    for hooked in ("forward", "_diffusers_hook"):
+        clone.__dict__.pop(hooked, None)
     for name, value in changes.items():
         setattr(clone, name, value)
     return clone

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.gates import gumbel_gate, threshold_gate
+from dydit_scale.dynamic.precise import UpcastLayerNorm, UpcastLinear
 from dydit_scale.dynamic.width import Router
 
 
@@ -18,8 +19,8 @@ class TokenRouter(Router):
     def __init__(self, dim: int, bias: float) -> None:
         super().__init__()
         self.start = bias
-        self.down = nn.Linear(dim, max(1, dim // 16))
-        self.up = nn.Linear(max(1, dim // 16), 1)
+        self.down = UpcastLinear(dim, max(1, dim // 16))
+        self.up = UpcastLinear(max(1, dim // 16), 1)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -33,7 +34,7 @@ class TokenRouter(Router):
         text: Float[Tensor, "batch text dim"] | None,
     ) -> Float[Tensor, "batch tokens"]:
         """Logits in fp32 (``temb`` and ``text`` are not used)."""
-        return _linear(self.up, F.relu(_linear(self.down, x))).squeeze(-1)
+        return self.up(F.relu(self.down(x.float()))).squeeze(-1)
 
 
 class ModulatedTokenRouter(Router):
@@ -46,10 +47,10 @@ class ModulatedTokenRouter(Router):
     def __init__(self, dim: int, bottleneck: int, bias: float) -> None:
         super().__init__()
         self.start = bias
-        self.reduce = nn.Linear(dim, bottleneck, bias=False) if bottleneck else None
-        self.norm = None if bottleneck else nn.LayerNorm(dim)
-        self.modulate = nn.Linear(bottleneck or dim, 4 * dim)
-        self.up = nn.Linear(dim, 1)
+        self.reduce = UpcastLinear(dim, bottleneck, bias=False) if bottleneck else None
+        self.norm = None if bottleneck else UpcastLayerNorm(dim)
+        self.modulate = UpcastLinear(bottleneck or dim, 4 * dim)
+        self.up = UpcastLinear(dim, 1)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -67,15 +68,14 @@ class ModulatedTokenRouter(Router):
     ) -> Float[Tensor, "batch tokens"]:
         """Logits in fp32."""
         t = F.silu(temb.float())
-        t = t if self.reduce is None else _linear(self.reduce, t)
-        shift_x, scale_x, shift_text, scale_text = _linear(self.modulate, t)[:, None].chunk(4, dim=-1)
+        t = t if self.reduce is None else self.reduce(t)
+        shift_x, scale_x, shift_text, scale_text = self.modulate(t)[:, None].chunk(4, dim=-1)
         x = self._normalised(x) * (1 + scale_x) + shift_x
         text = self._normalised(text) * (1 + scale_text) + shift_text
-        return _linear(self.up, x + text.mean(1, keepdim=True)).squeeze(-1)
+        return self.up(x + text.mean(1, keepdim=True)).squeeze(-1)
 
     def _normalised(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        affine = () if self.norm is None else (self.norm.weight.float(), self.norm.bias.float())
-        return F.layer_norm(x.float(), x.shape[-1:], *affine)
+        return F.layer_norm(x.float(), x.shape[-1:]) if self.norm is None else self.norm(x.float())
 
 
 def make_token_router(config: DynamicConfig, dim: int) -> TokenRouter | ModulatedTokenRouter:
@@ -111,11 +111,6 @@ def route_tokens(
     with torch.autocast(x.device.type, enabled=False):
         logits = router(x, temb, text)
     return threshold_gate(logits) if noise is None else gumbel_gate(logits, noise, temperature)
-
-
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """In fp32 whatever the weights are stored in."""
-    return F.linear(x.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float())
 
 
 def _start(linears: tuple[nn.Linear, ...], last: nn.Linear, bias: float, generator: torch.Generator | None) -> None:

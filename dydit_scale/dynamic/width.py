@@ -11,10 +11,21 @@ from dydit_scale.dynamic.masks import GateMode, WidthMasks
 
 
 class Router(nn.Module):
-    """A module whose parameters are made by ``reset_parameters`` alone, so that it can be built without storage."""
+    """A module whose parameters are made by ``reset_parameters`` alone, so that it can be built without storage.
+
+    A cast of the model to half precision leaves them in fp32: a rounded logit may fall on the other side of 0.
+    """
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         raise TypeError(f"{type(self).__name__} must define reset_parameters")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def moved(x: Tensor) -> Tensor:
+            out = fn(x)
+            halved = out.dtype != x.dtype and out.is_floating_point() and out.itemsize < 4
+            return x.to(out.device) if halved else out
+
+        return super()._apply(moved, recurse)
 
 
 class UnitRouter(Router):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,15 +20,17 @@ from torch.nn import functional as F
 from dydit_scale.dynamic.config import DynamicConfig, TokenRouterKind
 from dydit_scale.dynamic.cost import ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode, WidthMasks
+from dydit_scale.dynamic.precise import UpcastLinear
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.width import Router, WidthRouter
+from dydit_scale.models.hooks import HookedModelMixin
 from dydit_scale.models.plan import PackedPlan, StepTable
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound="DynamicModelMixin")
 
 
-class DynamicModelMixin:
+class DynamicModelMixin(HookedModelMixin):
     """Mixed into a subclass of a diffusers model, before it. The base weights keep their names; ours begin with
     ``dy_``."""
 
@@ -51,6 +54,9 @@ class DynamicModelMixin:
     def _init_dynamic(self, *, layers: int, dim: int, heads: int) -> None:
         """Called last in ``__init__``: everything at the root that is dynamic."""
         d = self.dynamic
+        for module in list(self.modules()):  # type: ignore[attr-defined]
+            if isinstance(module, TimestepEmbedding):
+                module.linear_1, module.linear_2 = UpcastLinear.of(module.linear_1), UpcastLinear.of(module.linear_2)
         self.dy_width = WidthRouter(
             layers=layers,
             dim=dim,
@@ -97,10 +103,6 @@ class DynamicModelMixin:
         """The most important heads and channels of each block become its always-on unit (see dynamic/ranking.py)."""
         for block in self.dynamic_blocks():
             block.rank_units()  # type: ignore[operator]
-
-    def fuse_qkv_projections(self) -> None:
-        """Refused: fused projections would bypass adapters, and cannot be cut by head."""
-        raise ValueError("a dynamic model cuts q, k and v by head; do not fuse them")
 
     # Static and back
     @classmethod
@@ -165,7 +167,12 @@ class DynamicModelMixin:
 
         Args:
             max_bytes: refuse with ValueError if the copied weights would take more.
+
+        Raises:
+            ValueError: ``max_bytes``, or a hook that the cut copies would not follow (offloading, casting, a cache
+                inside blocks).
         """
+        self._check_packable()
         self.unpack()
         plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes)
         object.__setattr__(self, "_plan", plan)
@@ -185,6 +192,8 @@ class DynamicModelMixin:
         if self._plan is not None:
             for row, t in enumerate(timestep.tolist()):
                 rows.setdefault(self._plan.step_of(t), []).append(row)
+        if len(rows) > 1 and self.is_cache_enabled:  # type: ignore[attr-defined]
+            raise ValueError(f"a cache needs one timestep in a batch of packed sampling; got {timestep.tolist()}")
         return rows
 
     def _network_at(
@@ -264,9 +273,9 @@ def at_full_strength(kwargs_name: str) -> Callable[[Callable[..., Any]], Callabl
 def timestep_embedding(embed: Any, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
     """The output of a diffusers embedder's timestep part (``time_proj``, ``timestep_embedder``) alone, in fp32."""
     mlp = embed.timestep_embedder
+    first, second = (getattr(layer, "base_layer", layer) for layer in (mlp.linear_1, mlp.linear_2))  # without adapters
     with torch.autocast(timestep.device.type, enabled=False):
-        x = F.linear(embed.time_proj(timestep.float()), mlp.linear_1.weight.float(), mlp.linear_1.bias.float())
-        return F.linear(F.silu(x), mlp.linear_2.weight.float(), mlp.linear_2.bias.float())
+        return second(F.silu(first(embed.time_proj(timestep.float()))))
 
 
 def in_batch_order(parts: list[Any], rows: list[list[int]]) -> tuple[Tensor, DynamicMasks | None]:

@@ -108,6 +108,7 @@ class DyDiTTransformer2DModel(DynamicModelMixin, DiTTransformer2DModel, PeftAdap
     own_settings = ("dynamic", "time_freq_shift")
     _no_split_modules = ["DyDiTTransformerBlock"]
     _repeated_blocks = ["DyDiTTransformerBlock"]
+    _supports_group_offloading = True  # unlike the static class, it reads no weight but in that layer's forward
     _keep_in_fp32_modules = ["dy_width", "dy_token"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "time_class_embed", "dy_"]
 

@@ -186,8 +186,14 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         """The output of the timestep embedder alone, computed in fp32 from timesteps in 0..1."""
         return timestep_embedding(self.time_text_embed, timestep.float() * 1000)
 
-    def cost(self, image_tokens: int, text_tokens: int = 0) -> ModelCost:
-        """MACs of one forward for one sample, from shapes."""
+    def cost(self, image_tokens: int, text_tokens: int | None = None) -> ModelCost:
+        """MACs of one forward for one sample, from shapes.
+
+        Raises:
+            ValueError: ``text_tokens`` is not given: every block works on them, so there is no number to assume.
+        """
+        if text_tokens is None:
+            raise ValueError("cost: give the number of text tokens too (512 for FLUX.1 dev, 256 for schnell)")
         config, d = self.config, self.inner_dim
         double = _double_cost(self.dynamic, d, self.mlp_dim, image_tokens, text_tokens)
         single = _single_cost(self.dynamic, d, self.mlp_dim, image_tokens, text_tokens)

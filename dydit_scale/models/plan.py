@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.models.hooks import copy_hooks
 
 if TYPE_CHECKING:
     from dydit_scale.models.base import DynamicModelMixin
@@ -86,6 +87,7 @@ class PackedPlan:
                     cut[key] = block.packed(  # type: ignore[operator]
                         table.masks(layer, step), table.t_emb[step : step + 1]
                     )
+                    copy_hooks(block, cut[key])
                     used += _copied_bytes(cut[key], own)
                     if max_bytes is not None and used > max_bytes:
                         raise ValueError(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FirstBlockCacheConfig
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
@@ -20,8 +19,6 @@ import dydit_scale as dy
 from dydit_scale.adapters.td_lora import TDLoraConfig, adapters_off, add_td_lora
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.dit import (
-    DIT_PATCHES,
-    DIT_SIZES,
     DyDiTOutput,
     DyDiTTransformer2DModel,
     dit_config,
@@ -239,47 +236,6 @@ def test_cost_has_a_gradient_and_knows_no_text() -> None:
     assert model.dy_width.heads.bias.grad.any() and model.transformer_blocks[0].dy_token.up.bias.grad.any()
     with pytest.raises(ValueError, match="no text tokens; got 5"):
         model.cost(TOKENS, 5)
-
-
-# Published models
-
-
-def published(name: str, **options: Any) -> DyDiTTransformer2DModel:
-    with init_empty_weights():
-        return DyDiTTransformer2DModel(**dit_config(name, **options))
-
-
-def parameters(model: torch.nn.Module) -> int:
-    return sum(p.numel() for n, p in model.named_parameters() if ".dy_" not in f".{n}")
-
-
-def test_published_sizes_and_costs() -> None:
-    """Parameters: DiT, table 4, in millions. MACs: DiT, table 4, in units of 1e9; tokens of a 256 px picture."""
-    found = {}
-    for name in (f"{size}/{patch}" for size in DIT_SIZES for patch in DIT_PATCHES):
-        model = published(name)
-        found[name] = (parameters(model) / 1e6, model.cost((32 // model.patch_size) ** 2).static / 1e9)
-    expected = {
-        "S/2": (33, 6.06), "S/4": (33, 1.41), "S/8": (33, 0.36),
-        "B/2": (130, 23.01), "B/4": (130, 5.56), "B/8": (131, 1.42),
-        "L/2": (458, 80.71), "L/4": (458, 19.70), "L/8": (459, 5.01),
-        "XL/2": (675, 118.64), "XL/4": (675, 29.05), "XL/8": (676, 7.39),
-    }  # fmt: skip
-    assert found.keys() == expected.keys()
-    for name, (millions, giga) in expected.items():
-        assert found[name][0] == pytest.approx(millions, abs=0.75), name
-        assert found[name][1] == pytest.approx(giga, abs=0.006, rel=3e-4), name
-
-
-def test_published_options() -> None:
-    assert dit_config("SiT-XL/2", learn_sigma=False)["out_channels"] == 4
-    large = published("DiT-XL/2", sample_size=64)
-    assert large.config["out_channels"] == 8 and large.cost(1024).static / 1e9 == pytest.approx(524.6, abs=0.1)
-    routers = sum(p.numel() for n, p in large.named_parameters() if "dy_" in n)
-    assert routers / 1e6 == pytest.approx(3.295, abs=0.001)  # 678 M against 675 M (DyDiT)
-    for name in ("XL", "XL/3", "M/2"):
-        with pytest.raises(ValueError, match=f"expected one of S/2, .*got '{name}'"):
-            dit_config(name)
 
 
 # Class labels
