@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from dydit_scale.data.shapes.language import CLASSES
-from dydit_scale.data.shapes.motion import MIN_FRAMES, draw_motion, make_motion
+from dydit_scale.data.shapes.motion import MIN_FRAMES, MOTIONS, MotionScene, draw_motion, make_class_motion, make_motion
 from dydit_scale.data.shapes.scene import Scene, draw, make_class_scene, make_scene
 from dydit_scale.data.shards import ShardIndex, write_shards
 from dydit_scale.data.video import encode_mp4, require_av
@@ -45,9 +45,10 @@ def write_shapes(
     """Draw scenes 0 to ``samples`` - 1 of ``seed`` and write them to the folder ``out`` as shards with an index.
 
     A sample is a PNG of ``side`` x ``side`` pixels, its caption (txt) and the scene (json: caption, category, objects).
-    With ``classes`` it shows one object near the middle and has its number among the 48 classes too (cls); their
-    captions are listed in ``classes.json``. With more than one of ``frames`` it is a clip of moving shapes in place of
-    the PNG: an MP4 that decodes to the drawn frames exactly, for which PyAV is needed.
+    With more than one of ``frames`` it is a clip of moving shapes in place of the PNG: an MP4 that decodes to the drawn
+    frames exactly, for which PyAV is needed. With ``classes`` it shows one object, and has the number of its class too
+    (cls): one of 48 colours and shapes, near the middle of a picture, or one of 7 motions of a clip. ``classes.json``
+    lists their names.
     The same arguments give the same tars, byte for byte, for any number of ``workers`` (processes that draw; None for
     one on each core, at most 8); compression may differ between versions of Pillow and PyAV.
     Raises ValueError, before anything is drawn or written, for numbers out of range, and if ``out`` is a file or holds
@@ -62,25 +63,29 @@ def write_shapes(
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     _check("workers", workers, 1)
     if frames > 1:
-        _check_clip(frames, side, classes)
+        _check_clip(frames, side)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder or a new path, got the file {out}; choose another path")
-    sample: Callable[..., Sample] = _labelled if classes else _captioned
-    draw_one = partial(_moving, frames=frames) if frames > 1 else sample
+    kinds: dict[tuple[bool, bool], Callable[..., Sample]] = {
+        (False, False): _captioned,
+        (False, True): _labelled,
+        (True, False): partial(_moving, frames=frames),
+        (True, True): partial(_moving_labelled, frames=frames),
+    }
+    draw_one = kinds[frames > 1, classes]
     digits = max(6, len(str(samples - 1)))
     drawn = _samples(samples, partial(_named, draw_one, digits=digits, side=side, seed=seed), workers)
     index = write_shards(drawn, out, samples_per_shard=samples_per_shard, progress=progress)
     if classes:
-        (out / CLASSES_FILE).write_text(json.dumps([subject.phrase() for subject in CLASSES], indent=1) + "\n")
+        names = list(MOTIONS) if frames > 1 else [subject.phrase() for subject in CLASSES]
+        (out / CLASSES_FILE).write_text(json.dumps(names, indent=1) + "\n")
     return index
 
 
-def _check_clip(frames: int, side: int, classes: bool) -> None:
+def _check_clip(frames: int, side: int) -> None:
     _check("frames of a clip", frames, MIN_FRAMES)
     if side % 2:
         raise ValueError(f"side: expected an even number of pixels for clips, got {side}")
-    if classes:
-        raise ValueError("classes: the moving shapes have captions only; leave out classes, or frames")
     require_av()
 
 
@@ -117,7 +122,15 @@ def _picture(scene: Scene, side: int) -> Sample:
 
 
 def _moving(number: int, side: int, seed: int, frames: int) -> Sample:
-    scene = make_motion(seed, number)
+    return _clip(make_motion(seed, number), side, frames)
+
+
+def _moving_labelled(number: int, side: int, seed: int, frames: int) -> Sample:
+    scene, label = make_class_motion(seed, number)
+    return _clip(scene, side, frames) | {"cls": str(label)}
+
+
+def _clip(scene: MotionScene, side: int, frames: int) -> Sample:
     video = encode_mp4(draw_motion(scene, side, frames), FPS, lossless=True)
     return {"mp4": video, "txt": scene.prompt.caption, "json": _meaning(scene.as_dict())}
 

@@ -20,9 +20,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--samples", type=int, default=16384)
     shapes.add_argument("--side", type=int, default=32, help="pixels of a picture's side")
     shapes.add_argument("--seed", type=int, default=0)
-    kind = shapes.add_mutually_exclusive_group()
-    kind.add_argument("--classes", action="store_true", help="one object a picture, with its class as a label")
-    kind.add_argument("--video", action="store_true", help="clips of moving shapes (needs the extra: video)")
+    shapes.add_argument("--classes", action="store_true", help="one object each, with its class (or motion) as a label")
+    shapes.add_argument("--video", action="store_true", help="clips of moving shapes (needs the extra: video)")
     shapes.add_argument("--frames", type=int, help="frames of a clip, with --video (default: 16)")
     shapes.add_argument("--samples-per-shard", type=int, default=2048)
     shapes.add_argument("--workers", type=int, help="processes that draw (default: one on each core, at most 8)")
@@ -67,6 +66,7 @@ def _run_index(args: argparse.Namespace) -> None:
 
 def _base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder for the pipeline")
+    parser.add_argument("--family", choices=("flux", "dit", "sit", "latte", "latte-classes"), default="flux")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_run_base)
 
@@ -75,7 +75,7 @@ def _run_base(args: argparse.Namespace) -> None:
     _quiet()
     from dydit_scale.workflows.base import write_base
 
-    write_base(args.out, seed=args.seed)
+    write_base(args.out, args.family, seed=args.seed)
 
 
 def _sample(parser: argparse.ArgumentParser) -> None:
@@ -202,7 +202,7 @@ Add = Callable[[argparse.ArgumentParser], None]
 COMMANDS: dict[str, tuple[Add, str]] = {
     "demo": (_demo, "adapt the small base, sample, export, verify and report, all in minutes on two CPU cores"),
     "data": (_data, "make and index training data"),
-    "base": (_base, "write a small FLUX pipeline with random weights, to be trained by recipes/shapes/base.yaml"),
+    "base": (_base, "write a small pipeline with random weights, to be trained on the built-in data"),
     "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),
     "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
     "export": (_export, "write adapters or models, loaded back and verified"),

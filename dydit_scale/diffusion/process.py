@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from dydit_scale.diffusion.ddpm import DDPM
 from dydit_scale.diffusion.flow import interpolate, per_sample_mse, velocity
 from dydit_scale.diffusion.timesteps import logit_normal, shifted
 
@@ -67,3 +68,35 @@ class FlowProcess:
         return per_sample_mse(answer, -target if self.data_last else target)
 
     error = loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMProcess:
+    """Noise prediction at integer timesteps, with a learned variance where the transformer answers for one. DiT, Latte.
+
+    Levels are timesteps from 0, the least noisy.
+    """
+
+    ddpm: DDPM = field(default_factory=DDPM)
+
+    def training_levels(self, u: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+        """Uniform timesteps."""
+        return self.ddpm.timesteps(u)
+
+    even_levels = training_levels
+
+    def noisy(self, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """``x_t``."""
+        return self.ddpm.noisy(x0, noise, level)
+
+    def timestep(self, level: Tensor) -> Tensor:
+        """The level itself."""
+        return level
+
+    def loss(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
+        """The hybrid loss."""
+        return self.ddpm.losses(answer, x0, noise, level).total
+
+    def error(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
+        """Mean squared error of the noise."""
+        return self.ddpm.losses(answer, x0, noise, level).mse

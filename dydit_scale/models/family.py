@@ -74,6 +74,10 @@ class Prompts:
     """"" for none."""
     labels: Int64[Tensor, " batch"] | None = None
     """Classes, -1 for none; without them class-conditional families look captions up among their names."""
+    picture_captions: Sequence[Sequence[str]] = ()
+    """[batch][images], of the single pictures beside clips."""
+    picture_labels: Int64[Tensor, "batch images"] | None = None
+    """Of the single pictures beside clips."""
     text_tokens: int = 512
     """Length to which captions are padded."""
     guidance: float = 1.0
@@ -94,9 +98,8 @@ class Family(ABC):
     """What the transformer learns; ``flow_data_last`` is SiT's direction, from noise at 0 to data at 1."""
     reads_text: ClassVar[bool] = True
     """False for class-conditional models, whose prompts are names or numbers of classes."""
-    batches_guidance: ClassVar[bool] = True
-    """Under classifier-free guidance both branches run in one forward, the prompts' first; False: one after the
-    other."""
+    guidance_layout: ClassVar[Literal["in_turn", "prompts_first", "prompts_last"]] = "prompts_first"
+    """Under classifier-free guidance: a forward with the prompts, then one without, or both halves of one batch."""
 
     @abstractmethod
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
@@ -148,9 +151,9 @@ class Family(ABC):
         """MACs of one forward for one sample; ``text_tokens`` counts for families that read text."""
         return network.cost(self.image_tokens(pipeline, size), text_tokens if self.reads_text else 0)
 
-    def forward_options(self, size: SampleSize) -> dict[str, Any]:
-        """Arguments of the transformer's forward that depend on the size alone."""
-        return {}
+    def trainable(self, static: ModelMixin) -> ModelMixin:
+        """The static model in the form that it is trained and sampled in; itself, where that is diffusers' class."""
+        return static
 
 
 def frozen_parts(pipeline: Any) -> list[nn.Module]:
@@ -159,10 +162,10 @@ def frozen_parts(pipeline: Any) -> list[nn.Module]:
     return [part for name, part in parts if isinstance(part, nn.Module) and name != "transformer"]
 
 
-def with_transformer(pipeline: Any, transformer: Any) -> Any:
-    """The same pipeline, sharing everything, around another transformer."""
+def with_parts(pipeline: Any, **parts: Any) -> Any:
+    """The same pipeline, sharing everything, with another transformer or scheduler."""
     other = copy.copy(pipeline)
-    other.register_modules(transformer=transformer)
+    other.register_modules(**parts)
     return other
 
 

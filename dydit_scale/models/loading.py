@@ -45,7 +45,7 @@ def load_pipeline(base: str, family: Family, dtype: torch.dtype = torch.float32)
 def load_transformer(base: str, family: Family, *, from_scratch: bool = False) -> Any:
     """The transformer of a pipeline's folder or hub name in fp32, strictly: every weight must be there and fit.
 
-    It is of the family's static class, or of its dynamic one where the folder says so.
+    It is of the family's static class, or of its dynamic one where the folder says so or the family trains that.
 
     Raises:
         ValueError: the folder has none, or a weight is missing, too much, or of another shape (the first is named).
@@ -53,7 +53,7 @@ def load_transformer(base: str, family: Family, *, from_scratch: bool = False) -
     _check_folder(base)
     cls: Any = _transformer_class(base, family)
     if from_scratch:
-        return cls.from_config(cls.load_config(base, subfolder="transformer"))
+        return family.trainable(cls.from_config(cls.load_config(base, subfolder="transformer")))
     if Path(base).is_dir():
         _check_weights(Path(base) / "transformer", cls)
     try:
@@ -62,7 +62,7 @@ def load_transformer(base: str, family: Family, *, from_scratch: bool = False) -
         raise ValueError(f"base {base}: its transformer does not load as {cls.__name__}: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"base {base}: {len(missing)} weights are missing, first {missing[0]}")
-    return model
+    return family.trainable(model)
 
 
 def _transformer_class(base: str, family: Family) -> type[ModelMixin]:

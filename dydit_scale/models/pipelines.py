@@ -163,6 +163,10 @@ class ClassPipeline(DiffusionPipeline):
         """Of one sample whose latent picture has this side."""
         return (self.transformer.config["in_channels"], side, side)
 
+    def _condition(self, labels: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
+        """The labels as the transformer takes them."""
+        return {"class_labels": labels}
+
     # What all do
     def _stepper(self, steps: int) -> Any:
         """A copy of the scheduler at its start."""
@@ -182,7 +186,7 @@ class ClassPipeline(DiffusionPipeline):
             labels = torch.cat([labels, torch.full_like(labels, self._classes)])
         timestep = torch.as_tensor(t).to(x.device).expand(len(x))
         dtype = self.transformer.dtype
-        (output,) = self.transformer(x.to(dtype), timestep=timestep, class_labels=labels, return_dict=False)
+        (output,) = self.transformer(x.to(dtype), timestep=timestep, return_dict=False, **self._condition(labels))
         if scale == 1:
             return output.float()
         conditional, unconditional = output.float().chunk(2)
@@ -291,3 +295,23 @@ class SiTPipeline(ClassPipeline):
                 f"scheduler: SiT predicts a velocity and runs from t = 0, noise, to 1, so expected a SiTScheduler; got "
                 f"{type(self.scheduler).__name__}"
             )
+
+
+class ClassLattePipeline(DyDiTPipeline):
+    """Class-conditional or unconditional Latte: videos by noise prediction. ``images`` are [batch, frames, ...]."""
+
+    def _latent_shape(self, side: int) -> tuple[int, ...]:
+        config = self.transformer.config
+        return (config["in_channels"], config["video_length"], side, side)
+
+    def _decoded(self, latents: Float[Tensor, "batch channels frames rows cols"], output_type: str) -> Any:
+        frames = super()._decoded(latents.transpose(1, 2).flatten(0, 1), output_type)
+        length = latents.shape[2]
+        return [frames[i : i + length] for i in range(0, len(frames), length)]
+
+    def _condition(self, labels: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
+        return {} if self.transformer.config["num_classes"] is None else super()._condition(labels)
+
+    @property
+    def _classes(self) -> int:
+        return self.transformer.config["num_classes"] or 1  # without classes: one label, which the model does not get

@@ -92,7 +92,7 @@ def shard_units(network: nn.Module) -> list[nn.Module]:
 
 
 def _check_target(recipe: Recipe, family: Family, network: Any, pipeline: Any) -> None:
-    size = SampleSize(side=recipe.data.image_size)
+    size = SampleSize(side=recipe.data.image_size, frames=recipe.data.frames, images=recipe.data.images_per_clip)
     family.image_tokens(pipeline, size)
     if recipe.dynamic is None:
         return

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dydit_scale.adapters.td_lora import adapters_off
 from dydit_scale.data.loader import Batch
 from dydit_scale.diffusion.flow import per_sample_mse, sample_noise
-from dydit_scale.diffusion.process import FlowProcess, Process
+from dydit_scale.diffusion.process import DDPMProcess, FlowProcess, Process
 from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.dynamic.gates import logistic_noise
@@ -45,6 +45,8 @@ class Terms(NamedTuple):
 
 def make_process(recipe: Recipe, family: Family) -> Process:
     """The diffusion process that the family's transformers learn, with the recipe's settings."""
+    if family.objective == "ddpm":
+        return DDPMProcess()
     flow = recipe.flow
     return FlowProcess(mean=flow.mean, std=flow.std, shift=flow.shift, data_last=family.objective == "flow_data_last")
 
@@ -74,7 +76,14 @@ class Objective:
         noise = family.pack(sample_noise(seed, batch.positions, shape)).to(self.device)
         level = level.to(self.device)
         noisy = self.process.noisy(x0, noise, level)
-        prompts = Prompts(captions=batch.captions, text_tokens=model.text_tokens, guidance=model.guidance)
+        prompts = Prompts(
+            captions=batch.captions,
+            labels=batch.labels,
+            picture_captions=batch.picture_captions,
+            picture_labels=batch.picture_labels,
+            text_tokens=model.text_tokens,
+            guidance=model.guidance,
+        )
         arguments = {
             "hidden_states": noisy,
             "timestep": self.process.timestep(level),
@@ -154,4 +163,5 @@ class Objective:
 
 def sample_size(recipe: Recipe) -> SampleSize:
     """Pixels of a sample, as the recipe's data make it."""
-    return SampleSize(side=recipe.data.image_size)
+    data = recipe.data
+    return SampleSize(side=data.image_size, frames=data.frames, images=data.images_per_clip)

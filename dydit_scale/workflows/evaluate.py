@@ -125,9 +125,11 @@ def _of_prompts(recording: Recording, run: LoadedRun, config: SampleConfig) -> l
     """The masks of the branch with the prompts, where guidance adds another."""
     if config.cfg == 1:
         return recording.masks
-    if not family_of(run.pipeline).batches_guidance:
-        return recording.masks[::2]  # the prompts' forward comes first
-    return [DynamicMasks(*(m[:, : m.shape[1] // 2] for m in masks)) for masks in recording.masks]
+    layout = family_of(run.pipeline).guidance_layout
+    if layout == "in_turn":
+        return recording.masks[::2]
+    half = ("prompts_first", "prompts_last").index(layout)
+    return [DynamicMasks(*(m.chunk(2, dim=1)[half] for m in masks)) for masks in recording.masks]
 
 
 def _by_step(masks: Any, steps: int, layers: int, units: int) -> np.ndarray:

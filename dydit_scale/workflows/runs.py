@@ -10,7 +10,7 @@ import torch
 
 from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
-from dydit_scale.models.family import with_transformer
+from dydit_scale.models.family import with_parts
 from dydit_scale.models.loading import base_digest, load_transformer
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import SampleConfig
@@ -78,7 +78,8 @@ def pick_device(device: str) -> torch.device:
 def static_pipeline(run: LoadedRun) -> Any:
     """The untouched base of a run, sharing everything but the transformer."""
     transformer = load_transformer(run.recipe.model.base, family_of(run.pipeline))
-    return with_transformer(run.pipeline, transformer.to(run.pipeline.device, run.pipeline.vae.dtype).eval())
+    transformer = transformer.to(run.pipeline.device, run.pipeline.vae.dtype).eval()
+    return with_parts(run.pipeline, transformer=transformer)
 
 
 def sample_config(run: LoadedRun, **changes: Any) -> SampleConfig:

@@ -96,7 +96,9 @@ def test_clips_and_captions_stay_as_they_are() -> None:
         scene = make_motion(0, number)
         digest.update(draw_motion(scene, 32, 8).tobytes())
         digest.update(scene.prompt.caption.encode())
-    assert digest.hexdigest() == GOLDEN, "another clip or caption: models trained on the old ones are judged on new ones"
+    assert digest.hexdigest() == GOLDEN, (
+        "another clip or caption: models trained on the old ones are judged on new ones"
+    )
 
 
 def test_shards_hold_the_drawn_frames_exactly(tmp_path: Path) -> None:

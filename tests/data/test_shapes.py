@@ -270,7 +270,6 @@ def test_classes_are_drawn_labelled_and_named(tmp_path: Path) -> None:
         ({"frames": 0}, "frames: expected an integer of at least 1"),
         ({"frames": 4}, "frames of a clip: expected an integer of at least 8, got 4"),
         ({"frames": 8, "side": 33}, "side: expected an even number of pixels for clips, got 33"),
-        ({"frames": 8, "classes": True}, "classes: the moving shapes have captions only"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path: Path, change: dict[str, int], fault: str) -> None:

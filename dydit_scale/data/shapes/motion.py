@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from dydit_scale.data.shapes.language import COLOURS, SHAPES, Subject, parse_caption
+from dydit_scale.data.shapes.language import CLASSES, COLOURS, SHAPES, Subject, parse_caption
 from dydit_scale.data.shapes.scene import Object, draw_objects
 from dydit_scale.diffusion.randomness import keyed_seed
 
@@ -112,6 +112,20 @@ def make_motion(seed: int, number: int) -> MotionScene:
     """Clip ``number`` of the endless set named by ``seed``."""
     rng = np.random.RandomState(keyed_seed(seed, "motion", number) % 2**32)
     return place_motion(random_motion_prompt(rng), rng)
+
+
+def make_class_motion(seed: int, number: int) -> tuple[MotionScene, int]:
+    """Clip ``number`` of the labelled set named by ``seed``: one object, and which of ``MOTIONS`` it performs."""
+    rng = np.random.RandomState(keyed_seed(seed, "class motion", number) % 2**32)
+    label = int(rng.randint(len(MOTIONS)))
+    subject = CLASSES[int(rng.randint(len(CLASSES)))]
+    return place_motion(MotionPrompt((Action(subject, MOTIONS[label]),)), rng), label
+
+
+def motion_vocabulary() -> tuple[str, ...]:
+    """Every word that a caption of a clip can hold, in a fixed order."""
+    words = {"a", "an", "and", *COLOURS, *SHAPES, *(word for motion in MOTIONS for word in motion.split())}
+    return tuple(sorted(words))
 
 
 def place_motion(prompt: MotionPrompt, rng: np.random.RandomState) -> MotionScene:

@@ -22,7 +22,7 @@ class FluxFamily(Family):
     pipeline_class = FluxPipeline
     static_class = FluxTransformer2DModel
     dynamic_class = DyFluxTransformer2DModel
-    batches_guidance = False
+    guidance_layout = "in_turn"
 
     def latent_shape(self, pipeline: FluxPipeline, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols] of the autoencoder."""

@@ -1,0 +1,136 @@
+"""DiT (noise prediction) and SiT (velocity): pictures of classes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, ModelMixin
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.models.dit import DyDiTTransformer2DModel
+from dydit_scale.models.family import (
+    Family,
+    ObjectiveKind,
+    Prompts,
+    SampleConfig,
+    SampleSize,
+    check_side,
+    to_uint8,
+    with_parts,
+)
+from dydit_scale.models.pipelines import DyDiTPipeline, SiTPipeline, dit_scheduler
+from dydit_scale.models.sit_scheduler import SAMPLERS, SiTScheduler
+
+STATIC = DynamicConfig(heads=False, mlp=False, tokens=False)
+
+
+def class_labels(pipeline: Any, prompts: Prompts, classes: int) -> Int64[Tensor, " batch"]:
+    """Classes of a batch, ``classes`` for none: the labels, or the captions as names or numbers of classes.
+
+    Raises ValueError for a caption that is neither.
+    """
+    if prompts.labels is not None:
+        wrong = prompts.labels[prompts.labels >= classes].tolist()
+        if wrong:
+            raise ValueError(f"label {wrong[0]}: the model knows the classes 0 to {classes - 1}")
+        return torch.where(prompts.labels < 0, classes, prompts.labels)
+    labels = []
+    for caption in prompts.captions:
+        if not caption:
+            labels.append(classes)
+        elif caption.isdecimal() and int(caption) < classes:
+            labels.append(int(caption))
+        else:
+            labels += pipeline.get_label_ids(caption)
+    return torch.tensor(labels)
+
+
+class DiTFamily(Family):
+    """DyDiTPipeline. The static model, too, is trained in our class, which has one embedder instead of one a block."""
+
+    pipeline_class = DyDiTPipeline
+    static_class = DiTTransformer2DModel
+    dynamic_class = DyDiTTransformer2DModel
+    objective: ClassVar[ObjectiveKind] = "ddpm"
+    reads_text = False
+
+    def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
+        """[channels, rows, cols]."""
+        side = self._tokens_a_side(pipeline, size) * pipeline.transformer.config["patch_size"]
+        return (pipeline.transformer.config["in_channels"], side, side)
+
+    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
+        """Patches of the latents."""
+        return self._tokens_a_side(pipeline, size) ** 2
+
+    def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
+        """Labels; they are dropped here or in the data, not a second time in the model."""
+        labels = class_labels(pipeline, prompts, pipeline.transformer.config["num_embeds_ada_norm"])
+        labels = labels.to(pipeline.vae.device)
+        return {"class_labels": labels, "drop_labels": torch.zeros_like(labels, dtype=torch.bool)}
+
+    def trainable(self, static: ModelMixin) -> ModelMixin:
+        """As DyDiT with nothing dynamic in it."""
+        return static if isinstance(static, self.dynamic_class) else self.dynamic_class.from_static(static, STATIC)
+
+    def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
+        """DiT: 999 (noise) .. 0. SiT: 0 (noise) .. 1, each call of Heun's."""
+        return self._sampling(pipeline, config).transformer_timesteps(config.steps)
+
+    def draw(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        noise: Tensor,
+        generators: list[torch.Generator],
+        config: SampleConfig,
+    ) -> np.ndarray:
+        """Prompts are names or numbers of classes; guidance on all channels."""
+        out = self._sampling(pipeline, config)(
+            self._labels(pipeline, prompts),
+            num_inference_steps=config.steps,
+            guidance_scale=config.cfg,
+            latents=noise,
+            generator=generators,
+            output_type="np",
+        )
+        return to_uint8(np.stack(list(out.images)))
+
+    def _labels(self, pipeline: Any, prompts: list[str]) -> Int64[Tensor, " batch"]:
+        return class_labels(pipeline, Prompts(captions=prompts), pipeline.transformer.config["num_embeds_ada_norm"])
+
+    def _sampling(self, pipeline: Any, config: SampleConfig) -> Any:
+        if config.sampler is None:
+            return pipeline
+        return with_parts(pipeline, scheduler=self._scheduler(pipeline, config.sampler))
+
+    def _scheduler(self, pipeline: Any, name: str) -> Any:
+        model = pipeline.transformer.config
+        if name == "ddpm":
+            return dit_scheduler(learned_variance=model["out_channels"] == 2 * model["in_channels"])
+        kinds = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+        if name not in kinds:
+            raise ValueError(f"sampler {name!r}: expected ddpm, {' or '.join(kinds)}")
+        return kinds[name].from_config(dit_scheduler(learned_variance=False).config)
+
+    def _tokens_a_side(self, pipeline: Any, size: SampleSize) -> int:
+        return check_side(size.side, pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"])
+
+
+class SiTFamily(DiTFamily):
+    """SiTPipeline: DiT's network, from noise at t = 0 to the picture at 1."""
+
+    pipeline_class = SiTPipeline
+    objective = "flow_data_last"
+
+    def _scheduler(self, pipeline: Any, name: str) -> Any:
+        if name not in SAMPLERS:
+            raise ValueError(f"sampler {name!r}: expected {', '.join(SAMPLERS)}")
+        return SiTScheduler(sampler=name)
+
+
+FAMILIES = [DiTFamily(), SiTFamily()]

@@ -1,0 +1,156 @@
+"""Latte: videos of classes (or of none), and Latte-1, text to video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import LattePipeline, LatteTransformer3DModel, ModelMixin
+from jaxtyping import Float
+from torch import Tensor
+
+from dydit_scale.dynamic.cost import ModelCost
+from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
+from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
+from dydit_scale.models.families.dit import DiTFamily, class_labels
+from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, to_uint8
+from dydit_scale.models.latte import DyLatteTransformer3DModel
+from dydit_scale.models.pipelines import ClassLattePipeline
+
+LATTE_TEXT_TOKENS = 120
+"""Length to which LattePipeline pads prompts, whatever the recipe says."""
+
+
+def _frames(pipeline: Any, size: SampleSize) -> int:
+    """Entries of the frame axis; ValueError unless the clip has the model's length."""
+    length = pipeline.transformer.config["video_length"]
+    if size.frames != length:
+        raise ValueError(f"frames {size.frames}: the model makes clips of {length}; set data.frames to that")
+    return length + size.images
+
+
+class ClassLatteFamily(DiTFamily):
+    """ClassLattePipeline; prompts are classes, and anything at all for a model without them."""
+
+    pipeline_class = ClassLattePipeline
+    static_class = ClassLatteTransformer3DModel
+    dynamic_class = DyClassLatteTransformer3DModel
+
+    def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
+        """[channels, frames and pictures, rows, cols]."""
+        channels, *picture = super().latent_shape(pipeline, size)
+        return (channels, _frames(pipeline, size), *picture)
+
+    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
+        """Patches of all frames and pictures."""
+        return _frames(pipeline, size) * super().image_tokens(pipeline, size)
+
+    def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
+        """Labels of clip and pictures, where the model has classes."""
+        conditions: dict[str, Any] = {"images": size.images} if size.images else {}
+        classes = pipeline.transformer.config["num_classes"]
+        if classes is None:
+            return conditions
+        labels = class_labels(pipeline, prompts, classes)
+        if size.images:
+            captions = [caption for row in prompts.picture_captions for caption in row]
+            given = None if prompts.picture_labels is None else prompts.picture_labels.flatten()
+            pictures = class_labels(pipeline, Prompts(captions=captions, labels=given), classes)
+            labels = torch.cat([labels[:, None], pictures.reshape(len(labels), size.images)], dim=1)
+        labels = labels.to(pipeline.vae.device)
+        return {**conditions, "class_labels": labels, "drop_labels": torch.zeros_like(labels, dtype=torch.bool)}
+
+    def trainable(self, static: ModelMixin) -> ModelMixin:
+        """Itself."""
+        return static
+
+    def cost(self, network: Any, pipeline: Any, size: SampleSize, text_tokens: int) -> ModelCost:
+        """Of one clip with its pictures."""
+        return network.cost(self.image_tokens(pipeline, size), frames=size.frames, images=size.images)
+
+    def _labels(self, pipeline: Any, prompts: list[str]) -> Tensor:
+        if pipeline.transformer.config["num_classes"] is None:
+            return torch.zeros(len(prompts), dtype=torch.long)
+        return super()._labels(pipeline, prompts)
+
+
+class LatteFamily(Family):
+    """LattePipeline; the prompt goes through T5."""
+
+    pipeline_class = LattePipeline
+    static_class = LatteTransformer3DModel
+    dynamic_class = DyLatteTransformer3DModel
+    objective = "ddpm"
+    guidance_layout = "prompts_last"
+
+    def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
+        """[channels, frames and pictures, rows, cols]."""
+        config = pipeline.transformer.config
+        side = self._tokens_a_side(pipeline, size) * config["patch_size"]
+        return (config["in_channels"], _frames(pipeline, size), side, side)
+
+    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
+        """Patches of all frames and pictures."""
+        return _frames(pipeline, size) * self._tokens_a_side(pipeline, size) ** 2
+
+    def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
+        """The text of the clip, and of the pictures beside it."""
+        pictures = prompts.picture_captions or [()] * len(prompts.captions)
+        captions = [c for clip, others in zip(prompts.captions, pictures, strict=True) for c in (clip, *others)]
+        text = self._encoded(pipeline, captions)
+        if not size.images:
+            return {"encoder_hidden_states": text}
+        return {"encoder_hidden_states": text.unflatten(0, (-1, 1 + size.images)), "images": size.images}
+
+    def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
+        """999 (noise) .. 0."""
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(config.steps)
+        return scheduler.timesteps.float()
+
+    def draw(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        noise: Tensor,
+        generators: list[torch.Generator],
+        config: SampleConfig,
+    ) -> np.ndarray:
+        """Through LattePipeline, whose scheduler must not ask for the learned variance."""
+        text, none = self._encoded(pipeline, prompts), self._encoded(pipeline, [""] * len(prompts))
+        frames = pipeline(
+            prompt_embeds=text,
+            negative_prompt_embeds=none,
+            negative_prompt=None,
+            video_length=config.frames,
+            height=config.side,
+            width=config.side,
+            num_inference_steps=config.steps,
+            guidance_scale=config.cfg,
+            generator=generators,
+            latents=noise.to(pipeline.vae.dtype),
+            clean_caption=False,
+            output_type="np",
+        ).frames
+        return to_uint8(frames)
+
+    def cost(self, network: Any, pipeline: Any, size: SampleSize, text_tokens: int) -> ModelCost:
+        """Of one clip with its pictures."""
+        tokens = self.image_tokens(pipeline, size)
+        return network.cost(tokens, LATTE_TEXT_TOKENS, frames=size.frames, images=size.images)
+
+    def _encoded(self, pipeline: Any, captions: list[str]) -> Float[Tensor, "batch text dim"]:
+        """As LattePipeline encodes a batch: zeros behind the caption's end."""
+        inputs = pipeline.tokenizer(
+            captions, padding="max_length", max_length=LATTE_TEXT_TOKENS, truncation=True, return_tensors="pt"
+        )
+        device, mask = pipeline.vae.device, inputs.attention_mask
+        text = pipeline.text_encoder(inputs.input_ids.to(device), attention_mask=mask.to(device))[0]
+        return text * mask[..., None].to(text)
+
+    def _tokens_a_side(self, pipeline: Any, size: SampleSize) -> int:
+        return check_side(size.side, pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"])
+
+
+FAMILIES = [ClassLatteFamily(), LatteFamily()]
