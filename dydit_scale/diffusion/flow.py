@@ -1,8 +1,9 @@
 """Rectified flow in FLUX's convention: s = 0 is the picture, s = 1 is noise; the network predicts ``noise -
 picture``.
 
-SiT runs the same path the other way: t = 0 is noise, t = 1 is the picture, and the network predicts ``picture - noise``.
-Picture and noise exchanged, the same functions serve: ``interpolate(noise, x0, t)`` and ``velocity(noise, x0)``.
+SiT runs the same path the other way: t = 0 is noise, t = 1 is the picture, and the network predicts ``picture -
+noise``. Picture and noise exchanged, the same functions serve: ``interpolate(noise, x0, t)`` and ``velocity(noise,
+x0)``.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_sits_path_is_the_flow_with_picture_and_noise_exchanged() -> None:
 
 def test_bad_input_is_refused() -> None:
     x = batch([3])
-    with pytest.raises(ValueError, match="4 channels .* or 8 .*got 6"):
+    with pytest.raises(ValueError, match=r"4 channels .* or 8 .*got 6"):
         DDPM().losses(**{**x, "output": x["output"][:, :6]})
     with pytest.raises(ValueError, match="beta_start"):
         DDPM(beta_start=0.03)
