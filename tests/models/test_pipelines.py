@@ -309,13 +309,20 @@ def test_outputs_come_in_each_form_and_size() -> None:
 
 
 @torch.no_grad()
-def test_a_bf16_transformer_is_stepped_in_fp32() -> None:
+def test_a_bf16_transformer_is_guided_and_stepped_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny("sit", SiTScheduler("euler"))
     exact = run(pipe)
     pipe.transformer.to(torch.bfloat16)
-    seen = calls(pipe)
+    seen, outputs, step = calls(pipe), [], SiTScheduler.step
+
+    def recorded(self: SiTScheduler, output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        outputs.append(output)
+        return step(self, output, *args, **kwargs)
+
+    monkeypatch.setattr(SiTScheduler, "step", recorded)
     found = run(pipe)
-    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+    for x in (found, *outputs):
+        assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
     assert all(c["timestep"].dtype == torch.float32 for c in seen)
     torch.testing.assert_close(found, exact, atol=0.1, rtol=0.1)
 
