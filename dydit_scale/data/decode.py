@@ -1,10 +1,12 @@
-"""Bytes of a sample to a picture tensor and a caption: an allow-list of formats, limits before work, no pickle."""
+"""Bytes of a sample to picture tensor, caption and label: an allow-list of formats, limits before work, no pickle."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-CAPTION_EXTENSIONS = ("txt", "json")
+CAPTION_EXTENSION, LABEL_EXTENSION, FIELDS_EXTENSION = "txt", "cls", "json"
 MAX_PIXELS = 1 << 26
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 20
+MAX_LABEL_BYTES = 64
+MAX_LABEL = (1 << 31) - 1
 
 # The modes that Pillow turns into 8-bit RGB by their meaning; it clips 16-bit and float pictures at 255 instead.
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
@@ -72,17 +76,50 @@ def image_tensor(image: Image.Image, image_size: int) -> Float32[Tensor, "3 imag
     return rearrange(pixels, "height width channels -> channels height width").contiguous() / 127.5 - 1
 
 
-def decode_caption(data: bytes, *, is_json: bool) -> str:
-    """The caption, stripped: all of a ``.txt``, or the string under "caption" in a ``.json``; else BadSampleError."""
+class Fields(NamedTuple):
+    """What a ``.json`` says of its sample."""
+
+    caption: str | None
+    label: int | None
+
+
+def decode_caption(data: bytes) -> str:
+    """The caption of a ``.txt``, stripped; BadSampleError if it is no UTF-8."""
     try:
-        text = data.decode("utf-8")
-        fields = json.loads(text) if is_json else {"caption": text}
-        caption = fields.get("caption") if isinstance(fields, dict) else None
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"broken caption ({type(error).__name__}: {error})") from error
+
+
+def decode_label(data: bytes) -> int:
+    """The class number of a ``.cls``: decimal digits in text; else BadSampleError."""
+    text = data.strip()
+    if not re.fullmatch(rb"-?\d{1,30}", text):
+        raise BadSampleError(f"broken label: the .cls holds {text[:20]!r}, expected an integer in decimal digits")
+    return _checked_label(int(text))
+
+
+def decode_fields(data: bytes) -> Fields:
+    """The string under "caption", stripped, and the integer under "label" of a ``.json``; null is None.
+
+    Raises BadSampleError if the JSON is broken or either has another type.
+    """
+    try:
+        fields = json.loads(data.decode("utf-8"))
+        caption, label = (fields.get(name) if isinstance(fields, dict) else None for name in ("caption", "label"))
         if isinstance(caption, str):
             # JSON may spell half a surrogate pair, which no later file or tokenizer can take.
             caption.encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"broken caption ({type(error).__name__}: {error})") from error
-    if not isinstance(caption, str):
-        raise BadSampleError('caption missing: the .json holds no string under "caption"')
-    return caption.strip()
+    if caption is not None and not isinstance(caption, str):
+        raise BadSampleError('broken caption: the .json holds no string under "caption"')
+    if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
+        raise BadSampleError('broken label: the .json holds no integer under "label"')
+    return Fields(None if caption is None else caption.strip(), None if label is None else _checked_label(label))
+
+
+def _checked_label(label: int) -> int:
+    if not 0 <= label <= MAX_LABEL:
+        raise BadSampleError(f"label {label}, expected a class number from 0 to {MAX_LABEL}")
+    return label

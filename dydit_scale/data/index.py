@@ -1,7 +1,8 @@
 """The index of a folder of shards: where each sample's bytes lie, their checksums, and a digest of it all.
 
-On disk it is ``index.json`` beside the shards plus two arrays. The arrays are renamed into place first and
-``index.json``, which holds their SHA-256, last: a torn index is seen when it is loaded.
+On disk it is ``index.json`` beside the shards plus two arrays, and one more each where there are labels or clips. The
+arrays are renamed into place first and ``index.json``, which holds their SHA-256, last: a torn index is seen when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index-samples.npy"
 KEYS_FILE = "index-keys.npy"
+LABELS_FILE = "index-labels.npy"
+FRAMES_FILE = "index-frames.npy"
 FORMAT = "dydit-index-v1"
 
 SAMPLE = np.dtype(
@@ -36,6 +39,7 @@ SAMPLE = np.dtype(
         ("key_end", "<i8"),
     ]
 )
+"""One sample. ``image_*`` is its picture or clip; a ``caption_offset`` of 0 says that it has no caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,10 @@ class ShardIndex:
     """Samples that were unusable when indexed, and why."""
     broken: dict[str, str] = field(default_factory=dict)
     """Shards that were left out because their tar is broken, and why."""
+    labels: np.ndarray | None = None
+    """int64 [num_samples], -1 for samples without one; None if no sample has a label."""
+    frames: np.ndarray | None = None
+    """int32 [num_samples], 0 for pictures; None if no sample is a clip."""
 
     @property
     def num_samples(self) -> int:
@@ -95,15 +103,21 @@ class ShardIndex:
         return f"{self.shards[self.shard_of(sample)].name} sample {self.key(sample)!r}"
 
 
-def compute_digest(
-    shards: tuple[ShardInfo, ...], samples: np.ndarray, key_bytes: np.ndarray, bad: dict[int, str]
-) -> str:
-    """The digest of an index; a copy of the shards elsewhere, or with other times in their headers, has the same."""
-    head = {"format": FORMAT, "shards": [[shard.name, shard.count] for shard in shards], "bad": sorted(bad)}
-    digest = hashlib.sha256(json.dumps(head).encode())
-    digest.update(np.ascontiguousarray(samples).view(np.uint8).data)
-    digest.update(np.ascontiguousarray(key_bytes).data)
+def compute_digest(index: ShardIndex) -> str:
+    """What ``index.digest`` must be; a copy of the shards elsewhere, or with other times in their headers, has the
+    same."""
+    shards = [[shard.name, shard.count] for shard in index.shards]
+    digest = hashlib.sha256(json.dumps({"format": FORMAT, "shards": shards, "bad": sorted(index.bad)}).encode())
+    for array in _arrays(index).values():
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _arrays(index: ShardIndex) -> dict[str, np.ndarray]:
+    """The arrays that an index has, by the files that hold them."""
+    arrays = {SAMPLES_FILE: index.samples, KEYS_FILE: index.key_bytes}
+    optional = {LABELS_FILE: index.labels, FRAMES_FILE: index.frames}
+    return arrays | {name: array for name, array in optional.items() if array is not None}
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -126,7 +140,7 @@ def find_shards(folder: Path) -> list[Path]:
 def save_index(index: ShardIndex) -> None:
     """Write an index beside its shards: aside first, then renamed, ``index.json`` last."""
     hashes = {}
-    for name, array in ((SAMPLES_FILE, index.samples), (KEYS_FILE, index.key_bytes)):
+    for name, array in _arrays(index).items():
         _replace(index.folder / name, partial(np.save, arr=array, allow_pickle=False))
         hashes[name] = file_sha256(index.folder / name)
     content = {
@@ -139,6 +153,8 @@ def save_index(index: ShardIndex) -> None:
     }
     text = json.dumps(content, indent=1, ensure_ascii=False).encode()
     _replace(index.folder / INDEX_FILE, lambda file: file.write(text))
+    for name in {LABELS_FILE, FRAMES_FILE} - hashes.keys():
+        (index.folder / name).unlink(missing_ok=True)
 
 
 def load_index(folder: Path | str) -> ShardIndex:
@@ -164,7 +180,8 @@ def _read_index(folder: Path) -> ShardIndex:
     if content["format"] != FORMAT:
         raise ValueError(f"{INDEX_FILE} has format {content['format']!r}, expected {FORMAT!r}")
     arrays = {}
-    for name in (SAMPLES_FILE, KEYS_FILE):
+    optional = [name for name in (LABELS_FILE, FRAMES_FILE) if name in content["arrays"]]
+    for name in (SAMPLES_FILE, KEYS_FILE, *optional):
         if file_sha256(folder / name) != content["arrays"][name]:
             raise ValueError(f"{name} does not belong to {INDEX_FILE}")
         # A plain view of the mapped file: np.memmap itself makes every record that is read several times dearer.
@@ -177,8 +194,10 @@ def _read_index(folder: Path) -> ShardIndex:
         key_bytes=arrays[KEYS_FILE],
         bad={int(entry["sample"]): str(entry["reason"]) for entry in content["bad"]},
         broken={str(name): str(reason) for name, reason in content.get("broken", {}).items()},
+        labels=arrays.get(LABELS_FILE),
+        frames=arrays.get(FRAMES_FILE),
     )
-    if compute_digest(index.shards, index.samples, index.key_bytes, index.bad) != index.digest:
+    if compute_digest(index) != index.digest:
         raise ValueError("its digest does not match its content")
     if any(Path(shard.name).name != shard.name for shard in index.shards):
         raise ValueError(f"shard names with folders: {[shard.name for shard in index.shards][:3]}")
@@ -186,6 +205,9 @@ def _read_index(folder: Path) -> ShardIndex:
         raise ValueError(
             f"{index.num_samples} samples of {index.samples.dtype}, expected {int(index.starts[-1])} of {SAMPLE}"
         )
+    for name, dtype in ((LABELS_FILE, np.int64), (FRAMES_FILE, np.int32)):
+        if name in arrays and (arrays[name].dtype, arrays[name].shape) != (dtype, (index.num_samples,)):
+            raise ValueError(f"{name} holds {arrays[name].dtype} {list(arrays[name].shape)}, expected one a sample")
     return index
 
 

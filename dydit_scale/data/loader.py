@@ -1,4 +1,5 @@
-"""Batches of pictures and captions from any position of the training stream, on any rank, with any number of workers.
+"""Batches of pictures or clips with captions and labels, from any position of the training stream, on any rank, with
+any number of workers.
 
 The state of reading is one integer, ``consumed``: prefetched batches that were never trained on do not count.
 """
@@ -30,7 +31,13 @@ class DataConfig:
     image_size: int = 32
     """Side of the square pictures, in pixels; others are resized on the shorter side and cropped at the centre."""
     caption_dropout: float = 0.1
-    """Share of positions whose caption is replaced by "", for classifier-free guidance."""
+    """Share of positions without their caption ("" in its place) and label (-1), for classifier-free guidance."""
+    frames: int = 1
+    """Frames of a clip, from a start drawn for each position; 1 makes pictures, of clips one frame."""
+    frame_stride: int = 1
+    """A clip takes every so many-th frame of its source."""
+    images_per_clip: int = 0
+    """Single pictures of other samples that follow each clip's frames, for joint training on clips and pictures."""
     workers: int = 0
     """Processes that read and decode; 0 does it in the training process. The batches are the same."""
     bad_samples: int = 100
@@ -43,6 +50,15 @@ class DataConfig:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        if self.frames < 1 or self.frame_stride < 1:
+            raise ValueError(
+                f"data.frames and data.frame_stride must be at least 1, got {self.frames} and {self.frame_stride}"
+            )
+        if self.images_per_clip < 0 or (self.images_per_clip and self.frames == 1):
+            raise ValueError(
+                f"data.images_per_clip is {self.images_per_clip} with data.frames {self.frames}; expected 0 or more "
+                "beside clips of at least 2 frames, and 0 for pictures"
+            )
         if self.workers < 0:
             raise ValueError(f"data.workers cannot be negative, got {self.workers}")
         if self.bad_samples < 0:
@@ -69,14 +85,23 @@ def make_loader(
     Args:
         quarantine: a file that gets one JSON line for each bad sample met; give each rank its own.
 
-    Raises ValueError when the batch does not divide, naming the nearest that do, or the index has more bad samples than
-    ``config.bad_samples``. While iterating: beyond that budget, or when a shard has vanished.
+    Raises ValueError when the batch does not divide, naming the nearest that do, the index has more bad samples than
+    ``config.bad_samples``, no clip has the frames asked for, or clips are to be read without PyAV. While iterating:
+    beyond that budget, or when a shard has vanished.
     """
     _check_split(rank, world_size, global_batch, micro_batch, consumed)
     log = _BadSampleLog(config.bad_samples, index, quarantine, rank)
     share = global_batch // world_size
     positions = _Positions(first=consumed + rank * share, stride=global_batch, share=share, micro_batch=micro_batch)
-    reader = Reader(index, seed=seed, image_size=config.image_size, caption_dropout=config.caption_dropout)
+    reader = Reader(
+        index,
+        seed=seed,
+        image_size=config.image_size,
+        caption_dropout=config.caption_dropout,
+        frames=config.frames,
+        frame_stride=config.frame_stride,
+        images_per_clip=config.images_per_clip,
+    )
     return Loader(reader, positions, log, config.workers)
 
 

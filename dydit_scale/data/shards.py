@@ -10,22 +10,29 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import webdataset
+from numpy.lib.recfunctions import repack_fields
 from tqdm import tqdm
 
 from dydit_scale.data.decode import (
-    CAPTION_EXTENSIONS,
+    CAPTION_EXTENSION,
+    FIELDS_EXTENSION,
     IMAGE_EXTENSIONS,
+    LABEL_EXTENSION,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
+    MAX_LABEL_BYTES,
     BadSampleError,
     decode_caption,
+    decode_fields,
     decode_image,
+    decode_label,
 )
 from dydit_scale.data.index import (
     INDEX_FILE,
@@ -39,8 +46,12 @@ from dydit_scale.data.index import (
     save_index,
 )
 from dydit_scale.data.tar import REPAIR, Member, read_at, split_name, walk_members
+from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPackageError, scan_clip
 
 __all__ = ["ShardIndex", "ShardInfo", "build_index", "load_index", "write_shards"]
+
+_SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("label", "<i8")])
+"""What a scan finds of a sample; frames and labels become arrays of their own."""
 
 
 def write_shards(
@@ -99,15 +110,17 @@ def _check_key(key: object) -> None:
 def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = True) -> ShardIndex:
     """Index the ``*.tar`` files of ``folder``: a strict walk, then a checksum and a trial decode of every sample.
 
-    The tars stay as they are; ``index.json`` and two arrays are written beside them.
-    Samples without a usable picture or caption stay in the index as ``bad``, with the reason.
+    The tars stay as they are; ``index.json`` and its arrays are written beside them.
+    A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file of its
+    own may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in the
+    index as ``bad``, with the reason.
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
 
     Raises ValueError naming shard and sample on a damaged or truncated tar, a shard without samples, members that are
     no regular files or have unsafe names, once there are more of them than ``bad_shards``; on a key that comes twice;
-    and on a folder without shards, saying what to run.
+    and on a folder without shards, saying what to run. MissingPackageError where there are clips and no PyAV.
     """
     folder = Path(folder)
     shards: list[ShardInfo] = []
@@ -117,6 +130,8 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
     for path in tqdm(find_shards(folder), desc="indexing", unit="shard", disable=None if progress else True):
         try:
             found = _whole_shard(path)
+        except MissingPackageError:
+            raise
         except ValueError as error:
             broken[path.name] = str(error)
             _check_budget(broken, bad_shards)
@@ -130,20 +145,20 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
         shards.append(ShardInfo(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path), count=len(found)))
     if not scanned:
         raise ValueError(f"{folder}: every shard is broken: {'; '.join(broken.values())}")
-    samples = np.stack([sample.row for sample in scanned])
-    samples["key_end"] = np.cumsum([len(sample.key.encode()) for sample in scanned])
-    key_bytes = np.frombuffer("".join(sample.key for sample in scanned).encode(), np.uint8)
-    bad = {n: sample.reason for n, sample in enumerate(scanned) if sample.reason is not None}
-    digest = compute_digest(tuple(shards), samples, key_bytes, bad)
+    rows = np.stack([sample.row for sample in scanned])
+    rows["key_end"] = np.cumsum([len(sample.key.encode()) for sample in scanned])
     index = ShardIndex(
         folder=folder,
         shards=tuple(shards),
-        digest=digest,
-        samples=samples,
-        key_bytes=key_bytes,
-        bad=bad,
+        digest="",
+        samples=repack_fields(rows[list(SAMPLE.names or ())]),
+        key_bytes=np.frombuffer("".join(sample.key for sample in scanned).encode(), np.uint8),
+        bad={n: sample.reason for n, sample in enumerate(scanned) if sample.reason is not None},
         broken=broken,
+        labels=rows["label"].copy() if (rows["label"] >= 0).any() else None,
+        frames=rows["frames"].copy() if rows["frames"].any() else None,
     )
+    index = replace(index, digest=compute_digest(index))
     save_index(index)
     return index
 
@@ -153,6 +168,7 @@ class Scanned(NamedTuple):
 
     key: str
     row: np.ndarray
+    """A record of ``_SCANNED``."""
     reason: str | None
     """Why it is bad, if it is."""
 
@@ -189,40 +205,66 @@ def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
                     "key or, if its files belong together, write the shard again in the order of the files' names"
                 )
             seen.add(key)
-            row = np.zeros((), SAMPLE)
+            row = np.zeros((), _SCANNED)
             yield key, row, _scan_sample(file.fileno(), members, row)
 
 
 def _scan_sample(fd: int, members: dict[str, Member], row: np.ndarray) -> str | None:
     """Fill a sample's index record; the reason if the sample is bad."""
+    row["label"] = -1
     try:
-        image = _pick_image(members)
-        data = _fill(fd, row, "image", image, MAX_IMAGE_BYTES)
-        row["width"], row["height"] = decode_image(data).size
-        extension = next((extension for extension in CAPTION_EXTENSIONS if extension in members), None)
-        if extension is None:
-            raise BadSampleError("caption missing: neither .txt nor .json")
-        row["caption_is_json"] = extension == "json"
-        data = _fill(fd, row, "caption", members[extension], MAX_CAPTION_BYTES)
-        decode_caption(data, is_json=extension == "json")
+        _scan_media(fd, members, row)
+        _scan_texts(fd, members, row)
     except BadSampleError as error:
         return str(error)
     return None
 
 
-def _pick_image(members: dict[str, Member]) -> Member:
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
-    if len(images) != 1:
-        found = (
-            f"two images ({', '.join(images)})" if images else f"image missing (found: {', '.join(sorted(members))})"
+def _scan_media(fd: int, members: dict[str, Member], row: np.ndarray) -> None:
+    """The picture or clip: decoded as a trial."""
+    found = [extension for extension in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS) if extension in members]
+    if len(found) != 1:
+        text = f"two images ({', '.join(found)})" if found else f"image missing (found: {', '.join(sorted(members))})"
+        raise BadSampleError(f"{text}, expected one of {', '.join((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))}")
+    member = members[found[0]]
+    if found[0] in VIDEO_EXTENSIONS:
+        data = _read(fd, "video", member, MAX_VIDEO_BYTES)
+        row["frames"], row["width"], row["height"] = scan_clip(data)
+    else:
+        data = _read(fd, "image", member, MAX_IMAGE_BYTES)
+        row["width"], row["height"] = decode_image(data).size
+    _note(row, "image", member, data)
+
+
+def _scan_texts(fd: int, members: dict[str, Member], row: np.ndarray) -> None:
+    """Caption and label, of which one will do."""
+    text, label, fields = (members.get(name) for name in (CAPTION_EXTENSION, LABEL_EXTENSION, FIELDS_EXTENSION))
+    if text is not None:
+        data = _read(fd, "caption", text, MAX_CAPTION_BYTES)
+        decode_caption(data)
+        _note(row, "caption", text, data)
+    if label is not None:
+        row["label"] = decode_label(_read(fd, "label", label, MAX_LABEL_BYTES))
+    if fields is not None and (text is None or label is None):
+        data = _read(fd, "caption", fields, MAX_CAPTION_BYTES)
+        found = decode_fields(data)
+        if text is None and found.caption is not None:
+            row["caption_is_json"] = True
+            _note(row, "caption", fields, data)
+        if label is None and found.label is not None:
+            row["label"] = found.label
+    if not row["caption_offset"] and row["label"] < 0:
+        raise BadSampleError(
+            "caption missing, and label: neither .txt nor .cls, and "
+            + ("no .json" if fields is None else 'the .json holds no string under "caption" nor integer under "label"')
         )
-        raise BadSampleError(f"{found}, expected one of {', '.join(IMAGE_EXTENSIONS)}")
-    return members[images[0]]
 
 
-def _fill(fd: int, row: np.ndarray, part: str, member: Member, limit: int) -> bytes:
+def _read(fd: int, part: str, member: Member, limit: int) -> bytes:
     if member.size > limit:
         raise BadSampleError(f"{part} of {member.size} bytes, more than the limit of {limit}")
-    data = read_at(fd, member.offset, member.size)
+    return read_at(fd, member.offset, member.size)
+
+
+def _note(row: np.ndarray, part: str, member: Member, data: bytes) -> None:
     row[f"{part}_offset"], row[f"{part}_bytes"], row[f"{part}_crc"] = member.offset, member.size, zlib.crc32(data)
-    return data

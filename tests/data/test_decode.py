@@ -12,7 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dydit_scale.data.decode import MAX_PIXELS, BadSampleError, decode_caption, decode_image, image_tensor
+from dydit_scale.data.decode import (
+    MAX_LABEL,
+    MAX_PIXELS,
+    BadSampleError,
+    decode_caption,
+    decode_fields,
+    decode_image,
+    decode_label,
+    image_tensor,
+)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -102,7 +111,28 @@ def test_cut_pictures_are_bad_samples(kind: str, cut: int) -> None:
 
 
 def test_captions() -> None:
-    assert decode_caption("  grün\n".encode(), is_json=False) == "grün"
-    assert decode_caption(b'{"caption": "a cat", "url": 1}', is_json=True) == "a cat"
-    with pytest.raises(BadSampleError, match="caption missing"):
-        decode_caption(b'["caption"]', is_json=True)
+    assert decode_caption("  grün\n".encode()) == "grün"
+    with pytest.raises(BadSampleError, match="broken caption"):
+        decode_caption(b"\xff")
+
+
+def test_labels() -> None:
+    assert [decode_label(text) for text in (b"0", b" 17\n", b"007", str(MAX_LABEL).encode())] == [0, 17, 7, MAX_LABEL]
+    for text in (b"", b"cat", b"1.0", b"1 2", b"+1", "٣".encode(), b"0x1", b"1" * 40):
+        with pytest.raises(BadSampleError, match=r"broken label: the \.cls holds"):
+            decode_label(text)
+    for text in (b"-1", str(MAX_LABEL + 1).encode()):
+        with pytest.raises(BadSampleError, match=f"label {text.decode()}, expected a class number from 0"):
+            decode_label(text)
+
+
+def test_fields() -> None:
+    assert decode_fields(b'{"caption": " a cat ", "label": 3, "url": 1}') == ("a cat", 3)
+    assert decode_fields(b'{"caption": null}') == decode_fields(b'["caption"]') == (None, None)
+    for label in ("true", "1.5", '"3"', "[1]"):
+        with pytest.raises(BadSampleError, match='no integer under "label"'):
+            decode_fields(b'{"label": %s}' % label.encode())
+    with pytest.raises(BadSampleError, match="label -2, expected"):
+        decode_fields(b'{"label": -2}')
+    with pytest.raises(BadSampleError, match='no string under "caption"'):
+        decode_fields(b'{"caption": 1, "label": 2}')

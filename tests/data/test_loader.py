@@ -30,9 +30,11 @@ def png(number: int) -> bytes:
     return file.getvalue()
 
 
-def samples(count: int) -> Iterator[dict[str, bytes | str]]:
+def samples(count: int, labels: bool = False) -> Iterator[dict[str, bytes | str]]:
     for number in range(count):
-        yield {"__key__": f"{number:04d}", "png": png(number), "txt": f"picture {number:04d}"}
+        yield {"__key__": f"{number:04d}", "png": png(number), "txt": f"picture {number:04d}"} | (
+            {"cls": str(number % 7)} if labels else {}
+        )
 
 
 @pytest.fixture
@@ -71,18 +73,33 @@ def take(some: Loader, count: int) -> list[Batch]:
 
 
 def joined(batches: list[Batch]) -> Batch:
+    labels, picture_labels = (
+        None if values[0] is None else torch.cat(values)
+        for values in ([batch.labels for batch in batches], [batch.picture_labels for batch in batches])
+    )
     return Batch(
         torch.cat([batch.positions for batch in batches]),
         torch.cat([batch.pixels for batch in batches]),
         tuple(chain.from_iterable(batch.captions for batch in batches)),
         tuple(chain.from_iterable(batch.keys for batch in batches)),
+        labels,
+        tuple(chain.from_iterable(batch.picture_captions for batch in batches)),
+        picture_labels,
     )
+
+
+def cut(batch: Batch, count: int) -> Batch:
+    return Batch(*(None if part is None else part[:count] for part in batch))
 
 
 def assert_same(one: Batch, other: Batch) -> None:
     assert torch.equal(one.positions, other.positions)
     assert torch.equal(one.pixels, other.pixels)
     assert (one.captions, one.keys) == (other.captions, other.keys)
+    assert one.picture_captions == other.picture_captions
+    for name in ("labels", "picture_labels"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def change(index: ShardIndex, sample: int, part: str) -> None:
@@ -136,9 +153,8 @@ def test_resume_continues_exactly(index: ShardIndex, workers: int) -> None:
         # More is prefetched than was trained on; only the position counts.
         first = joined(take(loader(index, workers=workers), 10))
         second = joined(take(loader(index, consumed=consumed, global_batch=4, workers=workers), 10))
-        pieces = Batch(*(part[:consumed] for part in first)), Batch(*(part[: 80 - consumed] for part in second))
-        resumed = joined(list(pieces))
-        assert_same(resumed, Batch(*(part[: len(resumed.keys)] for part in reference)))
+        resumed = joined([cut(first, consumed), cut(second, 80 - consumed)])
+        assert_same(resumed, cut(reference, len(resumed.keys)))
 
 
 def test_random_plans_of_stops_and_world_sizes_give_one_order(index: ShardIndex) -> None:
@@ -163,7 +179,7 @@ def test_random_plans_of_stops_and_world_sizes_give_one_order(index: ShardIndex)
             consumed += 8 * kept
         got = joined(read)
         assert got.positions.tolist() == list(range(consumed))
-        assert_same(got, Batch(*(part[:consumed] for part in reference)))
+        assert_same(got, cut(reference, consumed))
         counts = Counter(got.keys)
         assert set(counts.values()) <= {consumed // COUNT, -(-consumed // COUNT)} and len(counts) == COUNT
 
@@ -194,6 +210,28 @@ def test_caption_dropout_has_the_right_share_and_extremes(index: ShardIndex) -> 
     assert dropped(1.0, 1) == 1
     # Three standard deviations of a mean over 800 draws.
     assert abs(dropped(0.25) - 0.25) < 3 * (0.25 * 0.75 / 800) ** 0.5
+
+
+def test_labels_come_with_captions_and_are_dropped_with_them(tmp_path: Path) -> None:
+    index = write_shards(samples(COUNT, labels=True), tmp_path / "labelled", samples_per_shard=7)
+    got = joined(take(loader(index, caption_dropout=0.4), 16))
+    assert got.labels is not None and got.labels.dtype == torch.int64
+    expected = [int(key) % 7 if caption else -1 for key, caption in zip(got.keys, got.captions, strict=True)]
+    assert got.labels.tolist() == expected
+    assert 10 < expected.count(-1) < 45
+    plain = write_shards(samples(COUNT), tmp_path / "plain", samples_per_shard=7)
+    without = joined(take(loader(plain, caption_dropout=0.4), 16))
+    assert without.labels is None and without.captions == got.captions
+
+
+def test_labels_alone_will_do(tmp_path: Path) -> None:
+    some = [{"__key__": f"{n}", "png": png(n), "cls": f"{n}"} for n in range(6)]
+    del some[4]["cls"]
+    some[4]["txt"] = "four"
+    got = joined(take(loader(write_shards(some, tmp_path / "shards", samples_per_shard=6), caption_dropout=0), 3))
+    assert got.labels is not None
+    for key, caption, label in zip(got.keys, got.captions, got.labels.tolist(), strict=True):
+        assert (caption, label) == (("four", -1) if key == "4" else ("", int(key)))
 
 
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +289,7 @@ def test_substitutes_do_not_depend_on_ranks(index: ShardIndex) -> None:
         warnings.simplefilter("ignore")
         reference = joined(take(loader(index), 10))
         ranks = [take(loader(index, rank=rank, world_size=2), 10) for rank in range(2)]
-    assert_same(Batch(*(part[:40] for part in joined(list(chain.from_iterable(zip(*ranks, strict=True)))))), reference)
+    assert_same(cut(joined(list(chain.from_iterable(zip(*ranks, strict=True)))), 40), reference)
 
 
 def test_bad_samples_of_the_index_are_substituted(tmp_path: Path) -> None:
@@ -361,7 +399,17 @@ def test_rank_and_position_are_checked(index: ShardIndex) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"path": ""}, {"image_size": 0}, {"caption_dropout": 1.1}, {"workers": -1}, {"bad_samples": -1}]
+    "setting",
+    [
+        {"path": ""},
+        {"image_size": 0},
+        {"caption_dropout": 1.1},
+        {"workers": -1},
+        {"bad_samples": -1},
+        {"frames": 0},
+        {"images_per_clip": -1},
+        {"images_per_clip": 2},
+    ],
 )
 def test_settings_are_checked(setting: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"data.{next(iter(setting))}"):

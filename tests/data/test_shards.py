@@ -294,7 +294,7 @@ def test_bad_samples_are_kept_and_named(tmp_path: Path) -> None:
     deep = io.BytesIO()
     Image.new("I;16", (8, 8)).save(deep, "PNG")
     cases = {
-        "no-caption": ([("png", png(1))], "caption missing: neither .txt nor .json"),
+        "no-caption": ([("png", png(1))], "caption missing, and label: neither .txt nor .cls, and no .json"),
         "cut-image": ([("png", png(1)[:-30]), ("txt", b"x")], "broken image"),
         "no-picture": ([("jpg", b"hello"), ("txt", b"x")], "no PNG, JPEG or WebP picture"),
         "no-image": ([("txt", b"x")], "image missing (found: txt)"),
@@ -320,6 +320,53 @@ def test_bad_samples_are_kept_and_named(tmp_path: Path) -> None:
     listed = json.loads((tmp_path / "index.json").read_text())["bad"]
     assert len(listed) == 13
     assert listed[0]["name"] == "a.tar sample 'no-caption'"
+
+
+def test_labels_are_indexed(tmp_path: Path) -> None:
+    cases: dict[str, tuple[dict[str, bytes], int | str]] = {
+        "cls": ({"cls": b"7\n"}, 7),
+        "both": ({"cls": b"0", "txt": b"x"}, 0),
+        "caption": ({"txt": b"x"}, -1),
+        "json": ({"json": b'{"label": 5}'}, 5),
+        "json-both": ({"json": b'{"label": 4, "caption": "x"}'}, 4),
+        "json-and-txt": ({"json": b'{"label": 3}', "txt": b"x"}, 3),
+        "cls-first": ({"json": b'{"label": 3, "caption": "x"}', "cls": b"2"}, 2),
+        "broken": ({"cls": b"cat", "txt": b"x"}, "broken label: the .cls holds b'cat'"),
+        "negative": ({"cls": b"-1", "txt": b"x"}, "label -1, expected a class number"),
+        "json-word": ({"json": b'{"label": "cat"}', "txt": b"x"}, 'no integer under "label"'),
+        "long": ({"cls": b"1" * 65}, "label of 65 bytes, more than the limit"),
+    }
+    files = [
+        (f"{key}.{extension}", data)
+        for key, (parts, _) in cases.items()
+        for extension, data in ({"png": png(1)} | parts).items()
+    ]
+    write_tar(tmp_path / "a.tar", files)
+    for index in (build_index(tmp_path), load_index(tmp_path)):
+        assert index.labels is not None and index.labels.dtype == np.int64
+        for sample, (key, (_, expected)) in enumerate(cases.items()):
+            assert index.key(sample) == key
+            if isinstance(expected, str):
+                assert expected in index.bad[sample]
+            else:
+                assert sample not in index.bad and index.labels[sample] == expected
+        assert index.frames is None
+    assert stored(index, 6, "caption") == b'{"label": 3, "caption": "x"}'
+    assert index.samples["caption_offset"][0] == index.samples["caption_offset"][3] == 0
+
+
+def test_labels_are_part_of_the_digest_and_vanish_with_their_file(tmp_path: Path) -> None:
+    def labelled(label: str | None) -> ShardIndex:
+        write_tar(tmp_path / "a.tar", GOOD if label is None else [*GOOD, ("a.cls", label.encode())])
+        return build_index(tmp_path)
+
+    digests = {labelled(label).digest for label in ("1", "2", None)}
+    assert len(digests) == 3
+    assert load_index(tmp_path).labels is None and not (tmp_path / "index-labels.npy").exists()
+    labelled("1")
+    np.save(tmp_path / "index-labels.npy", np.array([2]))
+    with pytest.raises(ValueError, match=r"index-labels.npy does not belong to index.json"):
+        load_index(tmp_path)
 
 
 # --- the index on disk ----------------------------------------------------------------------------------------------
