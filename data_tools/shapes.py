@@ -1,4 +1,4 @@
-"""The built-in data set: draws captioned scenes of coloured shapes and packs them into shards."""
+"""The built-in data: draws captioned or labelled scenes and clips of coloured shapes and packs them into shards."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from dydit_scale.data.shapes.scene import draw, make_scene
+from dydit_scale.data.shapes.language import CLASSES
+from dydit_scale.data.shapes.motion import MIN_FRAMES, draw_motion, make_motion
+from dydit_scale.data.shapes.scene import Scene, draw, make_class_scene, make_scene
 from dydit_scale.data.shards import ShardIndex, write_shards
+from dydit_scale.data.video import encode_mp4, require_av
 
 MIN_SIDE = 16
 """Pixels below which the small shapes cannot be told apart."""
+CLASSES_FILE = "classes.json"
+"""Beside labelled shards: the list of the classes' captions; the one at place n is that of label n."""
+FPS = 8
+"""Frames a second of the clips."""
 _CHUNK = 128
 """Scenes that a process draws at a time."""
 
@@ -29,6 +36,8 @@ def write_shapes(
     samples: int,
     side: int = 32,
     seed: int = 0,
+    classes: bool = False,
+    frames: int = 1,
     samples_per_shard: int = 2048,
     workers: int | None = None,
     progress: bool = True,
@@ -36,8 +45,11 @@ def write_shapes(
     """Draw scenes 0 to ``samples`` - 1 of ``seed`` and write them to the folder ``out`` as shards with an index.
 
     A sample is a PNG of ``side`` x ``side`` pixels, its caption (txt) and the scene (json: caption, category, objects).
+    With ``classes`` it shows one object near the middle and has its number among the 48 classes too (cls); their
+    captions are listed in ``classes.json``. With more than one of ``frames`` it is a clip of moving shapes in place of
+    the PNG: an MP4 that decodes to the drawn frames exactly, for which PyAV is needed.
     The same arguments give the same tars, byte for byte, for any number of ``workers`` (processes that draw; None for
-    one on each core, at most 8); the PNGs' compression may differ between Pillow versions.
+    one on each core, at most 8); compression may differ between versions of Pillow and PyAV.
     Raises ValueError, before anything is drawn or written, for numbers out of range, and if ``out`` is a file or holds
     shards already.
     """
@@ -46,13 +58,30 @@ def write_shapes(
     _check("side", side, MIN_SIDE)
     _check("seed", seed, 0)
     _check("samples_per_shard", samples_per_shard, 1)
+    _check("frames", frames, 1)
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     _check("workers", workers, 1)
+    if frames > 1:
+        _check_clip(frames, side, classes)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder or a new path, got the file {out}; choose another path")
+    sample: Callable[..., Sample] = _labelled if classes else _captioned
+    draw_one = partial(_moving, frames=frames) if frames > 1 else sample
     digits = max(6, len(str(samples - 1)))
-    scenes = _samples(samples, partial(_sample, side=side, seed=seed, digits=digits), workers)
-    return write_shards(scenes, out, samples_per_shard=samples_per_shard, progress=progress)
+    drawn = _samples(samples, partial(_named, draw_one, digits=digits, side=side, seed=seed), workers)
+    index = write_shards(drawn, out, samples_per_shard=samples_per_shard, progress=progress)
+    if classes:
+        (out / CLASSES_FILE).write_text(json.dumps([subject.phrase() for subject in CLASSES], indent=1) + "\n")
+    return index
+
+
+def _check_clip(frames: int, side: int, classes: bool) -> None:
+    _check("frames of a clip", frames, MIN_FRAMES)
+    if side % 2:
+        raise ValueError(f"side: expected an even number of pixels for clips, got {side}")
+    if classes:
+        raise ValueError("classes: the moving shapes have captions only; leave out classes, or frames")
+    require_av()
 
 
 def _check(name: str, value: int, least: int) -> None:
@@ -68,14 +97,30 @@ def _samples(samples: int, draw_one: Callable[[int], Sample], workers: int) -> I
         yield from pool.imap(draw_one, range(samples), chunksize=_CHUNK)
 
 
-def _sample(number: int, side: int, seed: int, digits: int) -> Sample:
-    scene = make_scene(seed, number)
+def _named(draw_one: Callable[..., Sample], number: int, digits: int, side: int, seed: int) -> Sample:
+    return {"__key__": f"{number:0{digits}d}"} | draw_one(number, side=side, seed=seed)
+
+
+def _captioned(number: int, side: int, seed: int) -> Sample:
+    return _picture(make_scene(seed, number), side)
+
+
+def _labelled(number: int, side: int, seed: int) -> Sample:
+    scene, label = make_class_scene(seed, number)
+    return _picture(scene, side) | {"cls": str(label)}
+
+
+def _picture(scene: Scene, side: int) -> Sample:
     png = io.BytesIO()
     Image.fromarray(draw(scene, side)).save(png, "PNG")
-    meaning = json.dumps(scene.as_dict(), sort_keys=True)
-    return {
-        "__key__": f"{number:0{digits}d}",
-        "png": png.getvalue(),
-        "txt": scene.prompt.caption,
-        "json": meaning.encode(),
-    }
+    return {"png": png.getvalue(), "txt": scene.prompt.caption, "json": _meaning(scene.as_dict())}
+
+
+def _moving(number: int, side: int, seed: int, frames: int) -> Sample:
+    scene = make_motion(seed, number)
+    video = encode_mp4(draw_motion(scene, side, frames), FPS, lossless=True)
+    return {"mp4": video, "txt": scene.prompt.caption, "json": _meaning(scene.as_dict())}
+
+
+def _meaning(scene: dict) -> bytes:
+    return json.dumps(scene, sort_keys=True).encode()

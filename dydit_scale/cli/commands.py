@@ -20,6 +20,10 @@ def _data(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--samples", type=int, default=16384)
     shapes.add_argument("--side", type=int, default=32, help="pixels of a picture's side")
     shapes.add_argument("--seed", type=int, default=0)
+    kind = shapes.add_mutually_exclusive_group()
+    kind.add_argument("--classes", action="store_true", help="one object a picture, with its class as a label")
+    kind.add_argument("--video", action="store_true", help="clips of moving shapes (needs the extra: video)")
+    shapes.add_argument("--frames", type=int, help="frames of a clip, with --video (default: 16)")
     shapes.add_argument("--samples-per-shard", type=int, default=2048)
     shapes.add_argument("--workers", type=int, help="processes that draw (default: one on each core, at most 8)")
     shapes.set_defaults(run=_run_shapes)
@@ -32,11 +36,17 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _run_shapes(args: argparse.Namespace) -> None:
     from data_tools.shapes import write_shapes
 
+    if args.frames is not None and not args.video:
+        raise ValueError(f"--frames {args.frames}: pictures have none; add --video for clips")
+    if args.video and args.frames == 1:
+        raise ValueError("--frames 1: a clip has more; leave out --video for pictures")
     index = write_shapes(
         args.out,
         samples=args.samples,
         side=args.side,
         seed=args.seed,
+        classes=args.classes,
+        frames=(16 if args.frames is None else args.frames) if args.video else 1,
         samples_per_shard=args.samples_per_shard,
         workers=args.workers,
     )

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.shapes import write_shapes
+from data_tools.shapes import CLASSES_FILE, write_shapes
 from dydit_scale.data.shapes.language import (
     BACKGROUND,
     CATEGORIES,
+    CLASSES,
     COLOURS,
     RELATIONS,
     SHAPES,
@@ -30,6 +31,7 @@ from dydit_scale.data.shapes.scene import (
     Object,
     Scene,
     draw,
+    make_class_scene,
     make_scene,
     place,
     random_prompt,
@@ -234,6 +236,28 @@ def test_shards_hold_the_scenes(tmp_path: Path) -> None:
         assert json.loads(parts[f"{key}.json"]) == json.loads(json.dumps(scene.as_dict()))
 
 
+def test_classes_are_drawn_labelled_and_named(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    indices = [write_shapes(f, samples=60, seed=2, classes=True, progress=False) for f in folders]
+    names = json.loads((folders[0] / CLASSES_FILE).read_text())
+    assert len(names) == len(set(names)) == 48 and names[0] == "a red circle" and names[-1] == "a white ring"
+    assert indices[0].digest == indices[1].digest
+    (shard,) = folders[0].glob("*.tar")
+    data = shard.read_bytes()
+    assert data == (folders[1] / shard.name).read_bytes()
+    parts = {m.name: data[m.offset : m.offset + m.size] for m in walk_members(shard)}
+    labels = indices[0].labels
+    assert labels is not None and labels.dtype == np.int64 and len(set(labels.tolist())) > 25
+    for number in range(60):
+        scene, label = make_class_scene(2, number)
+        assert labels[number] == label == int(parts[f"{number:06d}.cls"])
+        assert parts[f"{number:06d}.txt"].decode() == names[label] == CLASSES[label].phrase()
+        (thing,) = scene.objects
+        assert (thing.shape, thing.colour) == (CLASSES[label].shape, CLASSES[label].colour)
+        assert max(abs(thing.x - 0.5), abs(thing.y - 0.5)) <= 0.12
+        assert (np.asarray(Image.open(io.BytesIO(parts[f"{number:06d}.png"]))) == draw(scene, 32)).all()
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -243,6 +267,10 @@ def test_shards_hold_the_scenes(tmp_path: Path) -> None:
         ({"side": 8}, "side: expected an integer of at least 16"),
         ({"seed": -1}, "seed: expected an integer of at least 0"),
         ({"samples_per_shard": 0}, "samples_per_shard: expected an integer of at least 1"),
+        ({"frames": 0}, "frames: expected an integer of at least 1"),
+        ({"frames": 4}, "frames of a clip: expected an integer of at least 8, got 4"),
+        ({"frames": 8, "side": 33}, "side: expected an even number of pixels for clips, got 33"),
+        ({"frames": 8, "classes": True}, "classes: the moving shapes have captions only"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path: Path, change: dict[str, int], fault: str) -> None:

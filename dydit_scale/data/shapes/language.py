@@ -47,6 +47,10 @@ class Subject:
         return " ".join([number, *words, _plural(self.shape)])
 
 
+CLASSES = tuple(Subject(shape, colour) for colour in COLOURS for shape in SHAPES)
+"""The 48 classes of the labelled pictures; class ``n`` is ``CLASSES[n]``, named by its phrase ("a red circle")."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A caption with its meaning."""

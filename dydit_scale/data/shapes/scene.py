@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dydit_scale.data.shapes.language import BACKGROUND, COLOURS, RELATIONS, SHAPES, SIZES, Prompt, Subject
+from dydit_scale.data.shapes.language import BACKGROUND, CLASSES, COLOURS, RELATIONS, SHAPES, SIZES, Prompt, Subject
 from dydit_scale.diffusion.randomness import keyed_seed
 
 CATEGORY_SHARES = {
@@ -19,6 +20,7 @@ CATEGORY_SHARES = {
 }
 _GAP = 0.05  # free space between objects and to the border, as a share of the side
 _ROOM = 400  # placements tried before the sizes are drawn anew
+_OFF_CENTRE = 0.12  # how far the object of a class may lie from the middle, as a share of the side
 _DRAWS = 50  # draws of the sizes; one nearly always does, so a prompt that needs more does not fit into the picture
 
 
@@ -77,6 +79,16 @@ def make_scene(seed: int, number: int) -> Scene:
     return place(random_prompt(rng), rng)
 
 
+def make_class_scene(seed: int, number: int) -> tuple[Scene, int]:
+    """Picture ``number`` of the labelled set named by ``seed``: one large object near the middle, and its class."""
+    rng = np.random.RandomState(keyed_seed(seed, "class scene", number) % 2**32)
+    label = int(rng.randint(len(CLASSES)))
+    subject = CLASSES[label]
+    x, y = (float(v) for v in 0.5 + rng.uniform(-_OFF_CENTRE, _OFF_CENTRE, size=2))
+    thing = Object(subject.shape, str(subject.colour), float(rng.uniform(*SIZES["large"])), x, y)
+    return Scene(Prompt("colors", (subject,)), (thing,)), label
+
+
 def place(prompt: Prompt, rng: np.random.RandomState) -> Scene:
     """A scene that fulfils ``prompt``: objects inside the picture, apart from each other, in the stated relation.
 
@@ -114,11 +126,17 @@ def _related(centres: list[np.ndarray], relation: str | None) -> bool:
     return along > 0.2 and along > 1.3 * across
 
 
-def draw(scene: Scene, side: int, oversample: int = 4) -> np.ndarray:
-    """The picture, uint8 [side, side, 3], with smooth edges (box filter over ``oversample`` squared points a pixel)."""
+def draw(scene: Scene, side: int) -> np.ndarray:
+    """The picture of a scene, uint8 [side, side, 3]."""
+    return draw_objects(scene.objects, side)
+
+
+def draw_objects(objects: Iterable[Object], side: int, oversample: int = 4) -> np.ndarray:
+    """Objects on the ground, uint8 [side, side, 3], with smooth edges (box filter over ``oversample`` squared points a
+    pixel)."""
     picture = np.empty((side, side, 3))
     picture[:] = BACKGROUND
-    for o in scene.objects:
+    for o in objects:
         rows, cols = _span(o.y, o.diameter, side), _span(o.x, o.diameter, side)
         y, x = (_points(span, side, oversample) for span in (rows, cols))
         inside = shape_mask(o.shape, (x[None, :] - o.x) / (o.diameter / 2), (y[:, None] - o.y) / (o.diameter / 2))
