@@ -78,6 +78,7 @@ class Failure(NamedTuple):
 
 
 class _Sample(NamedTuple):
+    number: int
     pixels: Tensor
     caption: str
     label: int
@@ -143,12 +144,11 @@ class Reader(Dataset[Any]):
     def _read_position(self, position: int, bad: list[BadSample]) -> list[_Sample]:
         """The position's sample and the single pictures beside it; bad ones met on the way are added to ``bad``."""
         place = self._order[position]
-        number = int(self._index.starts[place.shard]) + place.row
-        row = [self._read_good(number, self._clip, bad, position)]
-        others = max(1, self._index.num_samples - 1)
+        first = self._read_good(int(self._index.starts[place.shard]) + place.row, self._clip, bad, position)
+        row, others = [first], max(1, self._index.num_samples - 1)
         for picture in range(self._images_per_clip):
             step = 1 + keyed_seed(self._seed, "picture", position, picture) % others
-            other = (number + step) % self._index.num_samples
+            other = (first.number + step) % self._index.num_samples
             row.append(self._read_good(other, range(1), bad, position, picture))
         return row
 
@@ -182,7 +182,8 @@ class Reader(Dataset[Any]):
         if row["caption_offset"]:
             data = self._read_part(sample, "caption")
             caption = (decode_fields(data).caption if row["caption_is_json"] else decode_caption(data)) or ""
-        return _Sample(pixels, caption, -1 if labels is None else int(labels[sample]), self._index.key(sample))
+        label = -1 if labels is None else int(labels[sample])
+        return _Sample(sample, pixels, caption, label, self._index.key(sample))
 
     def _read_pixels(self, sample: int, clip: range, *draw: int) -> Tensor:
         """[frames, 3, side, side], or [3, side, side] for a single frame; a clip starts at a frame drawn by lot."""

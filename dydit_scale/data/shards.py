@@ -111,9 +111,9 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
     """Index the ``*.tar`` files of ``folder``: a strict walk, then a checksum and a trial decode of every sample.
 
     The tars stay as they are; ``index.json`` and its arrays are written beside them.
-    A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file of its own
-    may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in the index
-    as ``bad``, with the reason.
+    A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file of its
+    own may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in the
+    index as ``bad``, with the reason.
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
@@ -205,12 +205,13 @@ def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
                     "key or, if its files belong together, write the shard again in the order of the files' names"
                 )
             seen.add(key)
-            row = np.array((0,) * (len(_SCANNED) - 1) + (-1,), _SCANNED)
+            row = np.zeros((), _SCANNED)
             yield key, row, _scan_sample(file.fileno(), members, row)
 
 
 def _scan_sample(fd: int, members: dict[str, Member], row: np.ndarray) -> str | None:
     """Fill a sample's index record; the reason if the sample is bad."""
+    row["label"] = -1
     try:
         _scan_media(fd, members, row)
         _scan_texts(fd, members, row)

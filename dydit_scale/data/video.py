@@ -7,7 +7,7 @@ and open what it lists.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ def encode_mp4(frames: np.ndarray, fps: int, *, lossless: bool = False) -> bytes
     return file.getvalue()
 
 
-def _frames(data: bytes) -> Iterator[Any]:
+def _frames(data: bytes) -> Generator[Any, None, None]:
     """The decoded frames in the order in which they are shown; BadSampleError for what is broken or not allowed."""
     av = require_av()
     if len(data) > MAX_VIDEO_BYTES:

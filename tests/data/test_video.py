@@ -33,9 +33,11 @@ def numbered(clip: int, frames: int) -> np.ndarray:
 
 
 def encoded(frames: np.ndarray, kind: str, codec: str, pixels: str, times: list[int] | None = None) -> bytes:
+    # Not lossless, two frames out of three refer to later ones, which are stored before them.
+    options = {"libx264rgb": {"qp": "0"}, "libx264": {"crf": "4", "bf": "2", "b_strategy": "0", "sc_threshold": "0"}}
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=8, options={"qp": "0"} if codec.startswith("libx264") else {})
+        stream = container.add_stream(codec, rate=8, options=options.get(codec, {}))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixels
         stream.codec_context.time_base = Fraction(1, 80)
@@ -72,12 +74,12 @@ def test_other_containers_are_read(kind: str, codec: str, pixels: str) -> None:
 
 
 def test_frames_count_as_they_are_shown_whatever_their_times() -> None:
-    frames = numbered(1, 9)
-    data = encoded(frames, "mp4", "libx264rgb", "rgb24", times=[0, 1, 2, 30, 31, 90, 200, 201, 500])
+    frames = np.broadcast_to(np.arange(9, dtype=np.uint8)[:, None, None, None] * 28, (9, SIDE, SIDE, 3)).copy()
+    data = encoded(frames, "mp4", "libx264", "yuv420p", times=[0, 1, 2, 30, 31, 90, 200, 201, 500])
     with av.open(io.BytesIO(data)) as container:
         packets = [p for p in container.demux(video=0) if p.pts is not None]
     assert [p.pts for p in packets] != sorted(p.pts for p in packets), "expected frames stored out of order"
-    assert (as_bytes(decode_clip(data, range(0, 9, 2), SIDE)) == frames[::2]).all()
+    assert abs(as_bytes(decode_clip(data, range(0, 9, 2), SIDE)).astype(int) - frames[::2]).max() < 14
 
 
 @pytest.mark.parametrize(("matrix", "turn"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
