@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from dydit_scale.dynamic.config import DynamicConfig
 
 # Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
-from dydit_scale.models import dit, encoders, flux, latte
+from dydit_scale.models import class_latte, dit, dy_class_latte, encoders, flux, latte
+from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dit import DyDiTTransformer2DModel
+from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.latte import DyLatteTransformer3DModel
 from dydit_scale.models.registry import make_dynamic
@@ -47,12 +49,16 @@ def load_td_lora(model: Any, folder: str) -> Any:
 
 
 __all__ = [
+    "ClassLatteTransformer3DModel",
+    "DyClassLatteTransformer3DModel",
     "DyDiTTransformer2DModel",
     "DyFluxTransformer2DModel",
     "DyLatteTransformer3DModel",
     "DynamicConfig",
     "SampleConfig",
+    "class_latte",
     "dit",
+    "dy_class_latte",
     "encoders",
     "flux",
     "latte",

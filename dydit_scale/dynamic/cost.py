@@ -32,11 +32,14 @@ class BlockCost:
     """In proportion to the active MLP groups: tokens that never skip (text)."""
     groups_tokens: int | float = 0
     """In proportion to active MLP groups and kept image tokens."""
+    token_share: float = 1.0
+    """The share of image tokens that reach the block at all (pictures beside a clip do not reach temporal blocks).
+    ``*_tokens`` are the MACs as if all did: masks have zeros for the others."""
 
     @property
     def static(self) -> int | float:
         """MACs with everything on and no router."""
-        return self.fixed + self.heads + self.heads_tokens + self.groups + self.groups_tokens
+        return self.fixed + self.heads + self.groups + self.token_share * (self.heads_tokens + self.groups_tokens)
 
 
 class KeepRates(NamedTuple):
@@ -77,9 +80,8 @@ class ModelCost:
     def floor(self, heads: int, groups: int, *, tokens: bool = True) -> float:
         """The lowest ratio that gates can reach: the always-on unit of ``heads`` and ``groups``, and no image token."""
         ones = torch.ones(len(self.blocks), 1)
-        return float(
-            self.dynamic(KeepRates(ones / heads, ones / groups, ones * (0.0 if tokens else 1.0))) / self.static
-        )
+        kept = ones * 0.0 if tokens else self._column("token_share", ones)
+        return float(self.dynamic(KeepRates(ones / heads, ones / groups, kept)) / self.static)
 
     def _column(self, name: str, like: Tensor) -> Float[Tensor, "layers 1"]:
         return like.new_tensor([getattr(b, name) for b in self.blocks])[:, None]

@@ -10,6 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -36,13 +37,24 @@ class DyDiTAttnProcessor:
         encoder_hidden_states: None = None,
         attention_mask: None = None,
         head_mask: Float[Tensor, "batch_t heads"] | None = None,
+        frames: int = 1,
+        temporal: bool = False,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Attention after its output projection; a masked head contributes zero."""
-        projections = (attn.to_q, attn.to_k, attn.to_v)
-        query, key, value = (proj(hidden_states).unflatten(-1, (attn.heads, -1)) for proj in projections)
+        """Attention after its output projection; a masked head contributes zero.
+
+        Args:
+            frames: the tokens are those of so many frames in turn, and attend within their own frame.
+            temporal: or, instead, within their own place of all frames.
+        """
+        alone = "(b p) f h d" if temporal else "(b f) p h d"
+        query, key, value = (
+            rearrange(proj(hidden_states), f"b (f p) (h d) -> {alone}", f=frames, h=attn.heads)
+            for proj in (attn.to_q, attn.to_k, attn.to_v)
+        )
         out = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
+        out = rearrange(out, f"{alone} -> b (f p) h d", b=len(hidden_states), f=frames)
         if head_mask is not None:
             out = out * head_mask[:, None, :, None].to(out.dtype)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))

@@ -6,11 +6,14 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransf
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.base import DynamicModelMixin
+from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dit import DyDiTTransformer2DModel
+from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.latte import DyLatteTransformer3DModel
 
 DYNAMIC_CLASSES: dict[type[ModelMixin], type[DynamicModelMixin]] = {
+    ClassLatteTransformer3DModel: DyClassLatteTransformer3DModel,
     DiTTransformer2DModel: DyDiTTransformer2DModel,
     FluxTransformer2DModel: DyFluxTransformer2DModel,
     LatteTransformer3DModel: DyLatteTransformer3DModel,

@@ -63,7 +63,7 @@ def tiny_dynamic(**config: Any) -> DyLatteTransformer3DModel:
     return DyLatteTransformer3DModel.from_static(tiny_latte(), DynamicConfig(**config))
 
 
-def inputs(timesteps: list[int], frames: int = FRAMES, seed: int = 1) -> dict[str, torch.Tensor]:
+def inputs(timesteps: list[int], frames: int = FRAMES, seed: int = 1) -> dict[str, Any]:
     """Keyword arguments of a forward, one video per timestep."""
     g, n = torch.Generator().manual_seed(seed), len(timesteps)
     return {
@@ -73,9 +73,18 @@ def inputs(timesteps: list[int], frames: int = FRAMES, seed: int = 1) -> dict[st
     }
 
 
-def noise(batch: int, groups: int = HEADS, seed: int = 2) -> GateNoise:
+def with_images(timesteps: list[int], own: bool = False, clip: int = FRAMES) -> dict[str, Any]:
+    """The same with two pictures behind the clip; ``own``: they have captions of their own."""
+    x = inputs(timesteps, frames=clip + 2) | {"images": 2}
+    if own:
+        shape = (len(timesteps), min(clip, 1) + 2, TEXT, 24)
+        x["encoder_hidden_states"] = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    return x
+
+
+def noise(batch: int, groups: int = HEADS, seed: int = 2, frames: int = FRAMES) -> GateNoise:
     g = torch.Generator().manual_seed(seed)
-    return GateNoise(*(torch.randn(LAYERS, batch, n, generator=g) for n in (HEADS, groups, TOKENS)))
+    return GateNoise(*(torch.randn(LAYERS, batch, n, generator=g) for n in (HEADS, groups, frames * PATCHES)))
 
 
 def macs(model: Any, x: dict[str, Any]) -> float:
@@ -150,7 +159,14 @@ def test_a_text_mask_may_be_given_once_per_video() -> None:
 def test_packed_equals_masked_for_mixed_batches_too(config: dict[str, Any]) -> None:
     model = scramble(tiny_dynamic(**config))
     still = {"enable_temporal_attentions": False}
-    for x in (inputs([500] * 2), inputs([900, 200, 900, 500, 330]), inputs([200]), inputs([900, 200]) | still):
+    for x in (
+        inputs([500] * 2),
+        inputs([900, 200, 900, 500, 330]),
+        inputs([200]),
+        inputs([900, 200]) | still,
+        with_images([900, 200, 330], own=True),
+        with_images([900, 200], clip=0),
+    ):
         masked = model(**x, collect=True)  # 330 is not planned: masked
         model.pack(torch.tensor([900.0, 500, 200]))
         packed = model(**x, collect=True)
@@ -169,10 +185,15 @@ def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict[s
         (inputs([900]), {}),
         (inputs([500], frames=1), {"frames": 1}),
         (inputs([500]) | {"enable_temporal_attentions": False}, {"temporal": False}),
+        (with_images([500]), {"images": 2}),
+        (with_images([500], clip=0), {"images": 2, "frames": 0}),
     ]
     for x, shape in cases:
         cost = model.cost(x["hidden_states"].shape[2] * PATCHES, TEXT, **shape)
-        assert macs(tiny_latte(), x) == pytest.approx(cost.static, rel=1e-6)
+        if "images" not in x:
+            assert macs(tiny_latte(), x) == pytest.approx(cost.static, rel=1e-6)
+        else:
+            assert macs(model, x | {"gates": "open"}) == pytest.approx(cost.static, rel=0.02)  # and the width routers
         masks = model(**x, collect=True).masks
         assert float(cost.ratio(masks)) < 0.98
         model.pack(x["timestep"].float())
@@ -201,6 +222,46 @@ def test_cost_and_parameters_at_the_size_of_latte_1() -> None:
     assert cost.floor(16, 16) < 0.3 < cost.floor(16, 16, tokens=False) + 0.2
     cross = sum(b.fixed for b in cost.blocks) / cost.static
     assert cross == pytest.approx(0.09, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("own", "mask"), [(False, None), (False, "shared"), (True, None), (True, "shared"), (True, "own")]
+)
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_pictures_and_clip_do_not_know_of_each_other(packed: bool, own: bool, mask: str | None) -> None:
+    model = scramble(tiny_dynamic())
+    if packed:
+        model.pack(torch.tensor([900.0, 200]))
+    x = with_images([900, 200], own=own)
+    video, text = x["hidden_states"], x["encoder_hidden_states"]
+    keep = None
+    if mask == "shared":
+        keep = torch.tensor([[True] * 2 + [False] * 3, [True] * 4 + [False]])
+    if mask == "own":
+        keep = torch.arange(TEXT) < torch.tensor([[[2], [3], [1]], [[5], [4], [2]]])
+    out = model(**x, encoder_attention_mask=keep, collect=True)
+
+    def alone(frames: slice, caption: int, **options: Any) -> DyLatteOutput:
+        return model(
+            video[:, :, frames],
+            x["timestep"],
+            text[:, caption] if own else text,
+            encoder_attention_mask=keep[:, caption] if mask == "own" else keep,
+            collect=True,
+            **options,
+        )
+
+    clip = alone(slice(FRAMES), 0)
+    torch.testing.assert_close(out.sample[:, :, :FRAMES], clip.sample, atol=1e-5, rtol=1e-5)
+    assert torch.equal(out.masks.tokens[..., :TOKENS], clip.masks.tokens)
+    for i in (FRAMES, FRAMES + 1):
+        picture = alone(slice(i, i + 1), i - FRAMES + 1, enable_temporal_attentions=False)
+        torch.testing.assert_close(out.sample[:, :, i : i + 1], picture.sample, atol=1e-5, rtol=1e-5)
+        tokens = out.masks.tokens[..., i * PATCHES : (i + 1) * PATCHES]
+        assert torch.equal(tokens, picture.masks.tokens) and not tokens[1::2].any() and bool(tokens[0::2].any())
+    if keep is not None:
+        assert not torch.allclose(model(**x).sample, out.sample, atol=1e-3)
 
 
 TARGETS = r".*transformer_blocks\.\d+\.(.*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2))|adaln_single\.linear|proj_out"
@@ -256,16 +317,18 @@ def test_td_lora_trains_with_checkpointing_too() -> None:
     assert all(torch.equal(plain[n], again[n]) for n in plain)
 
 
+@pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=str)
-def test_every_parameter_gets_a_gradient_and_checkpointing_changes_none(config: dict[str, Any]) -> None:
+def test_every_parameter_gets_a_gradient_and_checkpointing_changes_none(config: dict[str, Any], images: int) -> None:
     model = tiny_dynamic(**config).train()
-    x, gates = inputs([10, 600, 999]), noise(3, groups=config.get("mlp_groups", HEADS))
+    x = with_images([10, 600, 999], own=True) if images else inputs([10, 600, 999])
+    gates = noise(3, groups=config.get("mlp_groups", HEADS), frames=FRAMES + images)
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
         out = model(**x, gates=gates, collect=True)
         other = model(**x, gates="open").sample  # two forwards before one backward
-        cost = model.cost(TOKENS, TEXT).ratio(out.masks).mean()
+        cost = model.cost((FRAMES + images) * PATCHES, TEXT, images=images).ratio(out.masks).mean()
         (out.sample.square().mean() + other.square().mean() + cost).backward()
         assert without_gradient(model) == []
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -429,6 +492,12 @@ def test_what_cannot_work_is_refused_with_a_reason() -> None:
         ({"encoder_hidden_states": torch.zeros(1, TEXT, 24)}, r"encoder_hidden_states: expected .* got \[1, 5, 24\]"),
         ({"hidden_states": x["hidden_states"][:, :, 0]}, "hidden_states: expected .*frames"),
         ({"hidden_states": x["hidden_states"][:, :, :2]}, "2 frames, but the temporal positions are those of 3"),
+        ({"images": 1}, "2 frames, but the temporal positions are those of 3"),
+        ({"images": 4}, "images: expected 0 to 3, the number of frames; got 4"),
+        (
+            {"encoder_hidden_states": torch.zeros(2, 2, TEXT, 24)},
+            r"or \[batch 2, 1, tokens, channels\].*\[2, 2, 5, 24\]",
+        ),
         ({"encoder_attention_mask": torch.ones(2, TEXT)}, "holds booleans"),
         ({"encoder_attention_mask": torch.ones(5, TEXT).bool()}, r"got \[5, 5\]"),
     ):
