@@ -19,25 +19,34 @@ from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from torch import Tensor
 
+from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.keys.dit import DIT
 from dydit_scale.models.keys.dydit import DYDIT
 from dydit_scale.models.keys.dyflux import DYFLUX
 from dydit_scale.models.keys.flux import FLUX
-from dydit_scale.models.keys.latte import LATTE_ONLY, LATTE_REFUSAL, LATTE_TITLE
+from dydit_scale.models.keys.latte import LATTE
 from dydit_scale.models.keys.layout import Config, Layout, Shapes
 from dydit_scale.models.keys.rules import Computed, Rule
 
-LAYOUTS = (DIT, DYDIT, FLUX, DYFLUX)
+LAYOUTS = (DIT, DYDIT, LATTE, FLUX, DYFLUX)
 _CLASSES = {
     c.__name__: c
-    for c in (DiTTransformer2DModel, DyDiTTransformer2DModel, DyFluxTransformer2DModel, FluxTransformer2DModel)
+    for c in (
+        ClassLatteTransformer3DModel,
+        DiTTransformer2DModel,
+        DyDiTTransformer2DModel,
+        DyFluxTransformer2DModel,
+        FluxTransformer2DModel,
+    )
 }
 _SMALLEST: Config = {
     **dict.fromkeys(("num_layers", "num_single_layers", "num_attention_heads", "sample_size", "patch_size"), 1),
     "attention_head_dim": 32,
     "guidance_embeds": True,
+    "num_classes": 1,
+    "video_length": 1,
 }
 _PREFIXES = ("module.", "model.diffusion_model.")
 """What DistributedDataParallel and ComfyUI put before every name."""
@@ -123,8 +132,6 @@ def detect(names: Iterable[str], where: str) -> Layout:
             f"{where}: no known layout; it is most like {title} ({likeness[title]:.0%} of the names in common), "
             f"but holds {first}{resembles}; known are {', '.join(known)}"
         )
-    if title == LATTE_TITLE:
-        raise ValueError(f"{where}: {LATTE_REFUSAL}")
     for layout in LAYOUTS:
         if title == layout.title:
             return layout
@@ -159,7 +166,6 @@ def _known_names() -> dict[str, set[str]]:
     """Names with their numbers blanked out, by layout; those of diffusers' (or our) models too."""
     rules: dict[str, list[Rule]] = {layout.title: layout.rules(_SMALLEST) for layout in LAYOUTS}
     known = {title: {_generic(n) for rule in rules[title] for n in rule.originals} for title in rules}
-    known[LATTE_TITLE] = known[DIT.title] | set(LATTE_ONLY)
     for layout in LAYOUTS:
         known[layout.target] = {_generic(n) for rule in rules[layout.title] for n in rule.ours}
     return known

@@ -9,6 +9,8 @@ from torch import Tensor
 
 DIM, HEADS, DEPTH, GRID, PATCH, CHANNELS, CLASSES = 128, 2, 2, 4, 2, 4, 5
 """Of the DiTs."""
+FRAMES = 3
+"""Of the Lattes."""
 
 
 def filled(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
@@ -59,9 +61,13 @@ def original_dydit(rows: int, seed: int = 0) -> dict[str, Tensor]:
     return {**original_dit(seed), **filled(shapes, seed + 1)}
 
 
-def original_latte() -> dict[str, Tensor]:
-    """Class-conditional Latte."""
-    return {**original_dit(), "temp_embed": torch.zeros(1, 16, DIM)}
+def original_latte(classes: bool = True, seed: int = 0) -> dict[str, Tensor]:
+    """Vchitect's Latte, class-conditional or not."""
+    omega = 1.0 / 10000 ** (np.arange(DIM // 2, dtype=np.float64) / (DIM / 2.0))
+    angles = np.outer(np.arange(FRAMES), omega)
+    in_time = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()[None]
+    state = {**original_dit(seed), "temp_embed": in_time}
+    return state if classes else {n: t for n, t in state.items() if not n.startswith("y_embedder.")}
 
 
 def original_flux(dim: int = 64, head_dim: int = 32, columns: int | None = None, seed: int = 0) -> dict[str, Tensor]:

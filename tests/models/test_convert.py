@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dydit_scale.dynamic.masks import GateNoise
+from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.convert import LAYOUTS, to_diffusers, to_original
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.encoders import image_ids
@@ -28,6 +29,7 @@ from tests.models.originals import (
     CLASSES,
     DEPTH,
     DIM,
+    FRAMES,
     GRID,
     HEADS,
     PATCH,
@@ -42,6 +44,8 @@ ORIGINALS: dict[str, tuple[str, Callable[[], dict[str, Tensor]]]] = {
     "dit": ("DiTTransformer2DModel", original_dit),
     "dydit, 2025-03": ("DyDiTTransformer2DModel", lambda: original_dydit(HEADS - 1)),
     "dydit, 2024-12": ("DyDiTTransformer2DModel", lambda: original_dydit(HEADS)),
+    "latte": ("ClassLatteTransformer3DModel", original_latte),
+    "latte without classes": ("ClassLatteTransformer3DModel", lambda: original_latte(classes=False)),
     "flux": ("FluxTransformer2DModel", original_flux),
     "flux without guidance": (
         "FluxTransformer2DModel",
@@ -252,9 +256,16 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Tensor]], str]] = {
                                 r"taken for DyFLUX: x_embedder\.weight is missing"),
     "positions": (lambda: changed(original_dit(), pos_embed=original_dit()["pos_embed"] + 0.01),
                   "pos_embed differs from its formula; diffusers computes the positions"),
-    "latte": (original_latte, "class-conditional Latte: .* cannot hold these weights"),
-    "latte without classes": (lambda: changed(original_latte(), drop="y_embedder.embedding_table.weight"),
-                              "cannot hold"),
+    "latte, missing": (lambda: changed(original_latte(False), drop="blocks.1.adaLN_modulation.1.weight"),
+                       r"taken for Latte.*blocks\.1\.adaLN_modulation\.1\.weight is missing \(1 in all\)"),
+    "latte, surplus": (lambda: changed(original_latte(), text_embedding_projection__1__bias=torch.ones(1)),
+                       r"taken for Latte.*text_embedding_projection\.1\.bias does not belong there"),
+    "latte, shape": (lambda: changed(original_latte(), final_layer__linear__bias=torch.ones(7)),
+                     r"final_layer\.linear\.bias has shape \[7\] where \[32\] is expected"),
+    "latte, times": (lambda: changed(original_latte(), temp_embed=torch.zeros(1, FRAMES, DIM)),
+                     "temp_embed differs from its formula; the class computes the positions in time"),
+    "latte, odd": (lambda: {n: t for n, t in original_latte().items() if "blocks.1." not in n},
+                   "taken for Latte.*num_layers: expected an even number"),
     "done already": (lambda: to_diffusers(original_flux(), "x").tensors, "names of FluxTransformer2DModel already"),
     "unknown": (lambda: {"blocks.0.attn.qkv.weights": torch.ones(1), "head.weight": torch.ones(1)},
                 r"no known layout; .*holds blocks\.#\.attn\.qkv\.weights, which resembles blocks\.#\.attn\.qkv"),
@@ -368,10 +379,35 @@ def test_folders_as_diffusers_writes_them_go_back(tmp_path: Path) -> None:
     assert not (tmp_path / "x.pt").exists()
 
 
-def test_training_files_of_latte_and_quantised_files_are_told(tmp_path: Path) -> None:
-    torch.save({"model": original_latte(), "ema": original_latte(), "opt": {}}, tmp_path / "latte.pt")
-    with pytest.raises(ValueError, match="class-conditional Latte"):
-        convert(tmp_path / "latte.pt", tmp_path / "model")
+@pytest.mark.parametrize("choice", [None, "ema", "model"])
+def test_training_files_of_latte(choice: str | None, tmp_path: Path) -> None:
+    states = {"model": original_latte(seed=5), "ema": original_latte(seed=6)}
+    torch.save({**states, "opt": {}, "args": argparse.Namespace(num_classes=101)}, tmp_path / "latte.pt")
+    done = convert(tmp_path / "latte.pt", tmp_path / "model", weights=choice)
+    assert done.weights == (choice or "ema")
+    convert(tmp_path / "model", tmp_path / "back.pt", to="original")
+    back, taken = read_checkpoint(tmp_path / "back.pt")
+    assert taken == "ema" and same(back, states[choice or "ema"])  # its own loader looks under ema
+
+
+@torch.no_grad()
+def test_latte_computes_a_dit_where_time_changes_nothing(tmp_path: Path) -> None:
+    """With temporal blocks whose gates are zero, each picture is what the DiT of the spatial blocks makes of it."""
+    state = original_latte()
+    for s in ("weight", "bias"):
+        state[f"blocks.1.adaLN_modulation.1.{s}"].zero_()
+    torch.save({"ema": state}, tmp_path / "latte.pt")
+    convert(tmp_path / "latte.pt", tmp_path / "model")
+    model, info = ClassLatteTransformer3DModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config["video_length"] == FRAMES and model.config["num_classes"] == CLASSES
+    t, y = torch.tensor([0, 500, 999]), torch.tensor([0, 4, CLASSES])
+    pictures = torch.randn(3, CHANNELS, GRID * PATCH, GRID * PATCH, generator=torch.Generator().manual_seed(3))
+    out = model.eval()(pictures[:, :, None], t, y, images=1).sample
+    torch.testing.assert_close(out[:, :, 0], reference_dit(state, pictures, t, y), atol=1e-5, rtol=1e-4)
+
+
+def test_quantised_files_are_told(tmp_path: Path) -> None:
     quantised = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in original_flux().items()}
     for name, save in (("fp8.safetensors", save_file), ("fp8.pt", torch.save)):
         save(quantised, tmp_path / name)

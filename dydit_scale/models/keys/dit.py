@@ -26,13 +26,12 @@ def published_heads(dim: int) -> int:
     return dim // head_dim
 
 
-def dit_config(tensors: Tensors, heads: int | None) -> Config:
-    """``config.json`` of a DiTTransformer2DModel, from shapes."""
+def sizes(tensors: Tensors, heads: int | None) -> Config:
+    """The fields of ``config.json`` that say how large a DiT or Latte is, from shapes."""
     dim, channels, patch, _ = shape(tensors, "x_embedder.proj.weight", 4)
     grid = math.isqrt(shape(tensors, "pos_embed", 3)[1])
     heads = heads or published_heads(dim)
     return {
-        "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": heads,
         "attention_head_dim": divided(dim, heads),
         "in_channels": channels,
@@ -40,7 +39,20 @@ def dit_config(tensors: Tensors, heads: int | None) -> Config:
         "num_layers": depth(tensors, "blocks"),
         "sample_size": grid * patch,
         "patch_size": patch,
-        "num_embeds_ada_norm": shape(tensors, "y_embedder.embedding_table.weight", 2)[0] - 1,
+    }
+
+
+def classes(tensors: Tensors) -> int:
+    """How many classes the table has, without the one that stands for none."""
+    return shape(tensors, "y_embedder.embedding_table.weight", 2)[0] - 1
+
+
+def dit_config(tensors: Tensors, heads: int | None) -> Config:
+    """``config.json`` of a DiTTransformer2DModel, from shapes."""
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        **sizes(tensors, heads),
+        "num_embeds_ada_norm": classes(tensors),
         "activation_fn": "gelu-approximate",
         "norm_type": "ada_norm_zero",
         "norm_eps": 1e-6,
@@ -51,19 +63,23 @@ def dit_config(tensors: Tensors, heads: int | None) -> Config:
 def dit_rules(config: Config) -> list[Rule]:
     """All of diffusers' model, with embedders in every block."""
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(config["num_layers"])]
-    return embedder_rules(embedders) + network_rules(config)
+    return timestep_rules(embedders) + class_rules(embedders) + network_rules(config)
 
 
-def embedder_rules(places: Sequence[str]) -> list[Rule]:
-    """The embedders of timestep and class, equal in all ``places``."""
+def timestep_rules(places: Sequence[str]) -> list[Rule]:
+    """The embedder of timesteps, equal in all ``places``."""
     names = {
         f"{original}.{s}": f"{ours}.{s}"
         for original, ours in (("t_embedder.mlp.0", "linear_1"), ("t_embedder.mlp.2", "linear_2"))
         for s in ("weight", "bias")
     }
-    rules = [Replicate((o,), tuple(f"{p}.timestep_embedder.{name}" for p in places)) for o, name in names.items()]
+    return [Replicate((o,), tuple(f"{p}.timestep_embedder.{name}" for p in places)) for o, name in names.items()]
+
+
+def class_rules(places: Sequence[str]) -> list[Rule]:
+    """The table of classes, equal in all ``places``."""
     table = "embedding_table.weight"
-    return [*rules, Replicate((f"y_embedder.{table}",), tuple(f"{p}.class_embedder.{table}" for p in places))]
+    return [Replicate((f"y_embedder.{table}",), tuple(f"{p}.class_embedder.{table}" for p in places))]
 
 
 def network_rules(config: Config) -> list[Rule]:

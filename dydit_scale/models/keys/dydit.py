@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.models.keys.dit import dit_config, embedder_rules, network_rules
+from dydit_scale.models.keys.dit import class_rules, dit_config, network_rules, timestep_rules
 from dydit_scale.models.keys.layout import Config, Layout, Tensors, shape
 from dydit_scale.models.keys.rules import Rule, Stack, rename
 from dydit_scale.models.keys.units import contiguous_units
@@ -39,7 +39,7 @@ def dydit_rules(config: Config) -> list[Rule]:
     """DiT's rules, then the routers and unit tables."""
     layers, heads = range(config["num_layers"]), config["num_attention_heads"]
     channels = 4 * heads * config["attention_head_dim"]
-    rules = embedder_rules([_EMBEDDER]) + network_rules(config)
+    rules = timestep_rules([_EMBEDDER]) + class_rules([_EMBEDDER]) + network_rules(config)
     for original, ours in _WIDTHS.items():
         for s in ("weight", "bias"):
             rules.append(Stack(tuple(f"blocks.{i}.{original}.router.{s}" for i in layers), (f"dy_width.{ours}.{s}",)))
