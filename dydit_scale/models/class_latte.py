@@ -2,7 +2,7 @@
 ones over the tokens of a frame, odd ones over the frames of a place.
 
 Weights are named as in :class:`DyDiTTransformer2DModel`, with one embedder at the root. ``images`` are the separate
-pictures of Latte's joint training (section 3.4): they stand behind the clip on the frame axis, pass the spatial blocks
+pictures of Latte's image-video joint training: they stand behind the clip on the frame axis, pass the spatial blocks
 with it, and know no time.
 """
 
@@ -93,6 +93,10 @@ class FrameAxis(NamedTuple):
         if layer % 2:
             return x[:, : self.clip * self.patches]
         return x.reshape(len(x) * self.parts, -1, *x.shape[2:])
+
+    def per_row(self, layer: int, x: Shaped[Tensor, "batch_t ..."]) -> Shaped[Tensor, "rows_t ..."]:
+        """What is given for each sample (or one for all), for each row that a layer sees."""
+        return x if layer % 2 or len(x) == 1 else x.repeat_interleave(self.parts, dim=0)
 
     def back(
         self, layer: int, out: Shaped[Tensor, "rows tokens_in ..."], x: Shaped[Tensor, "batch tokens ..."]
@@ -214,24 +218,24 @@ class ClassLatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Ca
 
     def forward(
         self,
-        hidden_states: Float[Tensor, "batch channels frames height width"],
-        timestep: Shaped[Tensor, " batch"],
-        class_labels: Int[Tensor, " batch"] | Int[Tensor, "batch given"] | None = None,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
         return_dict: bool = True,
         images: int = 0,
-        drop_labels: Bool[Tensor, " batch"] | Bool[Tensor, "batch given"] | None = None,
+        drop_labels: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The prediction, in the shape of ``hidden_states`` but for the channels.
 
         Args:
-            hidden_states: the model's ``video_length`` frames (or none), then the pictures; sides that are multiples
-                of the patch.
+            hidden_states: [batch, channels, frames, height, width]: the model's ``video_length`` frames (or none), then
+                the pictures; sides that are multiples of the patch.
             timestep: [batch], 0..999.
             class_labels: [batch]; or, with own labels of the pictures, [batch, 1 + images], the clip's first
                 ([batch, images] without a clip). The number of classes stands for no class.
             images: how many of the last frames are separate pictures.
-            drop_labels: the labels to replace by no class. None draws a tenth of them in training mode from torch's
-                global generator.
+            drop_labels: booleans, the labels to replace by no class. None draws a tenth of them in training mode from
+                torch's global generator.
 
         Raises:
             ValueError: shapes that do not fit the model or each other, labels that it has no classes for.
@@ -258,6 +262,10 @@ class ClassLatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Ca
         self, video: Tensor, timestep: Tensor, labels: Tensor | None, drop: Tensor | None, images: int
     ) -> FrameAxis:
         """The frame axis of checked inputs."""
+        if video.ndim != 5:
+            raise ValueError(
+                f"hidden_states: expected [batch, channels, frames, height, width]; got {list(video.shape)}"
+            )
         batch, _, frames, height, width = video.shape
         length, patch, classes = (self.config[name] for name in ("video_length", "patch_size", "num_classes"))
         if not 0 <= images <= frames or frames - images not in (0, length):
@@ -312,7 +320,8 @@ class ClassLatteTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Ca
     def _unpatched(
         self, x: Float[Tensor, "batch tokens dim"], temb: Tensor, axis: FrameAxis, height: int, width: int
     ) -> Float[Tensor, "batch channels frames height width"]:
-        shift, scale = self.proj_out_1(F.silu(temb)).chunk(2, dim=1)
+        modulation = self.proj_out_1(F.silu(temb).unflatten(0, (len(x), -1)))  # [batch, parts, 2 dim]
+        shift, scale = modulation.flatten(0, 1).chunk(2, dim=1)
         out = self.norm_out(axis.into(0, x)) * (1 + scale[:, None]) + shift[:, None]
         p = self.config["patch_size"]
         out = self.proj_out_2(out).reshape(*x.shape[:2], -1)  # [batch, tokens, patch * patch * out_channels]

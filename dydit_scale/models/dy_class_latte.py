@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
@@ -131,12 +131,12 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
 
     def forward(
         self,
-        hidden_states: Float[Tensor, "batch channels frames height width"],
-        timestep: Shaped[Tensor, " batch"],
-        class_labels: Int[Tensor, " batch"] | Int[Tensor, "batch given"] | None = None,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
         return_dict: bool = True,
         images: int = 0,
-        drop_labels: Bool[Tensor, " batch"] | Bool[Tensor, "batch given"] | None = None,
+        drop_labels: Tensor | None = None,
         gates: GateMode = "threshold",
         collect: bool = False,
     ) -> Transformer2DModelOutput | DyClassLatteOutput | tuple[Tensor]:
@@ -152,14 +152,15 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
         steps = self._planned_steps(timestep.float()) if gates == "threshold" and not torch.is_grad_enabled() else {}
         if len(steps) > 1:
             rows = list(steps.values())
-            options = {"return_dict": False, "images": images, "collect": collect}
             parts = [
                 self(
                     hidden_states[r],
                     timestep[r],
                     None if class_labels is None else class_labels[r],
+                    return_dict=False,
+                    images=images,
                     drop_labels=None if drop_labels is None else drop_labels[r],
-                    **options,
+                    collect=collect,
                 )
                 for r in rows
             ]
@@ -172,7 +173,8 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
             temb = self._condition(timestep, class_labels, drop_labels, axis, x.dtype)  # [batch parts, dim]
             tokens: list[Tensor] = []
             for i, block in axis.running(blocks):
-                inputs = (*self._block_inputs(i, x, temb, axis), t_emb, _block_gates(gates, width, i, axis), collect)
+                options = (axis.per_row(i, t_emb), _block_gates(gates, width, i, axis), collect)
+                inputs = (*self._block_inputs(i, x, temb, axis), *options)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *inputs)
                 else:
@@ -190,6 +192,10 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
     def dynamic_blocks(self) -> list[nn.Module]:
         """Spatial and temporal blocks in turn."""
         return list(self.transformer_blocks)
+
+    def block_names(self) -> list[str]:
+        """Spatial and temporal blocks by their numbers."""
+        return [f"{('spatial', 'temporal')[i % 2]} {i // 2}" for i in range(len(self.dynamic_blocks()))]
 
     def routing_embedding(self, timestep: Float[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """The output of the timestep embedder alone, without the class, computed in fp32."""
@@ -237,10 +243,8 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
 def _block_gates(gates: GateMode, width: WidthMasks, layer: int, axis: FrameAxis) -> BlockGates:
     """The gates of a layer for the rows that it sees."""
     noise = axis.into(layer, gates.tokens[layer]) if isinstance(gates, GateNoise) else None
-    masks = width.layer(layer)
-    if layer % 2 == 0 and axis.parts > 1:
-        masks = WidthMasks(*(None if m is None else m.repeat_interleave(axis.parts, dim=0) for m in masks))
-    return BlockGates(*masks, noise, gates == "open")
+    heads, groups = (None if mask is None else axis.per_row(layer, mask) for mask in width.layer(layer))
+    return BlockGates(heads, groups, noise, gates == "open")
 
 
 TransformerBlockRegistry.register(

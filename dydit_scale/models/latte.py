@@ -157,7 +157,7 @@ class DyLatteTransformer3DModel(DynamicModelMixin, PeftAdapterMixin, AttentionMi
             collect: return :class:`DyLatteOutput` with the masks of all layers; zeros in temporal blocks that
                 ``enable_temporal_attentions=False`` leaves out, and for pictures in all of them.
             images: how many of the last frames are separate pictures, for training on videos and pictures together
-                (Latte, section 3.4): they pass the spatial blocks with the clip, skip the temporal ones, and get no
+                as Latte does: they pass the spatial blocks with the clip, skip the temporal ones, and get no
                 position in time. The static class has no such argument and takes each picture as a clip of one frame,
                 with ``enable_temporal_attentions=False``.
         """
