@@ -122,6 +122,7 @@ def test_a_static_checkpoint_is_mapped_onto_devices_with_new_routers(family: Fam
     assert all(p.dtype == torch.float32 for p in router_weights(model).values())
     assert not any(p.is_meta for p in model.parameters())
     x = {k: v.bfloat16() if v.is_floating_point() else v for k, v in family.x(0.9, 0.2).items()}
+    model.bfloat16()  # the tables of positions too
     assert torch.equal(model(**x).sample, static.bfloat16()(**x).sample)
 
 
@@ -245,6 +246,8 @@ def test_loras_are_added_switched_saved_and_deleted_and_packed_slices_follow(fam
         change()
         torch.testing.assert_close(model(**x).sample, expected, atol=1e-5, rtol=1e-4)  # a stale plan would not
         torch.testing.assert_close(output(), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"to_static: .* adapted layer; merge or unload the adapter first"):
+        model.to_static()
     model.unpack()
     model.save_lora_adapter(tmp_path, adapter_name="style")
     model.delete_adapters("style")
@@ -405,7 +408,9 @@ def attention_cache(kind: str, skip: bool, clock: Clock, family: Family) -> Any:
     if kind == "FasterCache":
         return FasterCacheConfig(
             spatial_attention_block_skip_range=1000,
+            temporal_attention_block_skip_range=1000,
             spatial_attention_timestep_skip_range=(-1, 681) if skip else (-2, -1),
+            temporal_attention_timestep_skip_range=(-1, 681) if skip else (-2, -1),
             attention_weight_callback=lambda _: 0.0,
             is_guidance_distilled=True,
             current_timestep_callback=clock,
