@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from dydit_scale.dynamic.config import DynamicConfig
 
 # Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
-from dydit_scale.models import class_latte, dit, dy_class_latte, encoders, flux, latte
+from dydit_scale.models import class_latte, dit, dy_class_latte, encoders, flux, latte, sit_scheduler
 from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.latte import DyLatteTransformer3DModel
+from dydit_scale.models.pipelines import ClassLattePipeline, DyDiTPipeline, SiTPipeline
 from dydit_scale.models.registry import make_dynamic
+from dydit_scale.models.sit_scheduler import SiTScheduler
 from dydit_scale.sampling.generate import SampleConfig, sampler_timesteps
 
 if TYPE_CHECKING:
@@ -49,13 +51,17 @@ def load_td_lora(model: Any, folder: str) -> Any:
 
 
 __all__ = [
+    "ClassLattePipeline",
     "ClassLatteTransformer3DModel",
     "DyClassLatteTransformer3DModel",
+    "DyDiTPipeline",
     "DyDiTTransformer2DModel",
     "DyFluxTransformer2DModel",
     "DyLatteTransformer3DModel",
     "DynamicConfig",
     "SampleConfig",
+    "SiTPipeline",
+    "SiTScheduler",
     "class_latte",
     "dit",
     "dy_class_latte",
@@ -66,4 +72,5 @@ __all__ = [
     "make_dynamic",
     "pack",
     "sampler_timesteps",
+    "sit_scheduler",
 ]
