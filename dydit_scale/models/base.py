@@ -128,7 +128,13 @@ class DynamicModelMixin(HookedModelMixin):
         return model
 
     def to_static(self) -> ModelMixin:
-        """The static model with the same tensors; routers stay behind."""
+        """The static model with the same tensors; routers stay behind.
+
+        Raises:
+            ValueError: the model carries an adapter.
+        """
+        if adapted := [name for name in self.state_dict() if ".base_layer." in name]:  # type: ignore[attr-defined]
+            raise ValueError(f"to_static: {adapted[0]} belongs to an adapted layer; merge or unload the adapter first")
         config = self.config  # type: ignore[attr-defined]
         settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in self.own_settings}
         with init_empty_weights():

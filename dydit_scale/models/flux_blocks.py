@@ -75,7 +75,8 @@ class DyFluxAttnProcessor(FluxAttnProcessor):
         out = out.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
-        text, image = out[:, :text_tokens], out[:, text_tokens:]
+        # Contiguous as upstream: kernels for bf16 round differently over strides.
+        text, image = out[:, :text_tokens].contiguous(), out[:, text_tokens:].contiguous()
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -122,6 +124,7 @@ def test_a_static_checkpoint_is_mapped_onto_devices_with_new_routers(family: Fam
     assert all(p.dtype == torch.float32 for p in router_weights(model).values())
     assert not any(p.is_meta for p in model.parameters())
     x = {k: v.bfloat16() if v.is_floating_point() else v for k, v in family.x(0.9, 0.2).items()}
+    model.bfloat16()  # the tables of positions too
     assert torch.equal(model(**x).sample, static.bfloat16()(**x).sample)
 
 
@@ -141,12 +144,16 @@ def test_a_cast_leaves_routers_in_fp32(family: Family) -> None:
 @torch.no_grad()
 def test_layerwise_casting_stores_what_is_not_read_by_routers(family: Family) -> None:
     model, x = scramble(family.make()), family.x(0.9, 0.2)
-    before, masks, t_emb = router_weights(model), model(**x, collect=True).masks, model.routing_embedding(x["timestep"])
+    before, masks, t_emb = (
+        router_weights(model),
+        model(**x, collect=True).masks,
+        model.routing_embedding(x["timestep"].float()),
+    )
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert same(router_weights(model), before)
     stored = {n for n, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn}
     assert len(stored) > 15 and not any("norm" in n or "timestep_embedder" in n for n in stored)
-    assert torch.equal(model.routing_embedding(x["timestep"]), t_emb)
+    assert torch.equal(model.routing_embedding(x["timestep"].float()), t_emb)
     out = model(**x, collect=True)
     assert torch.equal(out.masks.heads, masks.heads) and bool(out.sample.isfinite().all())
     with pytest.raises(ValueError, match="has a hook around its forward"):
@@ -193,18 +200,17 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(family
         model.disable_gradient_checkpointing()
 
 
-@each
-@torch.no_grad()
-def test_repeated_blocks_compile(family: Family) -> None:
-    model, x = scramble(family.make()), family.x(0.5)
-    masked = model(**x).sample
-    torch._dynamo.reset()
-    model.compile_repeated_blocks(backend="aot_eager")
-    torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    model.pack(family.steps(0.5))  # packed blocks are not the compiled ones
-    torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
-    torch._dynamo.reset()
+def test_repeated_blocks_compile() -> None:
+    """In a process of its own: dynamo cannot trace the shape checks that these tests install."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.compiled"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [family.name for family in FAMILIES]
 
 
 # Adapters
@@ -245,6 +251,8 @@ def test_loras_are_added_switched_saved_and_deleted_and_packed_slices_follow(fam
         change()
         torch.testing.assert_close(model(**x).sample, expected, atol=1e-5, rtol=1e-4)  # a stale plan would not
         torch.testing.assert_close(output(), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"to_static: .* adapted layer; merge or unload the adapter first"):
+        model.to_static()
     model.unpack()
     model.save_lora_adapter(tmp_path, adapter_name="style")
     model.delete_adapters("style")
@@ -405,7 +413,9 @@ def attention_cache(kind: str, skip: bool, clock: Clock, family: Family) -> Any:
     if kind == "FasterCache":
         return FasterCacheConfig(
             spatial_attention_block_skip_range=1000,
+            temporal_attention_block_skip_range=1000,
             spatial_attention_timestep_skip_range=(-1, 681) if skip else (-2, -1),
+            temporal_attention_timestep_skip_range=(-1, 681) if skip else (-2, -1),
             attention_weight_callback=lambda _: 0.0,
             is_guidance_distilled=True,
             current_timestep_callback=clock,
