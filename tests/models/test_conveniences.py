@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,12 +144,16 @@ def test_a_cast_leaves_routers_in_fp32(family: Family) -> None:
 @torch.no_grad()
 def test_layerwise_casting_stores_what_is_not_read_by_routers(family: Family) -> None:
     model, x = scramble(family.make()), family.x(0.9, 0.2)
-    before, masks, t_emb = router_weights(model), model(**x, collect=True).masks, model.routing_embedding(x["timestep"])
+    before, masks, t_emb = (
+        router_weights(model),
+        model(**x, collect=True).masks,
+        model.routing_embedding(x["timestep"].float()),
+    )
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert same(router_weights(model), before)
     stored = {n for n, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn}
     assert len(stored) > 15 and not any("norm" in n or "timestep_embedder" in n for n in stored)
-    assert torch.equal(model.routing_embedding(x["timestep"]), t_emb)
+    assert torch.equal(model.routing_embedding(x["timestep"].float()), t_emb)
     out = model(**x, collect=True)
     assert torch.equal(out.masks.heads, masks.heads) and bool(out.sample.isfinite().all())
     with pytest.raises(ValueError, match="has a hook around its forward"):
@@ -194,18 +200,17 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(family
         model.disable_gradient_checkpointing()
 
 
-@each
-@torch.no_grad()
-def test_repeated_blocks_compile(family: Family) -> None:
-    model, x = scramble(family.make()), family.x(0.5)
-    masked = model(**x).sample
-    torch._dynamo.reset()
-    model.compile_repeated_blocks(backend="aot_eager")
-    torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    model.pack(family.steps(0.5))  # packed blocks are not the compiled ones
-    torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
-    torch._dynamo.reset()
+def test_repeated_blocks_compile() -> None:
+    """In a process of its own: dynamo cannot trace the shape checks that these tests install."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.compiled"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [family.name for family in FAMILIES]
 
 
 # Adapters

@@ -54,7 +54,7 @@ def test_sit_is_dit_with_or_without_a_variance() -> None:
     assert parameters(with_variance) == parameters(published_dit("XL/2"))
     assert parameters(with_variance) - parameters(without) == 16 * (1152 + 1)
     assert round(parameters(without) / 1e6) == 675
-    assert without.config["out_channels"] == 4 and without.cost(256).static / 1e9 == pytest.approx(118.64, abs=0.01)
+    assert without.config["out_channels"] == 4 and without.cost(256).static / 1e9 == pytest.approx(118.6, abs=0.05)
 
 
 def test_dit_at_512_pixels_and_its_routers() -> None:
