@@ -45,4 +45,4 @@ def test_a_control_differs_in_the_method_alone(name: str, monkeypatch: pytest.Mo
 def test_the_shipped_base_is_small_and_whole() -> None:
     base = ROOT / "recipes" / "shapes" / "base"
     assert sum(p.stat().st_size for p in base.rglob("*.safetensors")) <= 6e6
-    assert load_transformer(str(base), FluxFamily()).config["num_attention_heads"] == 6
+    assert load_transformer(str(base), FluxFamily()).config["num_attention_heads"] == 10

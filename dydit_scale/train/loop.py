@@ -159,7 +159,7 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
 def _terms(run: Run, batch: Batch) -> Terms:
     places = batch.positions - run.consumed
     levels = run.objective.training_levels(run.step, places)
-    inputs = run.objective.prepare(batch, levels, run.recipe.seed)
+    inputs = run.objective.prepare(batch, levels, run.recipe.seed, unprompted=run.objective.guided)
     return run.objective.terms(run.engine.module, inputs, batch.positions, run.step)
 
 

@@ -64,17 +64,25 @@ class Objective:
         self.size = sample_size(recipe)
         self.teacher = None if teacher is None else teacher.to(device)
         self.is_dynamic = recipe.dynamic is not None
+        self.guided = recipe.supervision.guidance > 1
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, level: Shaped[Tensor, " batch"], seed: int) -> Inputs:
+    def prepare(self, batch: Batch, level: Shaped[Tensor, " batch"], seed: int, *, unprompted: bool = False) -> Inputs:
         """Encode pictures and captions and add noise; random draws depend on the seed and the samples' positions
-        alone."""
+        alone.
+
+        Args:
+            unprompted: let the batch follow a second time, the same but for its prompts, which it has none.
+        """
         family, pipeline, model = self.family, self.pipeline, self.recipe.model
         shape = family.latent_shape(pipeline, self.size)
         posterior = sample_noise(seed, batch.positions, shape, "posterior").to(self.device)
         x0 = family.pack(family.encode(pipeline, batch.pixels.to(self.device), posterior))
         noise = family.pack(sample_noise(seed, batch.positions, shape)).to(self.device)
         level = level.to(self.device)
+        if unprompted:
+            batch = _with_unprompted(batch)
+            x0, noise, level = torch.cat([x0, x0]), torch.cat([noise, noise]), torch.cat([level, level])
         noisy = self.process.noisy(x0, noise, level)
         prompts = Prompts(
             captions=batch.captions,
@@ -112,9 +120,14 @@ class Objective:
         if not self.is_dynamic:
             flow = self._loss(self._forward(module, inputs), inputs)
             return Terms(flow, torch.zeros_like(flow), torch.ones_like(flow))
-        sample, masks = self.forward_dynamic(module, inputs, self.gate_noise(positions))
+        copies = len(inputs.level) // len(positions)  # two where the batch follows again without prompts
+        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions)))
+        sample, masks = self.forward_dynamic(module, inputs, noise)
+        flow, ratio = self._loss(sample, inputs), self.ratio(inputs, masks)
         return Terms(
-            self._loss(sample, inputs), self._supervision(module, inputs, sample, step), self.ratio(inputs, masks)
+            flow.unflatten(0, (copies, -1)).mean(0),
+            self._supervision(module, inputs, sample, step).unflatten(0, (copies, -1)).mean(0),
+            ratio.unflatten(0, (copies, -1)).mean(0),
         )
 
     def forward_dynamic(self, module: nn.Module, inputs: Inputs, gates: GateMode) -> tuple[Tensor, DynamicMasks]:
@@ -147,7 +160,11 @@ class Objective:
         if config.kind == "complete":
             return self._loss(self._forward(module, inputs, gates="open"), inputs)
         if config.kind == "distill":
-            return per_sample_mse(sample, self._teach(module, inputs))
+            teaching = self._teach(module, inputs)
+            if not self.guided:
+                return per_sample_mse(sample, teaching)
+            error = per_sample_mse(*(_under_guidance(x, config.guidance) for x in (sample, teaching)))
+            return torch.cat([error, error])
         raise ValueError(f"supervision.kind: {config.kind!r}")
 
     @torch.no_grad()
@@ -159,6 +176,27 @@ class Objective:
 
     def _forward(self, module: nn.Module, inputs: Inputs, **options: Any) -> Tensor:
         return module(return_dict=False, **inputs.arguments, **options)[0]
+
+
+def _with_unprompted(batch: Batch) -> Batch:
+    """The batch, and behind it once more without prompts."""
+
+    def no(labels: Tensor | None) -> Tensor | None:
+        return None if labels is None else torch.cat([labels, torch.full_like(labels, -1)])
+
+    nothing = tuple(("",) * len(row) for row in batch.picture_captions)
+    return batch._replace(
+        captions=(*batch.captions, *[""] * len(batch.captions)),
+        labels=no(batch.labels),
+        picture_captions=(*batch.picture_captions, *nothing),
+        picture_labels=no(batch.picture_labels),
+    )
+
+
+def _under_guidance(answer: Float[Tensor, "twice *latent"], scale: float) -> Float[Tensor, "batch *latent"]:
+    """Prompted and unprompted halves of a batch, combined as a sampler combines them."""
+    prompted, unprompted = answer.chunk(2)
+    return unprompted + scale * (prompted - unprompted)
 
 
 def sample_size(recipe: Recipe) -> SampleSize:

@@ -68,8 +68,18 @@ class SupervisionConfig:
     static base, which costs a forward only; with adapters the base is this model with adapters off and gates open."""
     weight: float = 1.0
     """Weight of the term."""
+    guidance: float = 1.0
+    """More than 1, with ``distill``: imitate the base under classifier-free guidance of this scale, as it will be
+    sampled. Every sample then runs a second time without its prompt, which doubles the cost."""
     steps: int | None = None
     """Steps from the start in which it acts; null for all."""
+
+    def __post_init__(self) -> None:
+        if self.guidance < 1 or (self.guidance > 1 and self.kind != "distill"):
+            raise ValueError(
+                f"supervision.guidance: expected 1 (off), or more with supervision.kind distill; got {self.guidance} "
+                f"with {self.kind}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,7 @@ def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: floa
 def save(recipe: Recipe, network: ModelMixin, average: dict[str, Tensor], out: Path) -> None:
     """Write the recipe's pipeline folder to ``out``, with the averaged weights in its transformer."""
     shutil.copytree(recipe.model.base, out, dirs_exist_ok=True)
-    averaged = copy.deepcopy(network)
+    averaged = copy.deepcopy(network).half()
     averaged.load_state_dict(average)
     averaged.save_pretrained(out / "transformer")
 
