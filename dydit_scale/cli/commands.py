@@ -80,7 +80,7 @@ def _run_base(args: argparse.Namespace) -> None:
 
 def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN")
-    parser.add_argument("--prompts", type=Path, help="text file, one prompt a line")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt (or class) a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: RUN/pictures)")
     parser.add_argument("--steps", type=int, default=28)
@@ -88,6 +88,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         "--cfg", type=float, help="classifier-free guidance with the empty prompt, for undistilled models"
     )
     parser.add_argument("--guidance", type=float, help="distilled guidance, for models that take it")
+    parser.add_argument("--sampler", help="dit: ddpm, ddim, dpm++; sit: euler, heun, sde (default: the pipeline's own)")
+    parser.add_argument("--fps", type=int, default=8, help="frames a second of clips")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int)
     parser.set_defaults(run=_run_sample)
@@ -101,8 +103,8 @@ def _run_sample(args: argparse.Namespace) -> None:
     if not prompts:
         raise ValueError('nothing to draw: give --prompts FILE or --prompt "a red circle"')
     out = args.out or args.folder / "pictures"
-    options = ("steps", "cfg", "guidance", "batch", "seed")
-    sample_run(args.folder, prompts, out, config={name: getattr(args, name) for name in options})
+    options = ("steps", "cfg", "guidance", "sampler", "batch", "seed")
+    sample_run(args.folder, prompts, out, config={name: getattr(args, name) for name in options}, fps=args.fps)
     print(f"pictures: {out}")
 
 

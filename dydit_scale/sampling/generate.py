@@ -90,7 +90,12 @@ def recorded(transformer: Any) -> Iterator[Recording]:
 
 
 def picture_grid(pictures: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """The pictures side by side on a dark sheet, enlarged without smoothing; uint8 [height, width, 3]."""
+    """The pictures side by side on a dark sheet, enlarged without smoothing; uint8 [height, width, 3].
+
+    Clips [clips, frames, side, side, 3] get a row each, a column for each frame, whatever ``columns`` says.
+    """
+    if pictures.ndim == 5:
+        columns, pictures = pictures.shape[1], pictures.reshape(-1, *pictures.shape[2:])
     n, side = len(pictures), pictures.shape[1]
     rows, cell = -(-n // columns), side + gap
     sheet = np.full((rows * cell + gap, columns * cell + gap, 3), 16, np.uint8)

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dydit_scale.dynamic.masks import DynamicMasks
-from dydit_scale.evaluation.prompts import evaluation_prompts
-from dydit_scale.evaluation.shapes_judge import judge, score
+from dydit_scale.evaluation.judges import Judge, judge_for
 from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import Recording, generate, recorded, sampler_timesteps
@@ -45,7 +44,7 @@ def evaluate_run(
     timed: int = 64,
     batch: int = 64,
 ) -> EvaluationResult:
-    """Judge a run trained on the built-in scenes; writes ``evaluation/`` in its folder.
+    """Judge a run trained on the built-in scenes or clips; writes ``evaluation/`` in its folder.
 
     Raises ValueError if a folder is no run, or the pictures are not of the built-in kind (the judge cannot read
     others).
@@ -54,7 +53,8 @@ def evaluate_run(
     out = run.folder / "evaluation"
     out.mkdir(exist_ok=True)
     config = sample_config(run, steps=steps, batch=batch, cfg=cfg)
-    captions = evaluation_prompts(prompts, seed=0)
+    judge = judge_for(reads_text=family_of(run.pipeline).reads_text, video=config.frames > 1)
+    captions = judge.prompts(prompts)
     pictures = {"base": generate(static_pipeline(run), captions, config, progress="base")}
     if control is not None:
         pictures["control"] = generate(load_run(control).pipeline, captions, config, progress="control")
@@ -69,9 +69,9 @@ def evaluate_run(
         report = measure(run, captions[:timed], config, pairs=pairs)
         speed = report.as_dict()
         (out / "speed.json").write_text(json.dumps(speed, indent=1))
-    scores = {name: dict(score(p, captions)) for name, p in pictures.items()}
+    scores = {name: dict(judge.score(p, captions)) for name, p in pictures.items()}
     _save_scores(out, scores, run, control, config, prompts)
-    _save_pictures(out, pictures, captions)
+    _save_pictures(out, judge, pictures, captions)
     return EvaluationResult(scores, speed)
 
 
@@ -88,12 +88,12 @@ def _save_scores(
     (out / "scores.json").write_text(json.dumps(text, indent=1))
 
 
-def _save_pictures(out: Path, pictures: dict[str, np.ndarray], captions: Sequence[str]) -> None:
+def _save_pictures(out: Path, judge: Judge, pictures: dict[str, np.ndarray], captions: Sequence[str]) -> None:
     chosen = range(min(SHOWN, len(captions)))  # not picked by anyone; categories take turns
     arrays: dict[str, np.ndarray] = {"captions": np.array([captions[i] for i in chosen])}
     for name, all_pictures in pictures.items():
-        arrays[name] = all_pictures[: len(chosen)]
-        arrays[f"ok_{name}"] = np.array([judge(all_pictures[i], captions[i]).correct for i in chosen])
+        arrays[name] = _stills(all_pictures[: len(chosen)])
+        arrays[f"ok_{name}"] = np.array([judge.correct(all_pictures[i], captions[i]) for i in chosen])
     np.savez_compressed(out / "pictures.npz", **arrays)  # type: ignore[arg-type]
 
 
@@ -107,18 +107,32 @@ def _save_gates(out: Path, run: LoadedRun, recording: Recording, config: SampleC
     heads = network.config["num_attention_heads"]
     np.savez_compressed(
         out / "widths.npz",
-        timesteps=table.timesteps.numpy() * 1000,
+        timesteps=_in_thousand(table.timesteps.numpy()),
         heads=_by_step(table.heads, steps, layers, heads),
         groups=_by_step(table.groups, steps, layers, network.dynamic.mlp_groups or heads),
         tokens=np.stack([t.mean(axis=(1, 2)) for t in tokens]),
         names=np.array(network.block_names()),
     )
-    side = int(tokens[0].shape[-1] ** 0.5)
+    frames = config.frames
+    side = int((tokens[0].shape[-1] // frames) ** 0.5)
     shown = np.linspace(0, steps - 1, min(4, steps)).astype(int)
-    keep = np.stack([tokens[s][:, :MAPPED].mean(axis=0).reshape(-1, side, side) for s in shown], axis=1)
+    keep = [tokens[s][:, :MAPPED].mean(axis=0).reshape(-1, frames, side, side).mean(axis=1) for s in shown]
     np.savez_compressed(
-        out / "tokens.npz", pictures=pictures[:MAPPED], keep=keep, timesteps=table.timesteps.numpy()[shown] * 1000
+        out / "tokens.npz",
+        pictures=_stills(pictures[:MAPPED]),
+        keep=np.stack(keep, axis=1),
+        timesteps=_in_thousand(table.timesteps.numpy()[shown]),
     )
+
+
+def _stills(pictures: np.ndarray) -> np.ndarray:
+    """Pictures, or the middle frames of clips."""
+    return pictures if pictures.ndim == 4 else pictures[:, pictures.shape[1] // 2]
+
+
+def _in_thousand(timesteps: np.ndarray) -> np.ndarray:
+    """Timesteps in 0..1000, whether the family counts so or in 0..1."""
+    return timesteps if timesteps.max() > 1 else timesteps * 1000
 
 
 def _of_prompts(recording: Recording, run: LoadedRun, config: SampleConfig) -> list[DynamicMasks]:

@@ -86,6 +86,7 @@ def sample_config(run: LoadedRun, **changes: Any) -> SampleConfig:
     """Sampling as the recipe's data and text ask for it."""
     defaults = {
         "side": run.recipe.data.image_size,
+        "frames": run.recipe.data.frames,
         "text_tokens": run.recipe.model.text_tokens,
         "seed": run.recipe.seed,
     }

@@ -22,14 +22,19 @@ from dydit_scale.sampling.generate import (
     sampler_timesteps,
 )
 from dydit_scale.sampling.speed import SpeedReport, compare_speed
+from dydit_scale.sampling.video import write_video
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, static_pipeline
 
 
-def sample_run(folder: Path, prompts: Sequence[str], out: Path, *, config: dict[str, Any]) -> SpeedReport | None:
-    """Write numbered pictures and ``grid.png`` (static above dynamic) to ``out``; print and return the comparison.
+def sample_run(
+    folder: Path, prompts: Sequence[str], out: Path, *, config: dict[str, Any], fps: int = 8
+) -> SpeedReport | None:
+    """Write numbered pictures (or clips, as GIF and MP4) and ``grid.png`` (static above dynamic) to ``out``; print and
+    return the comparison.
 
     Args:
         config: fields of SampleConfig; None keeps the run's own.
+        fps: frames a second of clips.
     """
     run = load_run(folder)
     settings = sample_config(run, **config)
@@ -43,13 +48,15 @@ def sample_run(folder: Path, prompts: Sequence[str], out: Path, *, config: dict[
         report = measure(run, list(prompts)[: settings.batch], settings)
         print(report.table())
     out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(out / f"{i:05d}.png")
-    side = pictures.shape[1]
     sheet = np.concatenate([*rows, pictures])
-    Image.fromarray(picture_grid(sheet, len(pictures) if rows else min(8, len(pictures)), max(1, 128 // side))).save(
-        out / "grid.png"
-    )
+    columns = len(pictures) if rows else min(8, len(pictures))
+    Image.fromarray(picture_grid(sheet, columns, max(1, 128 // settings.side))).save(out / "grid.png")
+    for i, picture in enumerate(pictures):
+        if picture.ndim == 3:
+            Image.fromarray(picture).save(out / f"{i:05d}.png")
+            continue
+        for ending in ("gif", "mp4"):
+            write_video(out / f"{i:05d}.{ending}", picture, fps)
     if report is not None:
         (out / "speed.json").write_text(json.dumps(report.as_dict(), indent=1))
     return report
