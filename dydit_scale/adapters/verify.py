@@ -33,7 +33,7 @@ class DiffusersCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class NativeCheck:
-    """A TD-LoRA folder loaded into a fresh model, compared exactly."""
+    """A TD-LoRA folder loaded into a fresh model and compared."""
 
     inputs: int
     """Number of inputs whose outputs were equal."""
@@ -124,9 +124,17 @@ def verify_diffusers_lora(
 
 
 def verify_td_lora(
-    folder: str | Path, fresh_model: nn.Module, inputs: Inputs, reference_outputs: Sequence[Tensor]
+    folder: str | Path,
+    fresh_model: nn.Module,
+    inputs: Inputs,
+    reference_outputs: Sequence[Tensor],
+    *,
+    tolerance: float = 1e-6,
 ) -> NativeCheck:
-    """Load a TD-LoRA folder into ``fresh_model`` (which keeps it) and demand exactly the reference outputs.
+    """Load a TD-LoRA folder into ``fresh_model`` (which keeps it) and demand the reference outputs.
+
+    Args:
+        tolerance: Largest relative difference; equal weights at other addresses may be summed in another order.
 
     Raises ValueError naming the first input whose output differs, or if the numbers of inputs and outputs do.
     """
@@ -136,7 +144,7 @@ def verify_td_lora(
         )
     load_td_lora(fresh_model, folder)
     for index, (found, expected) in enumerate(zip(_outputs(fresh_model, inputs), reference_outputs, strict=True)):
-        if not torch.equal(found, expected):
-            off = _ratio(_distance(found, expected), float(expected.double().norm()))
+        off = _ratio(_distance(found, expected), float(expected.double().norm()))
+        if not off <= tolerance:
             raise ValueError(f"{folder}: after loading, the output for input {index} is {off:.2e} off the reference")
     return NativeCheck(inputs=len(inputs))

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import ModelCost
 from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.encoders import encode_pictures
@@ -152,8 +153,16 @@ class Family(ABC):
         return network.cost(self.image_tokens(pipeline, size), text_tokens if self.reads_text else 0)
 
     def trainable(self, static: ModelMixin) -> ModelMixin:
-        """The static model in the form that it is trained and sampled in; itself, where that is diffusers' class."""
+        """The static model in the form that it is trained and sampled in: itself, or the dynamic class with nothing
+        dynamic in it, where that can what the static class cannot."""
         return static
+
+
+def complete(static: Any, dynamic_class: Any) -> Any:
+    """The static model in the dynamic class, with nothing dynamic in it."""
+    if isinstance(static, dynamic_class):
+        return static
+    return dynamic_class.from_static(static, DynamicConfig(heads=False, mlp=False, tokens=False))
 
 
 def frozen_parts(pipeline: Any) -> list[nn.Module]:

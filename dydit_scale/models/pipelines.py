@@ -71,7 +71,7 @@ class ClassPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: ModelMixin | None,
         vae: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: Mapping[int | str, str] | None = None,
@@ -234,9 +234,11 @@ class ClassPipeline(DiffusionPipeline):
             raise ValueError(
                 f"class_labels: expected a list of one or more integers; got {labels.dtype} {list(labels.shape)}"
             )
-        wrong = labels[(labels < 0) | (labels >= self._classes)].tolist()
+        wrong = labels[(labels < 0) | (labels > self._classes)].tolist()
         if wrong:
-            raise ValueError(f"class_labels: expected 0 to {self._classes - 1}; got {wrong[0]}")
+            raise ValueError(
+                f"class_labels: expected 0 to {self._classes - 1}, or {self._classes} for no class; got {wrong[0]}"
+            )
         return labels.long()
 
     def _check(self, guidance_scale: float, guidance_channels: int | None, output_type: str) -> None:

@@ -134,7 +134,7 @@ def _table(achieved: dict[str, Any]) -> str:
         ("score, control", f"{scores['control']:.3f}", "static, plain LoRA of equal size"),
         ("score, base", f"{scores['base']:.3f}", "untouched"),
         ("speed-up", f"{speed['realised']:.2f}x", f"ideal {speed['ideal']:.2f}x, {speed['share']:.0%} of it"),
-        ("adapter", f"{adapter['bytes'] / 1e6:.2f} MB", "loaded back, equal bit for bit"),
+        ("adapter", f"{adapter['bytes'] / 1e6:.2f} MB", "loaded back, equal to rounding"),
         (
             "mean plain LoRA",
             f"{mean['bytes'] / 1e6:.2f} MB",

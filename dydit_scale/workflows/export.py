@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def _fresh_base(run: LoadedRun) -> Any:
 def _probe_inputs(run: LoadedRun) -> list[dict[str, Tensor]]:
     """Noise and the recipe's first prompts, as inputs of the transformer at several timesteps."""
     family, pipeline, recipe, size = family_of(run.pipeline), run.pipeline, run.recipe, sample_size(run.recipe)
+    size = replace(size, images=0)
     process = make_process(recipe, family)
     captions = [*recipe.train.sample_prompts[:1], ""][:2]
     prompts = Prompts(captions=captions, text_tokens=recipe.model.text_tokens, guidance=recipe.model.guidance)

@@ -163,12 +163,12 @@ def test_verification_fails_for_a_wrong_file(tmp_path: Path, damage: str, messag
         verify_diffusers_lora(path, tiny_flux, FluxPipeline, INPUTS, model=model, tensors=mean_lora(model, t_embs))
 
 
-def test_native_verification_is_exact(tmp_path: Path) -> None:
+def test_native_verification_allows_rounding_alone(tmp_path: Path) -> None:
     model = adapted_flux()
     save_td_lora(model, tmp_path)
     with torch.no_grad():
         reference = [model(**kwargs).sample for kwargs in INPUTS]
     assert verify_td_lora(tmp_path, tiny_flux(), INPUTS, reference).inputs == 3
-    reference[1] = reference[1] + 1e-6
+    reference[1] = reference[1] * (1 + 1e-5)
     with pytest.raises(ValueError, match="output for input 1"):
         verify_td_lora(tmp_path, tiny_flux(), INPUTS, reference)

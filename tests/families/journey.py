@@ -28,6 +28,7 @@ FAMILIES = {
 }
 PROMPTS = {"flux": "a red circle", "dit": "a red circle", "sit": "5", "latte": "a red circle bounces"}
 VIDEOS = ("latte", "latte-classes")
+ADAPTERS = ("none", "td_lora")
 
 
 def prompt(family: str) -> str:
@@ -57,7 +58,7 @@ def family_recipe(folder: Path, family: str, adapter: str, **changes: Any) -> Re
         "dynamic": {"width_bias": 0.5, "token_bias": 0.5, "token_bottleneck": 4},
         "adapter": {"kind": adapter, "rank": 2, "experts": 2},
         "supervision": {"kind": "distill"},
-        "cost": {"target": 0.6, "ramp_steps": 2},
+        "cost": {"target": 0.75, "ramp_steps": 2},
         "train": {
             "steps": 2,
             "batch_size": 4,

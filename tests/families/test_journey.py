@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +20,32 @@ from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import generate, recorded, sampler_timesteps
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.loop import train
+from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.objective import Objective, sample_size
 from dydit_scale.workflows.export import export_run
 from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline
-from tests.families.journey import FAMILIES, FRAMES, VIDEOS, family_recipe, prompt, write_world
+from tests.families.journey import ADAPTERS, FAMILIES, FRAMES, VIDEOS, family_recipe, prompt, write_world
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    write_world(folder, request.param)
-    return request.param, folder
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each family, with its base and its data."""
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        write_world(folder / family, family)
+    return folder
 
 
-@pytest.mark.parametrize("adapter", ["none", "td_lora"])
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, worlds: Path) -> tuple[str, Path]:
+    return request.param, worlds / request.param
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_it_is_adapted_saved_loaded_packed_and_sampled(family: tuple[str, Path], adapter: str) -> None:
     name, folder = family
-    if name in VIDEOS:
-        pytest.importorskip("av")
     recipe = family_recipe(folder, name, adapter)
     train(recipe, World())
     records = [json.loads(line) for line in (folder / f"run-{adapter}" / "metrics.jsonl").read_text().splitlines()]
@@ -58,8 +70,6 @@ def test_it_is_adapted_saved_loaded_packed_and_sampled(family: tuple[str, Path],
 
 def test_its_objective_trains_every_router_and_weight(family: tuple[str, Path]) -> None:
     name, folder = family
-    if name in VIDEOS:
-        pytest.importorskip("av")
     recipe = family_recipe(folder, name, "none")
     parts = build_parts(recipe)
     objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, torch.device("cpu"))
@@ -91,3 +101,25 @@ def test_its_exports_are_loaded_back(family: tuple[str, Path]) -> None:
     if name != "flux":
         with pytest.raises(ValueError, match="diffusers loads no LoRA into a"):
             export_run(folder / "run-td_lora", ["diffusers"])
+
+
+@pytest.mark.launch
+def test_two_ranks_train_as_one(worlds: Path) -> None:
+    command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master_port", "29641"]
+    command += ["-m", "tests.families.two_ranks", worlds]
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    compared = 0
+    for name, adapter in product(FAMILIES, ADAPTERS):
+        one, two = (worlds / name / f"{run}-{adapter}" / "metrics.jsonl" for run in ("run", "two"))
+        if not one.is_file():
+            continue  # the tests above were not asked for
+        for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
+            for key in ("loss", "ratio", "mse_eval", "ratio_eval"):
+                assert ours.get(key) == pytest.approx(theirs.get(key), abs=1e-5), (name, adapter, key)
+        compared += 1
+    if not compared:
+        pytest.skip("no run on one process to compare with")

@@ -339,7 +339,7 @@ def test_the_callers_scheduler_stays_as_it_is() -> None:
 # Bad input
 
 BAD = [
-    ({"labels": [CLASSES]}, f"expected 0 to {CLASSES - 1}; got {CLASSES}"),
+    ({"labels": [CLASSES + 1]}, f"expected 0 to {CLASSES - 1}, or {CLASSES} for no class; got {CLASSES + 1}"),
     ({"labels": [1, -1]}, "got -1"),
     ({"labels": torch.tensor([0.5, 1.0])}, "list of one or more integers"),
     ({"labels": torch.tensor([[1], [2]])}, "list of one or more integers"),

@@ -10,7 +10,6 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepSc
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.family import (
     Family,
@@ -19,13 +18,12 @@ from dydit_scale.models.family import (
     SampleConfig,
     SampleSize,
     check_side,
+    complete,
     to_uint8,
     with_parts,
 )
 from dydit_scale.models.pipelines import DyDiTPipeline, SiTPipeline, dit_scheduler
 from dydit_scale.models.sit_scheduler import SAMPLERS, SiTScheduler
-
-STATIC = DynamicConfig(heads=False, mlp=False, tokens=False)
 
 
 def class_labels(pipeline: Any, prompts: Prompts, classes: int) -> Int64[Tensor, " batch"]:
@@ -46,7 +44,7 @@ def class_labels(pipeline: Any, prompts: Prompts, classes: int) -> Int64[Tensor,
             labels.append(int(caption))
         else:
             labels += pipeline.get_label_ids(caption)
-    return torch.tensor(labels)
+    return torch.tensor(labels, dtype=torch.long)
 
 
 class DiTFamily(Family):
@@ -69,13 +67,12 @@ class DiTFamily(Family):
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
         """Labels; they are dropped here or in the data, not a second time in the model."""
-        labels = class_labels(pipeline, prompts, pipeline.transformer.config["num_embeds_ada_norm"])
-        labels = labels.to(pipeline.vae.device)
+        labels = class_labels(pipeline, prompts, self._classes(pipeline)).to(pipeline.vae.device)
         return {"class_labels": labels, "drop_labels": torch.zeros_like(labels, dtype=torch.bool)}
 
     def trainable(self, static: ModelMixin) -> ModelMixin:
-        """As DyDiT with nothing dynamic in it."""
-        return static if isinstance(static, self.dynamic_class) else self.dynamic_class.from_static(static, STATIC)
+        """With one embedder."""
+        return complete(static, self.dynamic_class)
 
     def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
         """DiT: 999 (noise) .. 0. SiT: 0 (noise) .. 1, each call of Heun's."""
@@ -91,7 +88,7 @@ class DiTFamily(Family):
     ) -> np.ndarray:
         """Prompts are names or numbers of classes; guidance on all channels."""
         out = self._sampling(pipeline, config)(
-            self._labels(pipeline, prompts),
+            class_labels(pipeline, Prompts(captions=prompts), self._classes(pipeline)),
             num_inference_steps=config.steps,
             guidance_scale=config.cfg,
             latents=noise,
@@ -100,8 +97,8 @@ class DiTFamily(Family):
         )
         return to_uint8(np.stack(list(out.images)))
 
-    def _labels(self, pipeline: Any, prompts: list[str]) -> Int64[Tensor, " batch"]:
-        return class_labels(pipeline, Prompts(captions=prompts), pipeline.transformer.config["num_embeds_ada_norm"])
+    def _classes(self, pipeline: Any) -> int:
+        return pipeline.transformer.config["num_embeds_ada_norm"]
 
     def _sampling(self, pipeline: Any, config: SampleConfig) -> Any:
         if config.sampler is None:

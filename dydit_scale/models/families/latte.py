@@ -14,7 +14,7 @@ from dydit_scale.dynamic.cost import ModelCost
 from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
 from dydit_scale.models.families.dit import DiTFamily, class_labels
-from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, to_uint8
+from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, complete, to_uint8
 from dydit_scale.models.latte import DyLatteTransformer3DModel
 from dydit_scale.models.pipelines import ClassLattePipeline
 
@@ -49,9 +49,9 @@ class ClassLatteFamily(DiTFamily):
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """Labels of clip and pictures, where the model has classes."""
         conditions: dict[str, Any] = {"images": size.images} if size.images else {}
-        classes = pipeline.transformer.config["num_classes"]
-        if classes is None:
+        if pipeline.transformer.config["num_classes"] is None:
             return conditions
+        classes = self._classes(pipeline)
         labels = class_labels(pipeline, prompts, classes)
         if size.images:
             captions = [caption for row in prompts.picture_captions for caption in row]
@@ -69,10 +69,20 @@ class ClassLatteFamily(DiTFamily):
         """Of one clip with its pictures."""
         return network.cost(self.image_tokens(pipeline, size), frames=size.frames, images=size.images)
 
-    def _labels(self, pipeline: Any, prompts: list[str]) -> Tensor:
-        if pipeline.transformer.config["num_classes"] is None:
-            return torch.zeros(len(prompts), dtype=torch.long)
-        return super()._labels(pipeline, prompts)
+    def _classes(self, pipeline: Any) -> int:
+        return pipeline.transformer.config["num_classes"] or 1
+
+    def draw(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        noise: Tensor,
+        generators: list[torch.Generator],
+        config: SampleConfig,
+    ) -> np.ndarray:
+        """Prompts are names or numbers of classes; a model without classes takes its label 0 whatever they say."""
+        known = prompts if pipeline.transformer.config["num_classes"] else ["0"] * len(prompts)
+        return super().draw(pipeline, known, noise, generators, config)
 
 
 class LatteFamily(Family):
@@ -102,6 +112,10 @@ class LatteFamily(Family):
         if not size.images:
             return {"encoder_hidden_states": text}
         return {"encoder_hidden_states": text.unflatten(0, (-1, 1 + size.images)), "images": size.images}
+
+    def trainable(self, static: ModelMixin) -> ModelMixin:
+        """Able to see pictures beside the clip."""
+        return complete(static, self.dynamic_class)
 
     def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
         """999 (noise) .. 0."""
