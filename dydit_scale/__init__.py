@@ -11,16 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dydit_scale.dynamic.config import DynamicConfig
-
-# Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
-from dydit_scale.models import class_latte, dit, dy_class_latte, encoders, flux, latte, sit_scheduler
 from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.latte import DyLatteTransformer3DModel
 from dydit_scale.models.pipelines import ClassLattePipeline, DyDiTPipeline, SiTPipeline
-from dydit_scale.models.registry import make_dynamic
+from dydit_scale.models.registry import all_families, make_dynamic
 from dydit_scale.models.sit_scheduler import SiTScheduler
 from dydit_scale.sampling.generate import SampleConfig, sampler_timesteps
 
@@ -31,6 +28,9 @@ if TYPE_CHECKING:
     from dydit_scale.models.plan import PackedPlan
 
 __version__ = "0.1.0"
+
+# Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
+all_families()
 
 
 def pack(model: DynamicModelMixin, timesteps: Tensor, *, max_bytes: int | None = None) -> PackedPlan:
@@ -62,15 +62,8 @@ __all__ = [
     "SampleConfig",
     "SiTPipeline",
     "SiTScheduler",
-    "class_latte",
-    "dit",
-    "dy_class_latte",
-    "encoders",
-    "flux",
-    "latte",
     "load_td_lora",
     "make_dynamic",
     "pack",
     "sampler_timesteps",
-    "sit_scheduler",
 ]

@@ -33,7 +33,7 @@ class DyLatteAttnProcessor:
         self,
         attn: Attention,
         hidden_states: Float[Tensor, "rows tokens dim"],
-        encoder_hidden_states: Float[Tensor, "rows text dim"] | None = None,
+        encoder_hidden_states: Float[Tensor, "rows text text_dim"] | None = None,
         attention_mask: Float[Tensor, "rows 1 1 text"] | Bool[Tensor, "rows 1 1 text"] | None = None,
         head_mask: Float[Tensor, "batch heads"] | None = None,
     ) -> Float[Tensor, "rows tokens dim"]:
@@ -105,7 +105,7 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
     def forward(
         self,
         hidden_states: Float[Tensor, "rows tokens dim"],
-        encoder_hidden_states: Float[Tensor, "rows text dim"] | None,
+        encoder_hidden_states: Float[Tensor, "rows text text_dim"] | None,
         encoder_attention_mask: Float[Tensor, "rows 1 1 text"] | Bool[Tensor, "rows 1 1 text"] | None,
         timestep: Float[Tensor, "batch dim6"],
         t_emb: Float[Tensor, "batch_t dim"] | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.model_loading_utils import _CLASS_REMAPPING_DICT
 from safetensors import SafetensorError, safe_open
 
 from dydit_scale.models.family import Family, frozen_parts
@@ -68,9 +69,11 @@ def load_transformer(base: str, family: Family, *, from_scratch: bool = False) -
 def _transformer_class(base: str, family: Family) -> type[ModelMixin]:
     known = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
     try:
-        name = family.static_class.load_config(base, subfolder="transformer").get("_class_name")
+        config = family.static_class.load_config(base, subfolder="transformer")
     except (OSError, ValueError) as error:
         raise ValueError(f"base {base}: the config of its transformer cannot be read: {error}") from error
+    name = config.get("_class_name")
+    name = _CLASS_REMAPPING_DICT.get(name, {}).get(config.get("norm_type"), name)  # older files: Transformer2DModel
     if name not in known:
         raise ValueError(f"base {base}: its transformer is a {name}; expected {' or '.join(known)}")
     return known[name]

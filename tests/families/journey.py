@@ -8,6 +8,7 @@ from typing import Any
 from data_tools.shapes import write_shapes
 from dydit_scale.data.shapes.language import CLASSES, vocabulary
 from dydit_scale.data.shapes.motion import MOTIONS, motion_vocabulary
+from dydit_scale.models.families.pixart import small_pixart_pipeline
 from dydit_scale.models.small import (
     small_class_latte_pipeline,
     small_class_pipeline,
@@ -25,8 +26,15 @@ FAMILIES = {
     "sit": lambda: small_class_pipeline(NAMES, kind="sit", layers=2, side=16, **WIDTH),
     "latte": lambda: small_latte_pipeline(motion_vocabulary(), frames=FRAMES, layers=1, side=16, **WIDTH),
     "latte-classes": lambda: small_class_latte_pipeline(MOTIONS, frames=FRAMES, layers=2, side=16, **WIDTH),
+    "pixart": lambda: small_pixart_pipeline(vocabulary(), layers=2, side=16, **WIDTH),
 }
-PROMPTS = {"flux": "a red circle", "dit": "a red circle", "sit": "5", "latte": "a red circle bounces"}
+PROMPTS = {
+    "flux": "a red circle",
+    "pixart": "a red circle",
+    "dit": "a red circle",
+    "sit": "5",
+    "latte": "a red circle bounces",
+}
 VIDEOS = ("latte", "latte-classes")
 ADAPTERS = ("none", "td_lora")
 
