@@ -99,6 +99,8 @@ class Family(ABC):
     """What the transformer learns; ``flow_data_last`` is SiT's direction, from noise at 0 to data at 1."""
     reads_text: ClassVar[bool] = True
     """False for class-conditional models, whose prompts are names or numbers of classes."""
+    samplers: ClassVar[tuple[str, ...]] = ()
+    """What ``SampleConfig.sampler`` may be, besides None."""
     guidance_layout: ClassVar[Literal["in_turn", "prompts_first", "prompts_last"]] = "prompts_first"
     """Under classifier-free guidance: a forward with the prompts, then one without, or both halves of one batch."""
 

@@ -22,7 +22,9 @@ from dydit_scale.models.registry import family_of
 
 def sampler_timesteps(pipe: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
     """The timesteps at which the pipeline will call its transformer, as passed to it (FLUX: in 0..1)."""
-    return family_of(pipe).timesteps(pipe, config)
+    family = family_of(pipe)
+    _check_sampler(family, config)
+    return family.timesteps(pipe, config)
 
 
 def forwards(pipe: Any, config: SampleConfig) -> int:
@@ -41,6 +43,7 @@ def generate(
         progress: label of a progress bar; None shows none.
     """
     family, device = family_of(pipe), next(pipe.transformer.parameters()).device
+    _check_sampler(family, config)
     pictures = []
     starts = range(0, len(prompts), config.batch)
     bar = tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None, dynamic_ncols=True)
@@ -53,6 +56,12 @@ def generate(
         bar.update(len(part))
     bar.close()
     return np.concatenate(pictures)
+
+
+def _check_sampler(family: Family, config: SampleConfig) -> None:
+    if config.sampler is not None and config.sampler not in family.samplers:
+        known = f"one of {', '.join(family.samplers)}" if family.samplers else "none: its pipeline's scheduler is used"
+        raise ValueError(f"sampler {config.sampler!r}: {family.pipeline_class.__name__} takes {known}")
 
 
 def _noise(pipe: Any, family: Family, numbers: Tensor, config: SampleConfig) -> Float[Tensor, "batch *latent"]:

@@ -29,8 +29,8 @@ BASES = tuple(_MAKERS)
 def write_base(out: Path, family: str = "flux", *, seed: int = 0) -> None:
     """A pipeline folder with random weights for the captions, classes or motions of the built-in scenes.
 
-    Raises ValueError if ``out`` is not empty.
+    Raises ValueError if the folder holds a pipeline already.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another folder")
+    if (out / "model_index.json").exists():
+        raise ValueError(f"{out} holds a pipeline already; choose another folder, or remove it first")
     _MAKERS[family](seed).save_pretrained(out)

@@ -21,7 +21,9 @@ from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run
 
-PROMPTS, STEPS, CFG, SAMPLES = 256, 10, 3.0, 8192
+PROMPTS, STEPS, CFG = 256, 16, 3.0
+SAMPLES = {"demo": 4096, "long": 8192}
+"""Scenes to train on."""
 RATIO_TOLERANCE = 0.03
 LEAST_SHARE = {"demo": 0.85, "long": 0.97}
 """Least score of the dynamic model, as a share of its control's."""
@@ -41,7 +43,7 @@ def run_demo(out: Path, recipes: Path, name: str = "demo", *, strict: bool = Fal
     runs = {name: out / "runs" / name for name in ("td_lora", "control")}
     data = [f"data.path={out / 'shards'}"]
     _step("1/6  data: captioned scenes as webdataset shards", began)
-    _call([bin_dir / "dydit", "data", "shapes", out / "shards", "--samples", str(SAMPLES)])
+    _call([bin_dir / "dydit", "data", "shapes", out / "shards", "--samples", str(SAMPLES[name])])
     _step("2/6  adapt the base to half its compute: TD-LoRA and routers, DeepSpeed ZeRO-2 on 2 processes", began)
     port = ["--master_port", str(_free_port())]  # the launcher's own is taken while another run is under way
     launcher: list[str | Path] = [bin_dir / "deepspeed", "--num_gpus", "2", *port, "--module", "dydit_scale.train"]

@@ -15,6 +15,7 @@ import torch
 
 from dydit_scale.data.loader import make_loader
 from dydit_scale.data.shards import load_index
+from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.registry import family_of
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import generate, recorded, sampler_timesteps
@@ -123,3 +124,18 @@ def test_two_ranks_train_as_one(worlds: Path) -> None:
         compared += 1
     if not compared:
         pytest.skip("no run on one process to compare with")
+
+
+def test_samplers_belong_to_families(worlds: Path) -> None:
+    for family, sampler, known in (("dit", "dpm++", True), ("sit", "heun", True), ("sit", "ddim", False)):
+        recipe = family_recipe(worlds / family, family, "td_lora")
+        pipeline = build_parts(recipe).pipeline
+        pipeline.transformer.eval()
+        config = SampleConfig(steps=3, side=16, sampler=sampler)
+        if known:
+            with recorded(pipeline.transformer) as seen:
+                generate(pipeline, [prompt(family)], config)
+            assert seen.timesteps == pytest.approx(sampler_timesteps(pipeline, config).tolist())
+        else:
+            with pytest.raises(ValueError, match=r"sampler 'ddim': SiTPipeline takes one of euler, heun, sde"):
+                generate(pipeline, [prompt(family)], config)

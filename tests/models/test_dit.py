@@ -286,7 +286,7 @@ def test_from_static_shares_tensors_and_to_static_gives_them_back(tmp_path: Path
     with torch.no_grad():
         again = DiTTransformer2DModel.from_pretrained(tmp_path).eval()
         assert torch.equal(again(**x).sample, static(**x).sample)
-    with pytest.raises(ValueError, match="expected a DiTTransformer2DModel; got DyDiT"):
+    with pytest.raises(ValueError, match="expected a DiTTransformer2DModel; got a dynamic DyDiT"):
         DyDiTTransformer2DModel.from_static(model)
 
 

@@ -231,7 +231,7 @@ def test_from_static_shares_tensors_and_to_static_gives_them_back() -> None:
     ours, theirs = dict(model.named_parameters()), dict(back.named_parameters())
     for name, parameter in static.named_parameters():
         assert ours[name] is parameter and theirs[name] is parameter
-    with pytest.raises(ValueError, match="expected a FluxTransformer2DModel; got DyFlux"):
+    with pytest.raises(ValueError, match="expected a FluxTransformer2DModel; got a dynamic DyFlux"):
         DyFluxTransformer2DModel.from_static(model)
 
 

@@ -388,7 +388,7 @@ def test_from_static_shares_tensors_and_to_static_gives_them_back() -> None:
     buffers = dict(static.named_buffers())
     assert len(buffers) == 2
     assert all(dict(m.named_buffers())[n] is buffer for n, buffer in buffers.items() for m in (model, back))
-    with pytest.raises(ValueError, match="expected a LatteTransformer3DModel; got DyLatte"):
+    with pytest.raises(ValueError, match="expected a LatteTransformer3DModel; got a dynamic DyLatte"):
         DyLatteTransformer3DModel.from_static(model)
 
 

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from dydit_scale.data.reader import Batch
 from dydit_scale.diffusion.flow import sample_noise
 from dydit_scale.models.encoders import pack_latents
+from dydit_scale.models.families.flux import FluxFamily
 from dydit_scale.models.loading import load_pipeline, load_transformer
 from dydit_scale.models.small import small_flux_pipeline
 from dydit_scale.sampling.generate import SampleConfig, generate, sampler_timesteps
@@ -59,20 +60,20 @@ def test_a_folder_of_real_classes_is_encoded_trained_on_and_sampled(base: Path, 
         T5EncoderModel,
     ]
     loaded = {name.replace(".base_layer", ""): tensor for name, tensor in network.state_dict().items()}
-    saved = load_transformer(str(base)).state_dict()
+    saved = load_transformer(str(base), FluxFamily()).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items()) and len(saved) > 50
 
     objective = Objective(recipe, network, pipe, parts.teacher, torch.device("cpu"))
     pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     positions = torch.tensor([0, 1])
     inputs = objective.prepare(Batch(positions, pixels, CAPTIONS, ("a", "b")), torch.tensor([0.2, 0.9]), seed=0)
-    assert inputs.noisy.shape == (2, TOKENS, 48) and set(inputs.conditions) == {
-        "encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids", "guidance",
+    assert inputs.noisy.shape == (2, TOKENS, 48) and set(inputs.arguments) == {
+        "hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids", "guidance",
     }  # fmt: skip
     latents = pipe.vae.encode(pixels).latent_dist
     posterior = sample_noise(0, positions, (12, SIDE // 2, SIDE // 2), "posterior")
     expected = pack_latents((latents.mean + latents.std * posterior - 0.1159) * 0.3611)
-    clean = inputs.noisy - inputs.s[:, None, None] * inputs.target
+    clean = inputs.noisy - inputs.level[:, None, None] * (inputs.noise - inputs.x0)
     torch.testing.assert_close(clean, expected, atol=1e-5, rtol=1e-5)
 
     trainable = [p for p in network.parameters() if p.requires_grad]
@@ -96,7 +97,7 @@ def test_a_folder_of_real_classes_is_encoded_trained_on_and_sampled(base: Path, 
 
 
 def test_the_parts_arrive_as_the_pipeline_of_diffusers_loads_them(base: Path) -> None:
-    ours, theirs = load_pipeline(str(base)), FluxPipeline.from_pretrained(base)
+    ours, theirs = load_pipeline(str(base), FluxFamily()), FluxPipeline.from_pretrained(base)
     assert ours.transformer is None
     with torch.no_grad():
         prompts = [
@@ -110,4 +111,4 @@ def test_a_missing_shard_is_named(base: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(base, tmp_path / "base")
     sorted((broken / "transformer").glob("*.safetensors"))[1].unlink()
     with pytest.raises(ValueError, match="the file holds no such weight"):
-        load_transformer(str(broken))
+        load_transformer(str(broken), FluxFamily())

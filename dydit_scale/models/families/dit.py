@@ -55,6 +55,7 @@ class DiTFamily(Family):
     dynamic_class = DyDiTTransformer2DModel
     objective: ClassVar[ObjectiveKind] = "ddpm"
     reads_text = False
+    samplers = ("ddpm", "ddim", "dpm++")
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols]."""
@@ -110,8 +111,6 @@ class DiTFamily(Family):
         if name == "ddpm":
             return dit_scheduler(learned_variance=model["out_channels"] == 2 * model["in_channels"])
         kinds = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
-        if name not in kinds:
-            raise ValueError(f"sampler {name!r}: expected ddpm, {' or '.join(kinds)}")
         return kinds[name].from_config(dit_scheduler(learned_variance=False).config)
 
     def _tokens_a_side(self, pipeline: Any, size: SampleSize) -> int:
@@ -123,10 +122,9 @@ class SiTFamily(DiTFamily):
 
     pipeline_class = SiTPipeline
     objective = "flow_data_last"
+    samplers = SAMPLERS
 
     def _scheduler(self, pipeline: Any, name: str) -> Any:
-        if name not in SAMPLERS:
-            raise ValueError(f"sampler {name!r}: expected {', '.join(SAMPLERS)}")
         return SiTScheduler(sampler=name)
 
 
