@@ -156,6 +156,11 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("diffusers", "original"), default="diffusers")
     parser.add_argument("--weights", choices=("ema", "model"), help="of a training file (default: ema where present)")
     parser.add_argument("--heads", type=int, help="attention heads, where no published size tells them")
+    parser.add_argument(
+        "--parts",
+        help="autoencoder (DiT, SiT, Latte) or pipeline (FLUX), folder or hub name: OUT becomes a whole pipeline",
+    )
+    parser.add_argument("--pipeline", help="its class, e.g. SiTPipeline: DiT and SiT files look the same")
     parser.set_defaults(run=_run_convert)
 
 
@@ -163,7 +168,8 @@ def _run_convert(args: argparse.Namespace) -> None:
     _quiet()
     from dydit_scale.workflows.convert import convert
 
-    done = convert(args.source, args.out, to=args.to, weights=args.weights, heads=args.heads)
+    options = ("to", "weights", "heads", "parts", "pipeline")
+    done = convert(args.source, args.out, **{name: getattr(args, name) for name in options})
     taken = f", its {done.weights} weights" if done.weights else ""
     print(f"{args.source}: {done.layout.title}{taken}")
     print(f"{args.out}: {done.tensors} tensors" + (f" for {done.layout.target}" if args.to == "diffusers" else ""))
@@ -208,6 +214,6 @@ COMMANDS: dict[str, tuple[Add, str]] = {
     "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),
     "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
     "export": (_export, "write adapters or models, loaded back and verified"),
-    "convert": (_convert, "turn DiT, SiT, FLUX, DyDiT and DyFLUX checkpoints into model folders, and back"),
+    "convert": (_convert, "turn DiT, SiT, Latte, FLUX, DyDiT and DyFLUX checkpoints into model folders, and back"),
     "report": (_report, "write one HTML page about a run"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -99,6 +99,8 @@ class Family(ABC):
     """What the transformer learns; ``flow_data_last`` is SiT's direction, from noise at 0 to data at 1."""
     reads_text: ClassVar[bool] = True
     """False for class-conditional models, whose prompts are names or numbers of classes."""
+    makes_videos: ClassVar[bool] = False
+    """Clips, of the length that the model was made for; pictures otherwise."""
     samplers: ClassVar[tuple[str, ...]] = ()
     """What ``SampleConfig.sampler`` may be, besides None."""
     guidance_layout: ClassVar[Literal["in_turn", "prompts_first", "prompts_last"]] = "prompts_first"
@@ -139,6 +141,19 @@ class Family(ABC):
             generators: one for each picture, for samplers that add noise on the way.
         """
 
+    def num_classes(self, config: Mapping[str, Any]) -> int | None:
+        """Classes that a transformer with this config knows; None if it has none."""
+        return None
+
+    def pipeline_of(self, transformer: Any, parts: str) -> DiffusionPipeline:
+        """A whole pipeline around a transformer, its other parts from a folder or hub name: a pipeline's.
+
+        Raises OSError or ValueError if there are none.
+        """
+        pipeline = self.pipeline_class.from_pretrained(parts, transformer=None)
+        pipeline.register_modules(transformer=transformer)
+        return pipeline
+
     def encode(self, pipeline: Any, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of pictures [batch, 3, side, side] or videos [batch, frames, 3, side, side], drawn by ``noise``."""
         if pixels.ndim == 4:
@@ -178,6 +193,13 @@ def with_parts(pipeline: Any, **parts: Any) -> Any:
     other = copy.copy(pipeline)
     other.register_modules(**parts)
     return other
+
+
+def scheduler_timesteps(pipeline: Any, steps: int) -> Float[Tensor, " steps"]:
+    """As the pipeline's own scheduler spaces them."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.float()
 
 
 def check_side(side: int, unit: int) -> int:

@@ -172,8 +172,8 @@ class HookedModelMixin:
             and self.static_class is not LatteTransformer3DModel
         ):
             raise ValueError(
-                f"enable_cache: {kind} would leave out the unconditional half of a batch of videos, which only Latte's "
-                "pipeline makes as it expects; set is_guidance_distilled=True, which caches attention only"
+                f"enable_cache: {kind} would leave out the unconditional half of a batch, which only Latte's pipeline "
+                "orders as it expects; set is_guidance_distilled=True, which caches attention only"
             )
         inside = {id(m) for block in blocks for m in block.modules()} - {id(block) for block in blocks}
         found = [name for (name, _), module in hooked.items() if id(module) in inside]

@@ -66,12 +66,20 @@ def load_transformer(base: str, family: Family, *, from_scratch: bool = False) -
     return family.trainable(model)
 
 
-def _transformer_class(base: str, family: Family) -> type[ModelMixin]:
-    known = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
+def transformer_config(base: str, family: Family) -> dict[str, Any]:
+    """The ``config.json`` of a base's transformer.
+
+    Raises ValueError if it cannot be read.
+    """
     try:
-        config = family.static_class.load_config(base, subfolder="transformer")
+        return family.static_class.load_config(base, subfolder="transformer")
     except (OSError, ValueError) as error:
         raise ValueError(f"base {base}: the config of its transformer cannot be read: {error}") from error
+
+
+def _transformer_class(base: str, family: Family) -> type[ModelMixin]:
+    known = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
+    config = transformer_config(base, family)
     name = config.get("_class_name")
     name = _CLASS_REMAPPING_DICT.get(name, {}).get(config.get("norm_type"), name)  # older files: Transformer2DModel
     if name not in known:

@@ -28,6 +28,7 @@ from dydit_scale.parallel.engine import AdamWConfig, Engine, StepResult, make_en
 from dydit_scale.parallel.reduce import global_mean, mean_values
 from dydit_scale.parallel.world import World, barrier, broadcast_object
 from dydit_scale.train.build import build_parts, param_groups, shard_units
+from dydit_scale.train.checks import check_batch, check_data, check_same
 from dydit_scale.train.metrics import Metrics
 from dydit_scale.train.objective import Objective, Terms
 from dydit_scale.train.recipe import Recipe, build, differences, save_recipe
@@ -77,8 +78,7 @@ def train(recipe: Recipe, world: World, *, resume: bool = False) -> Path:
 
     Raises:
         ValueError: something in the recipe, the data or the base does not fit (before the first step), or the run's
-        folder
-            holds checkpoints and ``resume`` is false.
+            folder holds checkpoints and ``resume`` is false.
     """
     run = start(recipe, world, resume=resume)
     batches = _batches(run)
@@ -122,11 +122,12 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
     """Check everything that can be checked, then build the run and, on resume, restore its newest good checkpoint."""
     folder = Path(recipe.run)
     index = load_index(Path(recipe.data.path))
-    _check_batch(recipe, world)
+    check_batch(recipe, world)
+    check_data(recipe, index)
     checkpoint = _find_checkpoint(folder, recipe, world, resume=resume)
     base = base_digest(recipe.model.base)
     if checkpoint is not None:
-        _check_same(checkpoint, folder, data=index.digest, base=base)
+        check_same(checkpoint, folder, data=index.digest, base=base)
     parts = build_parts(recipe)
     if recipe.train.gradient_checkpointing:
         of_static_td = recipe.dynamic is None and recipe.adapter.kind == "td_lora"
@@ -236,22 +237,6 @@ def _batches(run: Run) -> Iterator[Batch]:
     return iter(loader)
 
 
-def _check_batch(recipe: Recipe, world: World) -> None:
-    parts = world.world_size * recipe.train.accumulation
-    for name in ("batch_size", "evaluate_samples"):
-        size, by = getattr(recipe.train, name), parts if name == "batch_size" else world.world_size
-        if size % by:
-            raise ValueError(
-                f"train.{name} {size}: not divisible by {world.world_size} ranks"
-                + (
-                    f" x {recipe.train.accumulation} micro-batches"
-                    if by == parts and recipe.train.accumulation > 1
-                    else ""
-                )
-                + f"; the nearest that fit are {max(by, size - size % by)} and {size - size % by + by}"
-            )
-
-
 def _find_checkpoint(folder: Path, recipe: Recipe, world: World, *, resume: bool) -> Checkpoint | None:
     checkpoints = folder / "checkpoints"
     exists = broadcast_object(world, checkpoints.is_dir() and any(checkpoints.glob("step-*")))
@@ -266,16 +251,6 @@ def _find_checkpoint(folder: Path, recipe: Recipe, world: World, *, resume: bool
         for line in differences(build(Recipe, checkpoint.meta["recipe"], ""), recipe):
             print(f"resume: the recipe differs in {line}", flush=True)
     return checkpoint
-
-
-def _check_same(checkpoint: Checkpoint, folder: Path, *, data: str, base: str) -> None:
-    for name, now in (("data", data), ("base", base)):
-        if (then := checkpoint.meta.get(name)) != now:
-            raise ValueError(
-                f"run {folder}: its {name} changed since step {checkpoint.step} "
-                f"(digest {str(then)[:12]}, now {now[:12]}); a resume would mix two. "
-                f"Put the old {name} back, or start a new run=FOLDER"
-            )
 
 
 def _count_refused(run: Run, result: StepResult) -> None:

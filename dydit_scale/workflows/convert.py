@@ -7,7 +7,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from dydit_scale.adapters.tensor_file import check_tensors, read_tensors, write_tensors
 from dydit_scale.models.convert import to_diffusers, to_original
+from dydit_scale.models.family import Family
 from dydit_scale.models.keys.layout import Layout
+from dydit_scale.models.registry import all_families
 
 _PICKLED = (".pt", ".pth")
 _WRAPPERS = ("ema", "model", "module")
@@ -34,13 +37,23 @@ class Conversion(NamedTuple):
 
 
 def convert(
-    source: Path, out: Path, *, to: str = "diffusers", weights: str | None = None, heads: int | None = None
+    source: Path,
+    out: Path,
+    *,
+    to: str = "diffusers",
+    weights: str | None = None,
+    heads: int | None = None,
+    parts: str | None = None,
+    pipeline: str | None = None,
 ) -> Conversion:
     """Write the model folder ``out`` of an original file, or (``to="original"``) the file ``out`` of a model folder.
 
     Args:
         weights: "ema" or "model" of a training file; default: ema where there is one.
         heads: attention heads, where neither the file nor the published sizes tell them.
+        parts: folder or hub name of what belongs around the transformer (an autoencoder for pictures or clips of
+            classes, a pipeline otherwise); ``out`` is a whole pipeline then, which a recipe takes as its base.
+        pipeline: class of that pipeline, where the layout alone does not tell it: DiT and SiT have the same.
 
     Raises:
         ValueError: ``out`` exists, or the source is not a whole checkpoint of a known layout; nothing is written then.
@@ -50,12 +63,15 @@ def convert(
     if to == "diffusers":
         state, taken = read_checkpoint(source, weights)
         converted = to_diffusers(state, str(source), heads)
-        _write_folder(out, converted.tensors, converted.config)
+        with _aside(out) as folder:
+            _write_model(folder, converted.tensors, converted.config)
+            if parts is not None:
+                _complete(folder, _family(converted.layout.target, pipeline), parts)
         return Conversion(converted.layout, len(converted.tensors), taken)
     if to != "original":
         raise ValueError(f"to: expected 'diffusers' or 'original'; got {to!r}")
-    if weights or heads:
-        raise ValueError("--weights and --heads are for original files: a model folder has one set of weights")
+    if weights or heads or parts or pipeline:
+        raise ValueError("--weights, --heads, --parts and --pipeline are for original files, not for model folders")
     if out.suffix not in (".safetensors", *_PICKLED):
         raise ValueError(f"{out}: expected a name that ends in .safetensors, .pt or .pth")
     folder_state, config, folder = _read_folder(source)
@@ -130,16 +146,51 @@ def _read_folder(source: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]
     return state, config, folder
 
 
-def _write_folder(out: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Written aside and moved into place."""
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` at the end, or goes away after an error."""
     aside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        write_tensors(aside / WEIGHTS_FILE, tensors, {})
-        (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        yield aside
         os.replace(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_model(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    write_tensors(folder / WEIGHTS_FILE, tensors, {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _family(model: str, pipeline: str | None) -> Family:
+    """The family of a transformer's class; the first of several unless ``pipeline`` names one."""
+    fitting = {
+        family.pipeline_class.__name__: family
+        for family in all_families()
+        if model in (family.static_class.__name__, family.dynamic_class.__name__)
+    }
+    chosen = pipeline or next(iter(fitting))
+    if chosen not in fitting:
+        raise ValueError(f"--pipeline {pipeline}: a {model} belongs into {' or '.join(fitting)}")
+    return fitting[chosen]
+
+
+def _complete(folder: Path, family: Family, parts: str) -> None:
+    """Make a pipeline of a model folder, with the transformer as it is trained: so DiT computes what the original
+    does."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes: dict[str, Any] = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
+    transformer = family.trainable(classes[config["_class_name"]].from_pretrained(folder))
+    try:
+        pipeline = family.pipeline_of(transformer, parts)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--parts {parts}: not what {family.pipeline_class.__name__} needs around its transformer: {error}"
+        ) from error
+    pipeline.save_pretrained(folder)
+    for name in ("config.json", WEIGHTS_FILE):  # the transformer has its own folder now
+        (folder / name).unlink()
 
 
 def _write_file(out: Path, tensors: dict[str, Tensor], layout: Layout) -> None:

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from dydit_scale.cli.main import main
+from dydit_scale.models.family import SampleConfig
+from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
+from dydit_scale.sampling.generate import generate
 from tests.models.originals import original_dit
 
 
@@ -24,3 +28,38 @@ def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all(torch.equal(back[name], tensor) for name, tensor in states["model"].items())
     assert main(["convert", str(tmp_path / "train.pt"), str(tmp_path / "model")]) == 64
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pipeline", ["DyDiTPipeline", "SiTPipeline"])
+def test_a_converted_file_becomes_a_base_that_draws(tmp_path: Path, pipeline: str) -> None:
+    torch.save(original_dit(), tmp_path / "dit.pt")
+    AutoencoderKL(block_out_channels=(32,), latent_channels=4).save_pretrained(tmp_path / "vae")
+    out = tmp_path / "base"
+    command = ["convert", str(tmp_path / "dit.pt"), str(out), "--parts", str(tmp_path / "vae")]
+    assert main([*command, "--pipeline", pipeline]) == 0
+    family = family_of_base(str(out))
+    assert family.pipeline_class.__name__ == pipeline and not (out / "config.json").exists()
+    pipe = load_pipeline(str(out), family)
+    transformer = load_transformer(str(out), family)
+    pipe.register_modules(transformer=transformer)
+    assert transformer.config["time_freq_shift"] == 0.0  # the original's
+    side = transformer.config["sample_size"]
+    pictures = generate(pipe, ["1", "0"], SampleConfig(steps=2, side=side))
+    assert pictures.shape == (2, side, side, 3) and pictures.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parts", "{}/nothing"], "not what DyDiTPipeline needs around its transformer"),
+        (["--parts", "{}/vae", "--pipeline", "FluxPipeline"], "belongs into DyDiTPipeline or SiTPipeline"),
+    ],
+)
+def test_parts_that_do_not_fit_leave_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    torch.save(original_dit(), tmp_path / "dit.pt")
+    command = ["convert", str(tmp_path / "dit.pt"), str(tmp_path / "base")]
+    assert main([*command, *(o.format(tmp_path) for o in options)]) == 64
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["dit.pt"]

@@ -387,7 +387,8 @@ def test_batches_that_do_not_divide_name_those_that_do(
 
 def test_the_named_batches_work(index: ShardIndex) -> None:
     for world_size, global_batch, micro_batch in [(4, 8, 2), (4, 16, 2), (8, 8, 1), (2, 12, 3), (2, 12, 6), (2, 16, 4)]:
-        loader(index, world_size=world_size, global_batch=global_batch, micro_batch=micro_batch)
+        batches = loader(index, world_size=world_size, global_batch=global_batch, micro_batch=micro_batch)
+        assert len(next(iter(batches)).captions) == micro_batch
 
 
 def test_rank_and_position_are_checked(index: ShardIndex) -> None:

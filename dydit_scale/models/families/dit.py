@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+)
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -68,7 +76,8 @@ class DiTFamily(Family):
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
         """Labels; they are dropped here or in the data, not a second time in the model."""
-        labels = class_labels(pipeline, prompts, self._classes(pipeline)).to(pipeline.vae.device)
+        classes = self._classes(pipeline)
+        labels = class_labels(pipeline, prompts, classes).to(pipeline.vae.device)
         return {"class_labels": labels, "drop_labels": torch.zeros_like(labels, dtype=torch.bool)}
 
     def trainable(self, static: ModelMixin) -> ModelMixin:
@@ -98,16 +107,30 @@ class DiTFamily(Family):
         )
         return to_uint8(np.stack(list(out.images)))
 
-    def _classes(self, pipeline: Any) -> int:
-        return pipeline.transformer.config["num_embeds_ada_norm"]
+    def num_classes(self, config: Mapping[str, Any]) -> int | None:
+        """Without the null class."""
+        return config["num_embeds_ada_norm"]
+
+    def pipeline_of(self, transformer: Any, parts: str) -> DiffusionPipeline:
+        """``parts``: an autoencoder (AutoencoderKL), or a pipeline that has one."""
+        try:
+            AutoencoderKL.load_config(parts, subfolder="vae")
+            vae = AutoencoderKL.from_pretrained(parts, subfolder="vae")
+        except OSError:
+            vae = AutoencoderKL.from_pretrained(parts)
+        pipeline_class: Any = self.pipeline_class
+        return pipeline_class(transformer, vae, self._scheduler(transformer.config, self.samplers[0]))
 
     def _sampling(self, pipeline: Any, config: SampleConfig) -> Any:
         if config.sampler is None:
             return pipeline
-        return with_parts(pipeline, scheduler=self._scheduler(pipeline, config.sampler))
+        return with_parts(pipeline, scheduler=self._scheduler(pipeline.transformer.config, config.sampler))
 
-    def _scheduler(self, pipeline: Any, name: str) -> Any:
-        model = pipeline.transformer.config
+    def _classes(self, pipeline: Any) -> int:
+        """A model of clips without classes is given its label 0."""
+        return self.num_classes(pipeline.transformer.config) or 1
+
+    def _scheduler(self, model: Mapping[str, Any], name: str) -> Any:
         if name == "ddpm":
             return dit_scheduler(learned_variance=model["out_channels"] == 2 * model["in_channels"])
         kinds = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -124,7 +147,7 @@ class SiTFamily(DiTFamily):
     objective = "flow_data_last"
     samplers = SAMPLERS
 
-    def _scheduler(self, pipeline: Any, name: str) -> Any:
+    def _scheduler(self, model: Mapping[str, Any], name: str) -> Any:
         return SiTScheduler(sampler=name)
 
 

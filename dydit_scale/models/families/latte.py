@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,16 @@ from dydit_scale.dynamic.cost import ModelCost
 from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
 from dydit_scale.models.families.dit import DiTFamily, class_labels
-from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, complete, to_uint8
+from dydit_scale.models.family import (
+    Family,
+    Prompts,
+    SampleConfig,
+    SampleSize,
+    check_side,
+    complete,
+    scheduler_timesteps,
+    to_uint8,
+)
 from dydit_scale.models.latte import DyLatteTransformer3DModel
 from dydit_scale.models.pipelines import ClassLattePipeline
 
@@ -36,6 +46,7 @@ class ClassLatteFamily(DiTFamily):
     pipeline_class = ClassLattePipeline
     static_class = ClassLatteTransformer3DModel
     dynamic_class = DyClassLatteTransformer3DModel
+    makes_videos = True
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, frames and pictures, rows, cols]."""
@@ -49,9 +60,9 @@ class ClassLatteFamily(DiTFamily):
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """Labels of clip and pictures, where the model has classes."""
         conditions: dict[str, Any] = {"images": size.images} if size.images else {}
-        if pipeline.transformer.config["num_classes"] is None:
+        classes = self.num_classes(pipeline.transformer.config)
+        if classes is None:
             return conditions
-        classes = self._classes(pipeline)
         labels = class_labels(pipeline, prompts, classes)
         if size.images:
             captions = [caption for row in prompts.picture_captions for caption in row]
@@ -69,8 +80,9 @@ class ClassLatteFamily(DiTFamily):
         """Of one clip with its pictures."""
         return network.cost(self.image_tokens(pipeline, size), frames=size.frames, images=size.images)
 
-    def _classes(self, pipeline: Any) -> int:
-        return pipeline.transformer.config["num_classes"] or 1
+    def num_classes(self, config: Mapping[str, Any]) -> int | None:
+        """None for a model of clips without classes."""
+        return config["num_classes"]
 
     def draw(
         self,
@@ -81,7 +93,7 @@ class ClassLatteFamily(DiTFamily):
         config: SampleConfig,
     ) -> np.ndarray:
         """Prompts are names or numbers of classes; a model without classes takes its label 0 whatever they say."""
-        known = prompts if pipeline.transformer.config["num_classes"] else ["0"] * len(prompts)
+        known = prompts if self.num_classes(pipeline.transformer.config) else ["0"] * len(prompts)
         return super().draw(pipeline, known, noise, generators, config)
 
 
@@ -91,6 +103,7 @@ class LatteFamily(Family):
     pipeline_class = LattePipeline
     static_class = LatteTransformer3DModel
     dynamic_class = DyLatteTransformer3DModel
+    makes_videos = True
     objective = "ddpm"
     guidance_layout = "prompts_last"
 
@@ -119,9 +132,7 @@ class LatteFamily(Family):
 
     def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
         """999 (noise) .. 0."""
-        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        scheduler.set_timesteps(config.steps)
-        return scheduler.timesteps.float()
+        return scheduler_timesteps(pipeline, config.steps)
 
     def draw(
         self,

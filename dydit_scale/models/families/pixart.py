@@ -33,7 +33,15 @@ from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
 from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.encoders import PixelAutoencoder, small_text_encoders
-from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, to_uint8
+from dydit_scale.models.family import (
+    Family,
+    Prompts,
+    SampleConfig,
+    SampleSize,
+    check_side,
+    scheduler_timesteps,
+    to_uint8,
+)
 from dydit_scale.models.latte_blocks import DyLatteAttnProcessor, DyLatteTransformerBlock
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -303,9 +311,7 @@ class PixArtSigmaFamily(Family):
 
     def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
         """999 (noise) .. 0, as the pipeline's scheduler spaces them."""
-        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        scheduler.set_timesteps(config.steps)
-        return scheduler.timesteps.float()
+        return scheduler_timesteps(pipeline, config.steps)
 
     def draw(
         self,

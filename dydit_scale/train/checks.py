@@ -1,0 +1,75 @@
+"""What a run refuses before anything is loaded: a batch that does not divide, data that the model cannot learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dydit_scale.checkpoint.store import Checkpoint
+from dydit_scale.data.shards import ShardIndex
+from dydit_scale.models.loading import family_of_base, transformer_config
+from dydit_scale.parallel.world import World
+from dydit_scale.train.recipe import Recipe
+
+
+def check_batch(recipe: Recipe, world: World) -> None:
+    """ValueError, with the nearest sizes that fit, unless batches divide over ranks and micro-batches."""
+    accumulation, ranks = recipe.train.accumulation, world.world_size
+    for name, parts in (("batch_size", ranks * accumulation), ("evaluate_samples", ranks)):
+        size = getattr(recipe.train, name)
+        if size % parts:
+            micro = f" x {accumulation} micro-batches" if parts > ranks else ""
+            raise ValueError(
+                f"train.{name} {size}: not divisible by {ranks} ranks{micro}; "
+                f"the nearest that fit are {max(parts, size - size % parts)} and {size - size % parts + parts}"
+            )
+
+
+def check_data(recipe: Recipe, index: ShardIndex) -> None:
+    """ValueError if the base's model cannot learn from such samples: captions or classes that it needs and no sample
+    has, a class beyond its last one, or clips for a model of pictures."""
+    base, folder = recipe.model.base, index.folder
+    family = family_of_base(base)
+    if recipe.data.frames > 1 and not family.makes_videos:
+        raise ValueError(
+            f"data.frames {recipe.data.frames}: {family.pipeline_class.__name__} makes pictures, not clips; "
+            "set data.frames to 1, which takes one frame of each clip"
+        )
+    good = np.ones(index.num_samples, dtype=bool)
+    good[list(index.bad)] = False
+    captions = bool((good & (index.samples["caption_offset"] > 0)).any())
+    if family.reads_text:
+        if not captions:
+            raise ValueError(
+                f"{folder}: no sample has a caption, and {family.pipeline_class.__name__} learns from captions; "
+                "add a .txt or .json to each sample, or choose a base of classes"
+            )
+        return
+    classes = family.num_classes(transformer_config(base, family))
+    if classes is None:
+        return
+    if index.labels is None:
+        if not captions:
+            raise ValueError(
+                f"{folder}: no sample has a class; add a .cls (0 to {classes - 1}) to each, or the class's name as .txt"
+            )
+        return
+    beyond = np.flatnonzero(good & (index.labels >= classes))
+    if len(beyond):
+        first = int(beyond[0])
+        raise ValueError(
+            f"{folder}: {index.name(first)} has class {index.labels[first]}, but the model of {base} knows the classes "
+            f"0 to {classes - 1} ({len(beyond)} samples in all); choose a base with more classes, or mend the labels"
+        )
+
+
+def check_same(checkpoint: Checkpoint, folder: Path, *, data: str, base: str) -> None:
+    """ValueError if data or base are not those that the checkpoint was made with."""
+    for name, now in (("data", data), ("base", base)):
+        if (then := checkpoint.meta.get(name)) != now:
+            raise ValueError(
+                f"run {folder}: its {name} changed since step {checkpoint.step} "
+                f"(digest {str(then)[:12]}, now {now[:12]}); a resume would mix two. "
+                f"Put the old {name} back, or start a new run=FOLDER"
+            )
