@@ -4,9 +4,9 @@
     python benchmarks/gallery.py OUT --families dit latte
 
 Each step is a command of the README, on the debug recipe of the family: a base with random weights, the static model
-trained for STATIC steps, its export as a pipeline, the adaptation under the deepspeed launcher (ZeRO-2, two processes),
-and the judge of the built-in data. Pictures go to docs/gallery, the dynamic model's below the static one's; figures to
-benchmarks/results/gallery.json.
+trained, its export as a pipeline, the adaptation under the deepspeed launcher (ZeRO-2, two processes), and the judge of
+the built-in data. Pictures go to docs/gallery, the dynamic model's below the static one's; figures to
+benchmarks/results/gallery.json. FLUX is left to ``dydit demo``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from dydit_scale.evaluation.judges import judge_for
-from dydit_scale.models.families.pixart import small_pixart_pipeline
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import generate, picture_grid, sampler_timesteps
 from dydit_scale.sampling.speed import machine
+from dydit_scale.sampling.video import write_video
 from dydit_scale.train.metrics import read_metrics
 from dydit_scale.workflows.evaluate import evaluate_run
 from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline
@@ -36,23 +34,16 @@ from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline
 ROOT = Path(__file__).parents[1]
 CLASSES, CLIPS = ["--classes"], ["--video", "--frames", "8"]
 FAMILIES: dict[str, tuple[str, list[str], int]] = {
-    "dit": ("dit/debug", CLASSES, 4000),
-    "sit": ("sit/debug", CLASSES, 4000),
-    "latte-classes": ("latte/debug_classes", [*CLASSES, *CLIPS], 2000),
-    "latte": ("latte/debug_t2v", CLIPS, 2000),
-    "pixart": ("pixart/debug", [], 4000),
+    "dit": ("dit/debug", CLASSES, 1500),
+    "sit": ("sit/debug", CLASSES, 1500),
+    "latte-classes": ("latte/debug_classes", [*CLASSES, *CLIPS], 600),
+    "latte": ("latte/debug_t2v", CLIPS, 600),
+    "pixart": ("pixart/debug", [], 1500),
 }
 """Recipe, options of the data, and steps of the static model."""
-ADAPT = 400
-STEPS, CFG, PROMPTS, SHOWN, SCALE, FPS = 20, 3.0, 96, 8, 3, 6
-STATIC = [
-    "dynamic=null",
-    "cost.target=1",
-    "supervision.kind=none",
-    "engine.name=single",
-    "train.lr=2e-3",
-    "train.warmup_steps=100",
-]
+ADAPT = 200
+STEPS, CFG, PROMPTS, SHOWN, SCALE, FPS = 20, 3.0, 48, 8, 3, 6
+STATIC = ["dynamic=null", "cost.target=1", "supervision.kind=none", "train.lr=2e-3", "train.warmup_steps=100"]
 
 
 def main() -> None:
@@ -66,10 +57,10 @@ def main() -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     done: dict[str, Any] = json.loads(results.read_text())["families"] if results.is_file() else {}
     for name in args.families:
-        run = adapt(name, args.out / name, quick=args.quick)
-        done[name] = measure(run, quick=args.quick)
+        run = adapt(name, args.out.resolve() / name, quick=args.quick)
+        done[name] = {**measure(run, quick=args.quick), **machine()}
         show(run, pictures / name, quick=args.quick)
-        results.write_text(json.dumps({**machine(), "date": str(date.today()), "families": done}, indent=1) + "\n")
+        results.write_text(json.dumps({"families": done}, indent=1) + "\n")
         print(f"{name}: {json.dumps(done[name])}", flush=True)
 
 
@@ -80,30 +71,23 @@ def adapt(name: str, out: Path, *, quick: bool) -> Path:
         f"recipes/{recipe}.yaml",
         *(out / n for n in ("shards", "base", "static", "run")),
     )
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        raise SystemExit(f"{out} exists already; choose another OUT, or remove it first")
     samples = ["--samples", "64"] if quick else ["--samples", "8192" if "--video" in options else "32768"]
     call("dydit", "data", "shapes", shards, *options, *samples)
-    if name == "pixart":
-        write_pixart(base)
-    else:
-        call("dydit", "base", base, "--family", name)
+    call("dydit", "base", base, "--family", name)
     steps, adapt_steps = (4, 4) if quick else (steps, ADAPT)
     data = [f"data.path={shards}", "train.sample_every=0", *(["train.evaluate_samples=4"] if quick else [])]
-    call("python", "-m", "dydit_scale.train", file, *data, *STATIC, f"model.base={base}", f"run={static}",
+    train = ("deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train", file, *data)
+    call(*train, *STATIC, f"model.base={base}", f"run={static}",
          f"train.steps={steps}", "train.batch_size=32", f"train.evaluate_every={steps}", f"train.save_every={steps}",
          "train.ema=0.995")  # fmt: skip
     call("dydit", "export", static, "--format", "pipeline")
-    call("deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train", file, *data, f"run={run}",
+    call(*train, f"run={run}",
          f"model.base={static / 'export' / 'pipeline'}", "supervision.kind=distill", "train.ema=0.98",
          f"train.steps={adapt_steps}", f"train.evaluate_every={adapt_steps}", f"train.save_every={adapt_steps}",
          f"cost.ramp_steps={adapt_steps // 3}")  # fmt: skip
     return run
-
-
-def write_pixart(base: Path) -> None:
-    from dydit_scale.data.shapes.language import vocabulary
-
-    small_pixart_pipeline(vocabulary()).save_pretrained(base)
 
 
 def measure(run: Path, *, quick: bool) -> dict[str, Any]:
@@ -122,7 +106,7 @@ def measure(run: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def show(run: Path, file: Path, *, quick: bool) -> None:
-    """A PNG, or a GIF of clips: the static model's row above the dynamic one's, the judge's first prompts."""
+    """A PNG, or a GIF of clips: the static row above the dynamic one, with prompts spread over the judge's list."""
     loaded = load_run(run)
     config = sample_config(loaded, steps=STEPS, cfg=CFG)
     judge = judge_for(reads_text=family_of(loaded.pipeline).reads_text, video=config.frames > 1)
@@ -134,8 +118,8 @@ def show(run: Path, file: Path, *, quick: bool) -> None:
     if rows.ndim == 4:
         Image.fromarray(picture_grid(rows, len(prompts), SCALE)).save(file.with_suffix(".png"))
         return
-    first, *others = [Image.fromarray(picture_grid(rows[:, i], len(prompts), SCALE)) for i in range(rows.shape[1])]
-    first.save(file.with_suffix(".gif"), save_all=True, append_images=others, duration=1000 // FPS, loop=0)
+    frames = [picture_grid(rows[:, i], len(prompts), SCALE) for i in range(rows.shape[1])]
+    write_video(file.with_suffix(".gif"), np.stack(frames), FPS)
 
 
 def call(program: str, *words: str | Path) -> None:

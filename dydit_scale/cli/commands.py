@@ -66,7 +66,7 @@ def _run_index(args: argparse.Namespace) -> None:
 
 def _base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder for the pipeline")
-    parser.add_argument("--family", choices=("flux", "dit", "sit", "latte", "latte-classes"), default="flux")
+    parser.add_argument("--family", default="flux", help="flux, dit, sit, latte, latte-classes, pixart (default: flux)")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_run_base)
 
@@ -83,7 +83,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, help="text file, one prompt (or class) a line")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: RUN/pictures)")
-    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--steps", type=int, help="of the sampler (default: the recipe's sample_steps)")
     parser.add_argument(
         "--cfg", type=float, help="classifier-free guidance with the empty prompt, for undistilled models"
     )
@@ -173,7 +173,7 @@ def _run_convert(args: argparse.Namespace) -> None:
     taken = f", its {done.weights} weights" if done.weights else ""
     print(f"{args.source}: {done.layout.title}{taken}")
     print(f"{args.out}: {done.tensors} tensors" + (f" for {done.layout.target}" if args.to == "diffusers" else ""))
-    if args.to == "diffusers" and done.layout.note:
+    if args.to == "diffusers" and done.layout.note and not args.parts:
         print(f"note: {done.layout.note}")
 
 

@@ -39,8 +39,9 @@ class Process(Protocol):
 class FlowProcess:
     """Rectified flow: a straight line between picture and noise. FLUX (arXiv 2403.03206) and SiT (2401.08740)."""
 
+    density: str = "logit_normal"
+    """Of levels in training: sigmoid(mean + std * normal), or ``uniform``; shifted."""
     mean: float = 0.0
-    """Density of levels in training: sigmoid(mean + std * normal), shifted."""
     std: float = 1.0
     shift: float = 1.0
     data_last: bool = False
@@ -48,6 +49,8 @@ class FlowProcess:
 
     def training_levels(self, u: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Noise levels s in (0, 1), 1 is noise."""
+        if self.density == "uniform":
+            return self.even_levels(u)
         return logit_normal(u, mean=self.mean, std=self.std, shift=self.shift)
 
     def even_levels(self, u: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from torch import Tensor
 
+from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
-from dydit_scale.models.keys.dit import DIT
+from dydit_scale.models.keys.dit import DIT, DIT_COMPLETE
 from dydit_scale.models.keys.dydit import DYDIT
 from dydit_scale.models.keys.dyflux import DYFLUX
 from dydit_scale.models.keys.flux import FLUX
@@ -96,18 +98,19 @@ def to_original(tensors: Mapping[str, Tensor], config: Config, where: str) -> tu
         ValueError: a class that no original layout belongs to, weights that do not fit the config, or a model that the
             original layout cannot hold.
     """
-    by_class = {layout.target: layout for layout in LAYOUTS}
-    name = config.get("_class_name")
-    if name not in by_class:
-        raise ValueError(f"{where}: no original layout for {name}; there is one for {', '.join(by_class)}")
-    layout = by_class[name]
-    config = _defaults(layout) | config
+    layout = _layout_of(config, where)
+    name, config = layout.target, _defaults(layout) | config
     try:
         _check(tensors, target_shapes(layout, config), f"{where}: its config.json says {name}")
         _check_dtypes(tensors)
+        rules = layout.rules(config)
+        taken = {name for rule in rules for name in rule.ours}
+        # Unit tables are no weights: the rules of layouts with units read them, others need none.
+        if homeless := sorted(name for name in tensors.keys() - taken if not name.endswith("_unit")):
+            raise ValueError(f"{homeless[0]} has no place in the original layout ({len(homeless)} in all)")
         out: dict[str, Tensor] = {}
         dtype = next(t.dtype for n, t in tensors.items() if ".dy_" not in f".{n}")
-        for rule in layout.rules(config):
+        for rule in rules:
             for original, tensor in zip(rule.originals, rule.back([tensors[n] for n in rule.ours]), strict=False):
                 out[original] = tensor.to(dtype) if isinstance(rule, Computed) else tensor
     except ValueError as error:
@@ -136,6 +139,24 @@ def detect(names: Iterable[str], where: str) -> Layout:
         if title == layout.title:
             return layout
     raise ValueError(f"{where}: has the names of {title} already; nothing to convert")
+
+
+def _layout_of(config: Config, where: str) -> Layout:
+    """The original layout that holds a model with this ``config.json``; ValueError if there is none, saying why."""
+    name, layouts = config.get("_class_name"), (*LAYOUTS, DIT_COMPLETE)
+    fitting = [layout for layout in layouts if layout.target == name]
+    if not fitting:
+        known = ", ".join(dict.fromkeys(layout.target for layout in layouts))
+        raise ValueError(f"{where}: no original layout for {name}; there is one for {known}")
+    reasons = []
+    for layout in fitting:
+        settings = _defaults(layout) | config
+        flat = settings | {f"dynamic.{k}": v for k, v in asdict(DynamicConfig(**settings.get("dynamic") or {})).items()}
+        wrong = [f"{k} {v!r}, not {flat[k]!r}" for k, v in layout.settings.items() if flat[k] != v]
+        if not wrong:
+            return layout
+        reasons.append(f"{layout.title} has {wrong[0]}")
+    raise ValueError(f"{where}: no original layout holds this {name}: {'; '.join(reasons)}")
 
 
 def expected_originals(layout: Layout, config: Config) -> Shapes:

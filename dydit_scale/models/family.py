@@ -91,8 +91,12 @@ class Family(ABC):
     Latents are what the autoencoder makes and noise is drawn for; ``pack`` turns them into what the transformer takes.
     """
 
+    name: ClassVar[str]
+    """Of the family, on the command line."""
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     """Its name in a folder's model_index.json is how the family is found."""
+    also_reads: ClassVar[tuple[str, ...]] = ()
+    """Other pipelines, by name, whose folders ``pipeline_class`` loads as well."""
     static_class: ClassVar[type[ModelMixin]]
     dynamic_class: ClassVar[type[DynamicModelMixin]]
     objective: ClassVar[ObjectiveKind] = "flow"
@@ -105,6 +109,10 @@ class Family(ABC):
     """What ``SampleConfig.sampler`` may be, besides None."""
     guidance_layout: ClassVar[Literal["in_turn", "prompts_first", "prompts_last"]] = "prompts_first"
     """Under classifier-free guidance: a forward with the prompts, then one without, or both halves of one batch."""
+
+    @abstractmethod
+    def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> DiffusionPipeline:
+        """Random weights at toy size, for captions of ``words``, or for classes that are called so."""
 
     @abstractmethod
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
@@ -146,11 +154,12 @@ class Family(ABC):
         return None
 
     def pipeline_of(self, transformer: Any, parts: str) -> DiffusionPipeline:
-        """A whole pipeline around a transformer, its other parts from a folder or hub name: a pipeline's.
+        """A whole pipeline around a transformer, its other parts, in the same dtype, from a folder or hub name: a
+        pipeline's.
 
         Raises OSError or ValueError if there are none.
         """
-        pipeline = self.pipeline_class.from_pretrained(parts, transformer=None)
+        pipeline = self.pipeline_class.from_pretrained(parts, transformer=None, dtype=transformer.dtype)
         pipeline.register_modules(transformer=transformer)
         return pipeline
 

@@ -34,7 +34,7 @@ def family_of(pipeline: Any) -> Family:
 
 def family_named(pipeline_class: str, where: str) -> Family:
     """The family whose pipeline has this class name; ``where`` begins the ValueError if there is none."""
-    known = {family.pipeline_class.__name__: family for family in all_families()}
+    known = {n: f for f in all_families() for n in (f.pipeline_class.__name__, *f.also_reads)}
     if pipeline_class not in known:
         raise ValueError(f"{where}: no family of models has a {pipeline_class}; there are {', '.join(sorted(known))}")
     return known[pipeline_class]
@@ -49,7 +49,8 @@ def make_dynamic(static: ModelMixin, config: DynamicConfig | None = None, *, ran
     Raises ValueError for a class that has no dynamic counterpart.
     """
     known = {family.static_class: family.dynamic_class for family in all_families()}
+    names = ", ".join(sorted(c.__name__ for c in known))
+    known |= {dynamic: dynamic for dynamic in known.values()}  # with nothing dynamic in it, as converted weights have
     if type(static) not in known:
-        names = ", ".join(sorted(c.__name__ for c in known))
         raise ValueError(f"make_dynamic: no dynamic class for {type(static).__name__}; there is one for {names}")
     return known[type(static)].from_static(static, config, rank=rank)

@@ -55,6 +55,12 @@ def check_data(recipe: Recipe, index: ShardIndex) -> None:
                 f"{folder}: no sample has a class; add a .cls (0 to {classes - 1}) to each, or the class's name as .txt"
             )
         return
+    without = np.flatnonzero(good & (index.labels < 0))
+    if len(without):
+        raise ValueError(
+            f"{folder}: {index.name(int(without[0]))} has no class while others do ({len(without)} samples in all), "
+            "and would be learnt as a picture of none; add a .cls to each, or take these samples out"
+        )
     beyond = np.flatnonzero(good & (index.labels >= classes))
     if len(beyond):
         first = int(beyond[0])

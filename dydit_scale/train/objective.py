@@ -48,7 +48,13 @@ def make_process(recipe: Recipe, family: Family) -> Process:
     if family.objective == "ddpm":
         return DDPMProcess()
     flow = recipe.flow
-    return FlowProcess(mean=flow.mean, std=flow.std, shift=flow.shift, data_last=family.objective == "flow_data_last")
+    return FlowProcess(
+        density=flow.density,
+        mean=flow.mean,
+        std=flow.std,
+        shift=flow.shift,
+        data_last=family.objective == "flow_data_last",
+    )
 
 
 class Objective:

@@ -109,8 +109,10 @@ class CostConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Density of noise levels in training: sigmoid(mean + std * normal), shifted."""
+    """Density of noise levels in training, shifted."""
 
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """``logit_normal``: sigmoid(mean + std * normal), as FLUX. ``uniform``: as SiT, as samplers visit the levels."""
     mean: float = 0.0
     """Mean of the normal."""
     std: float = 1.0
@@ -119,6 +121,8 @@ class FlowConfig:
     """More than 1 trains more on noisy levels; FLUX at 1024² uses e^1.15 = 3.16."""
 
     def __post_init__(self) -> None:
+        if self.density not in ("logit_normal", "uniform"):
+            raise ValueError(f"flow.density: expected logit_normal or uniform; got {self.density!r}")
         if self.std <= 0 or self.shift <= 0:
             raise ValueError(f"flow.std, flow.shift: expected positive numbers; got {self.std} and {self.shift}")
 

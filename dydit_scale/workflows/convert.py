@@ -61,12 +61,15 @@ def convert(
     if out.exists():
         raise ValueError(f"{out} exists already; choose another place, or remove it first")
     if to == "diffusers":
+        if pipeline and not parts:
+            raise ValueError(f"--pipeline {pipeline}: say with --parts what to put around the transformer")
         state, taken = read_checkpoint(source, weights)
         converted = to_diffusers(state, str(source), heads)
+        family = _family(converted.layout.target, pipeline) if parts else None
         with _aside(out) as folder:
             _write_model(folder, converted.tensors, converted.config)
-            if parts is not None:
-                _complete(folder, _family(converted.layout.target, pipeline), parts)
+            if family is not None and parts is not None:
+                _complete(folder, family, parts, next(iter(converted.tensors.values())).dtype)
         return Conversion(converted.layout, len(converted.tensors), taken)
     if to != "original":
         raise ValueError(f"to: expected 'diffusers' or 'original'; got {to!r}")
@@ -176,12 +179,12 @@ def _family(model: str, pipeline: str | None) -> Family:
     return fitting[chosen]
 
 
-def _complete(folder: Path, family: Family, parts: str) -> None:
+def _complete(folder: Path, family: Family, parts: str, dtype: torch.dtype) -> None:
     """Make a pipeline of a model folder, with the transformer as it is trained: so DiT computes what the original
     does."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classes: dict[str, Any] = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
-    transformer = family.trainable(classes[config["_class_name"]].from_pretrained(folder))
+    transformer = family.trainable(classes[config["_class_name"]].from_pretrained(folder, dtype=dtype))
     try:
         pipeline = family.pipeline_of(transformer, parts)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dydit_scale.cli.main import main
 from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
+from dydit_scale.models.registry import make_dynamic
 from dydit_scale.sampling.generate import generate
 from tests.models.originals import original_dit
 
@@ -46,6 +47,11 @@ def test_a_converted_file_becomes_a_base_that_draws(tmp_path: Path, pipeline: st
     side = transformer.config["sample_size"]
     pictures = generate(pipe, ["1", "0"], SampleConfig(steps=2, side=side))
     assert pictures.shape == (2, side, side, 3) and pictures.std() > 0
+    assert main(["convert", str(out), str(tmp_path / "back.safetensors"), "--to", "original"]) == 0
+    back, original = load_file(tmp_path / "back.safetensors"), original_dit()
+    assert back.keys() == original.keys() and all(torch.equal(back[n], original[n]) for n in original)
+    dynamic = make_dynamic(transformer)
+    assert type(dynamic) is type(transformer) and dynamic.is_dynamic
 
 
 @pytest.mark.parametrize(
@@ -53,6 +59,7 @@ def test_a_converted_file_becomes_a_base_that_draws(tmp_path: Path, pipeline: st
     [
         (["--parts", "{}/nothing"], "not what DyDiTPipeline needs around its transformer"),
         (["--parts", "{}/vae", "--pipeline", "FluxPipeline"], "belongs into DyDiTPipeline or SiTPipeline"),
+        (["--pipeline", "SiTPipeline"], "say with --parts what to put around the transformer"),
     ],
 )
 def test_parts_that_do_not_fit_leave_nothing_behind(

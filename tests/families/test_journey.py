@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -44,14 +43,21 @@ def family(request: pytest.FixtureRequest, worlds: Path) -> tuple[str, Path]:
     return request.param, worlds / request.param
 
 
+def trained(folder: Path, family: str, adapter: str) -> Path:
+    """The run on one process, made by the first test that asks for it."""
+    run = folder / f"run-{adapter}"
+    if not run.is_dir():
+        train(family_recipe(folder, family, adapter), World())
+    return run
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_it_is_adapted_saved_loaded_packed_and_sampled(family: tuple[str, Path], adapter: str) -> None:
     name, folder = family
-    recipe = family_recipe(folder, name, adapter)
-    train(recipe, World())
-    records = [json.loads(line) for line in (folder / f"run-{adapter}" / "metrics.jsonl").read_text().splitlines()]
+    made = trained(folder, name, adapter)
+    records = read_metrics(made / "metrics.jsonl")
     assert all(np.isfinite(r["loss"]) for r in records if "loss" in r)
-    run = load_run(folder / f"run-{adapter}", device="cpu")
+    run = load_run(made, device="cpu")
     config = sample_config(run, steps=3, cfg=2.0, batch=2)
     prompts = [prompt(name), "", prompt(name)]
     with recorded(run.network) as seen:
@@ -93,11 +99,9 @@ def test_its_objective_trains_every_router_and_weight(family: tuple[str, Path]) 
 
 def test_its_exports_are_loaded_back(family: tuple[str, Path]) -> None:
     name, folder = family
-    if not (folder / "run-td_lora").is_dir():
-        pytest.skip("needs the runs of the first test")
-    (row,) = export_run(folder / "run-td_lora", ["td-lora"])
+    (row,) = export_run(trained(folder, name, "td_lora"), ["td-lora"])
     assert row["verified"]
-    (row,) = export_run(folder / "run-none", ["pipeline"])
+    (row,) = export_run(trained(folder, name, "none"), ["pipeline"])
     assert row["verified"]
     if name != "flux":
         with pytest.raises(ValueError, match="diffusers loads no LoRA into a"):
@@ -113,17 +117,12 @@ def test_two_ranks_train_as_one(worlds: Path) -> None:
         text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    compared = 0
     for name, adapter in product(FAMILIES, ADAPTERS):
-        one, two = (worlds / name / f"{run}-{adapter}" / "metrics.jsonl" for run in ("run", "two"))
-        if not one.is_file():
-            continue  # the tests above were not asked for
+        one = trained(worlds / name, name, adapter) / "metrics.jsonl"
+        two = worlds / name / f"two-{adapter}" / "metrics.jsonl"
         for ours, theirs in zip(read_metrics(two), read_metrics(one), strict=True):
             for key in ("loss", "ratio", "mse_eval", "ratio_eval"):
                 assert ours.get(key) == pytest.approx(theirs.get(key), abs=1e-5), (name, adapter, key)
-        compared += 1
-    if not compared:
-        pytest.skip("no run on one process to compare with")
 
 
 def test_samplers_belong_to_families(worlds: Path) -> None:

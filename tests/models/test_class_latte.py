@@ -62,10 +62,10 @@ def tiny_dynamic(static: dict[str, Any] | None = None, **config: Any) -> DyClass
 
 
 def inputs(
-    timesteps: list[int], images: int = 0, clip: int = FRAMES, own: bool = False, labels: bool = True
+    timesteps: list[int], images: int = 0, clip: int = FRAMES, own: bool = False, labels: bool = True, seed: int = 1
 ) -> dict[str, Any]:
     """Keyword arguments of a forward, one sample per timestep; ``own``: the pictures have labels of their own."""
-    g, n = torch.Generator().manual_seed(1), len(timesteps)
+    g, n = torch.Generator().manual_seed(seed), len(timesteps)
     x: dict[str, Any] = {
         "hidden_states": torch.randn(n, 3, clip + images, 2 * ROWS, 2 * COLS, generator=g),
         "timestep": torch.tensor(timesteps),

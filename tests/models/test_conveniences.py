@@ -33,6 +33,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.models import test_class_latte as class_latte
 from tests.models import test_latte as latte
 from tests.models import test_pixart as pixart
 from tests.models import tiny, tiny_dit
@@ -69,6 +70,7 @@ FAMILIES = [
     Family("flux", tiny.tiny_dynamic, tiny.inputs, "attn", 1),
     Family("dit", tiny_dit.tiny_dynamic, tiny_dit.inputs, "attn1", 1000),
     Family("latte", latte.tiny_dynamic, latte.inputs, "attn1", 1000),
+    Family("latte of classes", class_latte.tiny_dynamic, class_latte.inputs, "attn1", 1000),
     Family("pixart", pixart.tiny_dynamic, pixart.inputs, "attn1", 1000),
 ]
 STEPS = (0.9, 0.5, 0.2)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.masks import GateNoise
 from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
 from dydit_scale.models.convert import LAYOUTS, to_diffusers, to_original
@@ -421,3 +422,45 @@ def test_routers_in_fp32_under_bf16_weights_go_back(tmp_path: Path) -> None:
     _, back = to_original(mixed, model.config, "x")
     assert back["x_embedder.weight"].dtype == torch.bfloat16
     assert back["transformer_blocks.0.token_selection.norm.weight"].dtype == torch.float32
+
+
+def written(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_what_the_original_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
+    static = convert_of(original_dit(), tmp_path)
+    cases = [
+        (DyDiTTransformer2DModel.from_static(static, rank=False), {}, None),
+        (DyDiTTransformer2DModel.from_static(static, DynamicConfig(heads=False)), {}, "dynamic.heads True, not False"),
+        (DyDiTTransformer2DModel.from_static(static), {"time_freq_shift": 1.0}, "time_freq_shift 0.0, not 1.0"),
+    ]
+    for n, (model, changes, message) in enumerate(cases):
+        folder = written(model, tmp_path / f"model{n}")
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        if message is None:
+            assert convert(folder, tmp_path / f"back{n}.pt", to="original").layout.title == "DyDiT"
+            continue
+        with pytest.raises(ValueError, match=f"no original layout holds this DyDiTTransformer2DModel: .*{message}"):
+            convert(folder, tmp_path / f"back{n}.pt", to="original")
+        assert not (tmp_path / f"back{n}.pt").exists()
+
+
+def convert_of(state: dict[str, Tensor], folder: Path) -> DiTTransformer2DModel:
+    """The static model of an original file, loaded."""
+    save_file(state, folder / "original.safetensors")
+    convert(folder / "original.safetensors", folder / "static")
+    return DiTTransformer2DModel.from_pretrained(folder / "static")
+
+
+def test_routers_of_width_are_not_dropped_on_the_way_to_dyflux(tmp_path: Path) -> None:
+    save_file(original_dyflux(), tmp_path / "original.safetensors")
+    convert(tmp_path / "original.safetensors", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    static = DyFluxTransformer2DModel.from_pretrained(tmp_path / "model").to_static()
+    wide = DynamicConfig(**{**config["dynamic"], "heads": True, "mlp": True})
+    folder = written(DyFluxTransformer2DModel.from_static(static, wide), tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"DyFLUX has dynamic\.heads False, not True"):
+        convert(folder, tmp_path / "back.pt", to="original")

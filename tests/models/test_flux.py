@@ -51,6 +51,25 @@ def test_all_gates_open_is_the_static_model_bit_for_bit(config: dict) -> None:
     assert not torch.equal(model(**x).sample, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_open_gates_train_like_the_static_model(dtype: torch.dtype, checkpointing: bool) -> None:
+    static, model = tiny_flux().to(dtype).train(), scramble(tiny_dynamic()).to(dtype).train()
+    x = {k: v.to(dtype) if k != "timestep" and v.is_floating_point() else v for k, v in inputs([0.1, 0.95]).items()}
+    if checkpointing:
+        static.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()
+    expected, sample = static(**x).sample, model(**x, gates="open").sample
+    assert torch.equal(sample, expected)
+    expected.float().square().mean().backward()
+    sample.float().square().mean().backward()
+    ours = dict(model.named_parameters())
+    for name, parameter in static.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any()
+        tolerance = {"atol": 1e-6, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 0.05}
+        torch.testing.assert_close(ours[name].grad, parameter.grad, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("config", KINDS + PARTS, ids=str)
 @torch.no_grad()
 def test_packed_equals_masked_for_mixed_batches_too(config: dict) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from torch import Tensor
 import dydit_scale as dy
 from dydit_scale.diffusion.flow import sample_noise
 from dydit_scale.models.dit import DyDiTTransformer2DModel
+from dydit_scale.models.family import SampleConfig
+from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
 from dydit_scale.models.pipelines import ClassPipeline, DyDiTPipeline, SiTPipeline, dit_scheduler, guided
 from dydit_scale.models.sit_scheduler import SAMPLERS, SDE_LAST_STEP, SiTScheduler
+from dydit_scale.sampling.generate import generate
 from tests.models.tiny import scramble
 from tests.models.tiny_dit import CLASSES, SIDE, tiny_dit, tiny_dynamic
 
@@ -401,3 +405,17 @@ def test_training_mode_and_unknown_names_are_refused() -> None:
     assert pipe.get_label_ids("goldfish") == [1]
     with pytest.raises(ValueError, match="no class is called 'goldfsh'; did you mean 'goldfish'"):
         pipe.get_label_ids(["goldfsh"])
+
+
+def test_a_published_dit_pipeline_is_a_base(tmp_path: Path) -> None:
+    DiTPipeline(tiny_dit(**DIT), tiny_vae(), DDIMScheduler(**DDIM)).save_pretrained(tmp_path / "base")
+    index = tmp_path / "base" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": NAMES}))  # as on the hub
+    base = str(tmp_path / "base")
+    family = family_of_base(base)
+    assert family.name == "dit"
+    pipe = load_pipeline(base, family)
+    pipe.register_modules(transformer=load_transformer(base, family).eval())
+    assert type(pipe) is DyDiTPipeline and pipe.labels["goldfish"] == 1
+    ours = generate(pipe, ["goldfish"], SampleConfig(steps=2, side=2 * SIDE, cfg=2.0))
+    assert ours.shape == (1, 2 * SIDE, 2 * SIDE, 3) and ours.std() > 0

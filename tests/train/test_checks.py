@@ -64,3 +64,11 @@ def test_a_class_beyond_the_last_is_named_unless_its_sample_is_bad(worlds: Path)
     with pytest.raises(ValueError, match=r"sample '.*' has class 48, .* the classes 0 to 47 \(2 samples in all\)"):
         check_data(recipe, wrong)
     check_data(recipe, replace(wrong, bad={3: "broken", 5: "broken"}))
+
+
+def test_samples_without_a_class_among_others_are_named(worlds: Path) -> None:
+    recipe, index = _parts(worlds, "dit")
+    labels = np.array(index.labels)
+    labels[2] = -1
+    with pytest.raises(ValueError, match=r"sample '.*' has no class while others do \(1 samples"):
+        check_data(recipe, replace(index, labels=labels))

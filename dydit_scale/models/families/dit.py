@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +32,7 @@ from dydit_scale.models.family import (
 )
 from dydit_scale.models.pipelines import DyDiTPipeline, SiTPipeline, dit_scheduler
 from dydit_scale.models.sit_scheduler import SAMPLERS, SiTScheduler
+from dydit_scale.models.small import small_class_pipeline
 
 
 def class_labels(pipeline: Any, prompts: Prompts, classes: int) -> Int64[Tensor, " batch"]:
@@ -58,12 +59,18 @@ def class_labels(pipeline: Any, prompts: Prompts, classes: int) -> Int64[Tensor,
 class DiTFamily(Family):
     """DyDiTPipeline. The static model, too, is trained in our class, which has one embedder instead of one a block."""
 
+    name = "dit"
     pipeline_class = DyDiTPipeline
+    also_reads: ClassVar[tuple[str, ...]] = ("DiTPipeline",)
     static_class = DiTTransformer2DModel
     dynamic_class = DyDiTTransformer2DModel
     objective: ClassVar[ObjectiveKind] = "ddpm"
     reads_text = False
     samplers = ("ddpm", "ddim", "dpm++")
+
+    def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> DiffusionPipeline:
+        """Of the family's own name."""
+        return small_class_pipeline(words, kind=self.name, seed=seed)
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols]."""
@@ -115,9 +122,10 @@ class DiTFamily(Family):
         """``parts``: an autoencoder (AutoencoderKL), or a pipeline that has one."""
         try:
             AutoencoderKL.load_config(parts, subfolder="vae")
-            vae = AutoencoderKL.from_pretrained(parts, subfolder="vae")
+            subfolder = "vae"
         except OSError:
-            vae = AutoencoderKL.from_pretrained(parts)
+            subfolder = None
+        vae = AutoencoderKL.from_pretrained(parts, subfolder=subfolder, dtype=transformer.dtype)
         pipeline_class: Any = self.pipeline_class
         return pipeline_class(transformer, vae, self._scheduler(transformer.config, self.samplers[0]))
 
@@ -143,7 +151,9 @@ class DiTFamily(Family):
 class SiTFamily(DiTFamily):
     """SiTPipeline: DiT's network, from noise at t = 0 to the picture at 1."""
 
+    name = "sit"
     pipeline_class = SiTPipeline
+    also_reads = ()
     objective = "flow_data_last"
     samplers = SAMPLERS
 

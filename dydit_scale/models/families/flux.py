@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,15 +15,21 @@ from torch import Tensor
 from dydit_scale.models.encoders import image_ids, pack_latents
 from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, to_uint8
 from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.small import small_flux_pipeline
 
 
 class FluxFamily(Family):
     """FluxPipeline; prompts go through CLIP and T5, latents are packed two by two."""
 
+    name = "flux"
     pipeline_class = FluxPipeline
     static_class = FluxTransformer2DModel
     dynamic_class = DyFluxTransformer2DModel
     guidance_layout = "in_turn"
+
+    def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> FluxPipeline:
+        """Six blocks of width 96."""
+        return small_flux_pipeline(words, seed=seed)
 
     def latent_shape(self, pipeline: FluxPipeline, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols] of the autoencoder."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import LattePipeline, LatteTransformer3DModel, ModelMixin
+from diffusers import DiffusionPipeline, LattePipeline, LatteTransformer3DModel, ModelMixin
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from dydit_scale.models.family import (
 )
 from dydit_scale.models.latte import DyLatteTransformer3DModel
 from dydit_scale.models.pipelines import ClassLattePipeline
+from dydit_scale.models.small import small_class_latte_pipeline, small_latte_pipeline
 
 LATTE_TEXT_TOKENS = 120
 """Length to which LattePipeline pads prompts, whatever the recipe says."""
@@ -43,10 +44,16 @@ def _frames(pipeline: Any, size: SampleSize) -> int:
 class ClassLatteFamily(DiTFamily):
     """ClassLattePipeline; prompts are classes, and anything at all for a model without them."""
 
+    name = "latte-classes"
     pipeline_class = ClassLattePipeline
+    also_reads = ()
     static_class = ClassLatteTransformer3DModel
     dynamic_class = DyClassLatteTransformer3DModel
     makes_videos = True
+
+    def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> DiffusionPipeline:
+        """Clips of eight frames."""
+        return small_class_latte_pipeline(words, seed=seed)
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, frames and pictures, rows, cols]."""
@@ -100,12 +107,17 @@ class ClassLatteFamily(DiTFamily):
 class LatteFamily(Family):
     """LattePipeline; the prompt goes through T5."""
 
+    name = "latte"
     pipeline_class = LattePipeline
     static_class = LatteTransformer3DModel
     dynamic_class = DyLatteTransformer3DModel
     makes_videos = True
     objective = "ddpm"
     guidance_layout = "prompts_last"
+
+    def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> DiffusionPipeline:
+        """Clips of eight frames."""
+        return small_latte_pipeline(words, seed=seed)
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, frames and pictures, rows, cols]."""

@@ -283,11 +283,16 @@ def _text_bias(mask: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "batch 
 class PixArtSigmaFamily(Family):
     """PixArtSigmaPipeline; the prompt goes through T5 and comes with its mask."""
 
+    name = "pixart"
     pipeline_class = PixArtSigmaPipeline
     static_class = PixArtTransformer2DModel
     dynamic_class = DyPixArtTransformer2DModel
     objective: ClassVar = "ddpm"
     guidance_layout: ClassVar = "prompts_last"
+
+    def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> PixArtSigmaPipeline:
+        """Four blocks of width 64."""
+        return small_pixart_pipeline(words, seed=seed)
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols] of the autoencoder."""

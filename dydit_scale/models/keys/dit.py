@@ -55,8 +55,7 @@ def dit_config(tensors: Tensors, heads: int | None) -> Config:
         "num_embeds_ada_norm": classes(tensors),
         "activation_fn": "gelu-approximate",
         "norm_type": "ada_norm_zero",
-        "norm_eps": 1e-6,
-        "time_freq_shift": 0.0,
+        **ORIGINAL,
     }
 
 
@@ -107,6 +106,10 @@ def network_rules(config: Config) -> list[Rule]:
     return rules
 
 
+ORIGINAL: Config = {"norm_eps": 1e-6, "time_freq_shift": 0.0}
+"""Settings that the original's weights were trained with, and its loaders take for granted."""
+EMBEDDER = "time_class_embed"
+"""Of our class: timestep and class are embedded once."""
 DIT = Layout(
     title="DiT or SiT (facebookresearch)",
     target="DiTTransformer2DModel",
@@ -115,3 +118,11 @@ DIT = Layout(
     note="diffusers' static class embeds timesteps with a frequency shift of 1, the original with 0, so its output is "
     "not the original's; DiT and SiT have the same names, and the file does not say for which objective it was trained",
 )
+DIT_COMPLETE = Layout(
+    title=DIT.title,
+    target="DyDiTTransformer2DModel",
+    config=dit_config,
+    rules=lambda config: timestep_rules([EMBEDDER]) + class_rules([EMBEDDER]) + network_rules(config),
+    settings={**ORIGINAL, "dynamic.heads": False, "dynamic.mlp": False, "dynamic.tokens": False},
+)
+"""The same file as our class with nothing dynamic in it, the form in which DiT and SiT are trained."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.models.keys.dit import class_rules, dit_config, network_rules, timestep_rules
+from dydit_scale.models.keys.dit import EMBEDDER, ORIGINAL, class_rules, dit_config, network_rules, timestep_rules
 from dydit_scale.models.keys.layout import Config, Layout, Tensors, shape
 from dydit_scale.models.keys.rules import Rule, Stack, rename
 from dydit_scale.models.keys.units import contiguous_units
 
-_EMBEDDER = "time_class_embed"
 _WIDTHS = {"attn_rate": "heads", "mlp_rate": "groups"}
 
 
@@ -39,7 +38,7 @@ def dydit_rules(config: Config) -> list[Rule]:
     """DiT's rules, then the routers and unit tables."""
     layers, heads = range(config["num_layers"]), config["num_attention_heads"]
     channels = 4 * heads * config["attention_head_dim"]
-    rules = timestep_rules([_EMBEDDER]) + class_rules([_EMBEDDER]) + network_rules(config)
+    rules = timestep_rules([EMBEDDER]) + class_rules([EMBEDDER]) + network_rules(config)
     for original, ours in _WIDTHS.items():
         for s in ("weight", "bias"):
             rules.append(Stack(tuple(f"blocks.{i}.{original}.router.{s}" for i in layers), (f"dy_width.{ours}.{s}",)))
@@ -56,4 +55,11 @@ DYDIT = Layout(
     target="DyDiTTransformer2DModel",
     config=dydit_config,
     rules=dydit_rules,
+    settings={
+        **ORIGINAL,
+        "dynamic.heads": True,
+        "dynamic.mlp": True,
+        "dynamic.tokens": True,
+        "dynamic.token_router": "dit",
+    },
 )

@@ -6,6 +6,7 @@ A skipped image token of a single block misses the whole output, and the router'
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.keys.flux import checked_heads, flux_rules, rope_axes
@@ -13,6 +14,13 @@ from dydit_scale.models.keys.layout import Config, Layout, Tensors, depth, shape
 from dydit_scale.models.keys.rules import Rule, rename
 from dydit_scale.models.keys.units import contiguous_units
 
+_DYNAMIC: dict[str, Any] = {
+    "heads": False,
+    "mlp": False,
+    "token_router": "flux",
+    "token_bottleneck": 0,
+    "single_bypass": "attn_out+mlp",
+}
 _TABLES = {
     "transformer_blocks": ("dy_channel_unit", "dy_context_channel_unit"),
     "single_transformer_blocks": ("dy_channel_unit",),
@@ -23,15 +31,7 @@ def dyflux_config(tensors: Tensors, heads: int | None) -> Config:
     """``config.json`` of a DyFluxTransformer2DModel, from shapes."""
     dim, channels = shape(tensors, "x_embedder.weight", 2)
     (head_dim,) = shape(tensors, "transformer_blocks.0.attn.norm_q.weight", 1)
-    dynamic = DynamicConfig(
-        heads=False,
-        mlp=False,
-        token_router="flux",
-        token_bottleneck=0,
-        single_bypass="attn_out+mlp",
-        token_bias=5.0,
-        temperature=5.0,
-    )
+    dynamic = DynamicConfig(**_DYNAMIC, token_bias=5.0, temperature=5.0)
     return {
         "_class_name": "DyFluxTransformer2DModel",
         "patch_size": 1,
@@ -68,5 +68,6 @@ DYFLUX = Layout(
     target="DyFluxTransformer2DModel",
     config=dyflux_config,
     rules=dyflux_rules,
+    settings={f"dynamic.{name}": value for name, value in _DYNAMIC.items()} | {"dynamic.tokens": True},
     wrapper="module",
 )

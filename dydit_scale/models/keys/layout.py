@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,8 @@ class Layout:
     """``config.json`` from the shapes of an original file, and the number of heads if the user gives it."""
     rules: Callable[[Config], list[Rule]]
     """All rules of a model with this ``config.json``."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What a model's ``config.json`` must say (``dynamic.heads``: in its ``dynamic``) for this layout to hold it."""
     wrapper: str | None = None
     """Key under which the original's ``.pt`` files hold the weights."""
     note: str = ""
