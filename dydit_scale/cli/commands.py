@@ -66,7 +66,7 @@ def _run_index(args: argparse.Namespace) -> None:
 
 def _base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder for the pipeline")
-    parser.add_argument("--family", default="flux", help="flux, dit, sit, latte, latte-classes, pixart (default: flux)")
+    parser.add_argument("--family", default="flux", help="flux (default), dit, latte, ...; a wrong name lists them all")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_run_base)
 

@@ -2,6 +2,11 @@
 
     dydit data shapes out/shapes --samples 100000
     python recipes/shapes/make_base.py recipes/shapes/base.yaml OUT
+    python recipes/shapes/make_base.py recipes/shapes/base.yaml BASE model.base=OUT model.from_scratch=false seed=1 \\
+        flow.std=1.6 train.steps=6000 train.warmup_steps=100
+
+The second command goes on from the first one's weights, on noise levels as a sampler visits them. After it the score
+over 256 prompts is 0.67, at ten steps with guidance 2.
 
 Model, data, noise levels and sizes are those of the recipe, through the objective of every other run. Only the
 optimiser differs: Muon on the matrices of the blocks and AdamW on the rest learn in about half the steps what AdamW
@@ -84,7 +89,8 @@ def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: floa
     settings, device = recipe.train, torch.device("cpu")
     pipeline = build_parts(recipe).pipeline
     network = pipeline.transformer
-    zero_gates(network)
+    if recipe.model.from_scratch:
+        zero_gates(network)
     params = dict(network.named_parameters())
     matrices = {n: p for n, p in params.items() if "blocks." in n and p.ndim == 2}
     muon = Muon(matrices.values())
