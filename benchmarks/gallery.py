@@ -1,12 +1,12 @@
 """Every family on the built-in data: a small static model is trained, then adapted to half its compute, and both draw.
 
-    python benchmarks/gallery.py OUT                            # all families, about half an hour on 2 CPU cores
+    python benchmarks/gallery.py OUT                            # all families, about an hour on 2 CPU cores
     python benchmarks/gallery.py OUT --families dit latte
 
-Each step is a command of the README, on the debug recipe of the family: a base with random weights, the static model
-trained, its export as a pipeline, the adaptation under the deepspeed launcher (ZeRO-2, two processes), and the judge of
-the built-in data. Pictures go to docs/gallery, the dynamic model's below the static one's; figures to
-benchmarks/results/gallery.json. FLUX is left to ``dydit demo``.
+On the debug recipe of each family: a base with random weights, trained as the demo's was (recipes/shapes/make_base.py),
+the adaptation under the deepspeed launcher (ZeRO-2, two processes), and the judge of the built-in data. Pictures go to
+docs/gallery, the dynamic model's below the static one's; figures to benchmarks/results/gallery.json. FLUX is left to
+``dydit demo``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,16 +35,17 @@ from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline
 ROOT = Path(__file__).parents[1]
 CLASSES, CLIPS = ["--classes"], ["--video", "--frames", "8"]
 FAMILIES: dict[str, tuple[str, list[str], int]] = {
-    "dit": ("dit/debug", CLASSES, 1500),
-    "sit": ("sit/debug", CLASSES, 1500),
-    "latte-classes": ("latte/debug_classes", [*CLASSES, *CLIPS], 600),
-    "latte": ("latte/debug_t2v", CLIPS, 600),
-    "pixart": ("pixart/debug", [], 1500),
+    "dit": ("dit/debug", CLASSES, 2500),
+    "sit": ("sit/debug", CLASSES, 2500),
+    "pixart": ("pixart/debug", [], 2500),
+    "latte-classes": ("latte/debug_classes", [*CLASSES, *CLIPS], 500),
+    "latte": ("latte/debug_t2v", CLIPS, 500),
 }
 """Recipe, options of the data, and steps of the static model."""
 ADAPT = 200
-STEPS, CFG, PROMPTS, SHOWN, SCALE, FPS = 20, 3.0, 48, 8, 3, 6
-STATIC = ["dynamic=null", "cost.target=1", "supervision.kind=none", "train.lr=2e-3", "train.warmup_steps=100"]
+STEPS, CFG, PROMPTS, SHOWN, SCALE, FPS = 25, 2.0, 48, 8, 3, 6
+STATIC = ["model.from_scratch=true", "dynamic=null", "cost.target=1", "engine.name=single", "train.ema=0.995"]
+STATIC += ["train.lr=2e-3", "train.warmup_steps=100"]
 
 
 def main() -> None:
@@ -67,24 +69,19 @@ def main() -> None:
 def adapt(name: str, out: Path, *, quick: bool) -> Path:
     """Train the static model, then make it dynamic; returns the run."""
     recipe, options, steps = FAMILIES[name]
-    file, shards, base, static, run = (
-        f"recipes/{recipe}.yaml",
-        *(out / n for n in ("shards", "base", "static", "run")),
-    )
+    file, video = f"recipes/{recipe}.yaml", "--video" in options
+    shards, untrained, base, run = (out / n for n in ("shards", "untrained", "base", "run"))
     if out.exists():
         raise SystemExit(f"{out} exists already; choose another OUT, or remove it first")
-    samples = ["--samples", "64"] if quick else ["--samples", "8192" if "--video" in options else "32768"]
+    samples = ["--samples", "64"] if quick else ["--samples", "8192" if video else "32768"]
     call("dydit", "data", "shapes", shards, *options, *samples)
-    call("dydit", "base", base, "--family", name)
+    call("dydit", "base", untrained, "--family", name)
     steps, adapt_steps = (4, 4) if quick else (steps, ADAPT)
     data = [f"data.path={shards}", "train.sample_every=0", *(["train.evaluate_samples=4"] if quick else [])]
-    train = ("deepspeed", "--num_gpus", "2", "--module", "dydit_scale.train", file, *data)
-    call(*train, *STATIC, f"model.base={base}", f"run={static}",
-         f"train.steps={steps}", "train.batch_size=32", f"train.evaluate_every={steps}", f"train.save_every={steps}",
-         "train.ema=0.995")  # fmt: skip
-    call("dydit", "export", static, "--format", "pipeline")
-    call(*train, f"run={run}",
-         f"model.base={static / 'export' / 'pipeline'}", "supervision.kind=distill", "train.ema=0.98",
+    call("python", "recipes/shapes/make_base.py", file, base, *data, *STATIC, f"model.base={untrained}",
+         f"train.steps={steps}", f"train.batch_size={16 if video else 32}")  # fmt: skip
+    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "dydit_scale.train")
+    call(*launcher, file, *data, f"run={run}", f"model.base={base}", "supervision.kind=distill", "train.ema=0.98",
          f"train.steps={adapt_steps}", f"train.evaluate_every={adapt_steps}", f"train.save_every={adapt_steps}",
          f"cost.ramp_steps={adapt_steps // 3}")  # fmt: skip
     return run
@@ -110,7 +107,7 @@ def show(run: Path, file: Path, *, quick: bool) -> None:
     loaded = load_run(run)
     config = sample_config(loaded, steps=STEPS, cfg=CFG)
     judge = judge_for(reads_text=family_of(loaded.pipeline).reads_text, video=config.frames > 1)
-    prompts = judge.prompts(SHOWN * 6)[::6][: 2 if quick else SHOWN]
+    prompts = judge.prompts(SHOWN * 7)[::7][: 2 if quick else SHOWN]
     static = generate(static_pipeline(loaded), prompts, config)
     loaded.network.pack(sampler_timesteps(loaded.pipeline, config))
     rows = np.concatenate([static, generate(loaded.pipeline, prompts, config)])
@@ -120,6 +117,13 @@ def show(run: Path, file: Path, *, quick: bool) -> None:
         return
     frames = [picture_grid(rows[:, i], len(prompts), SCALE) for i in range(rows.shape[1])]
     write_video(file.with_suffix(".gif"), np.stack(frames), FPS)
+
+
+def free_port() -> int:
+    """The launcher's own is taken while another run is under way."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def call(program: str, *words: str | Path) -> None:

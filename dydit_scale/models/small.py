@@ -38,10 +38,7 @@ def small_flux_pipeline(
     guidance: bool = False,
     seed: int = 0,
 ) -> FluxPipeline:
-    """Pictures in pixel space (a token is a patch of 4x4 pixels), captions of ``words`` up to 16 tokens.
-
-    ``shift_factor`` and ``scaling_factor`` standardise pictures that are mostly dark, as the built-in scenes are.
-    """
+    """Pictures in pixel space (a token is a patch of 4x4 pixels), captions of ``words`` up to 16 tokens."""
     rope = head_dim * 3 // 8 // 2 * 2  # rows and columns each; the rest is for the unused first axis
     clip, clip_tokens, t5, t5_tokens = small_text_encoders(words, seed=seed)
     with torch.random.fork_rng(devices=[]):
@@ -60,7 +57,7 @@ def small_flux_pipeline(
         )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=PixelAutoencoder(block_out_channels=(1, 1), shift_factor=-0.65, scaling_factor=2.5),
+        vae=_standardised_pixels(),
         text_encoder=clip,
         tokenizer=clip_tokens,
         text_encoder_2=t5,
@@ -91,7 +88,7 @@ def small_class_pipeline(
     )
     cls: Any = {"dit": DyDiTPipeline, "sit": SiTPipeline}[kind]
     scheduler = dit_scheduler() if kind == "dit" else SiTScheduler("euler")
-    return cls(transformer.eval(), _pixels(), scheduler, id2label=dict(enumerate(names)))
+    return cls(transformer.eval(), _standardised_pixels(), scheduler, id2label=dict(enumerate(names)))
 
 
 def small_class_latte_pipeline(
@@ -112,7 +109,9 @@ def small_class_latte_pipeline(
             video_length=frames,
         ),
     )
-    return ClassLattePipeline(transformer.eval(), _pixels(), dit_scheduler(), id2label=dict(enumerate(names)))
+    return ClassLattePipeline(
+        transformer.eval(), _standardised_pixels(), dit_scheduler(), id2label=dict(enumerate(names))
+    )
 
 
 def small_latte_pipeline(
@@ -151,7 +150,13 @@ def small_latte_pipeline(
     )
 
 
+def _standardised_pixels() -> PixelAutoencoder:
+    """Latents of mean 0 and variance 1 for pictures that are mostly dark, as the built-in scenes are."""
+    return PixelAutoencoder(block_out_channels=(1, 1), shift_factor=-0.65, scaling_factor=2.5)
+
+
 def _pixels() -> PixelAutoencoder:
+    """For diffusers' pipelines that know no shift."""
     return PixelAutoencoder(block_out_channels=(1, 1), scaling_factor=1.0)
 
 

@@ -80,8 +80,9 @@ def zero_gates(network: nn.Module) -> None:
         if isinstance(module, nn.Linear) and name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.zeros_(network.proj_out.weight)
-    nn.init.zeros_(network.proj_out.bias)
+    last = getattr(network, "proj_out", None) or network.proj_out_2  # DiT's and Latte's name
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
 
 
 def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: float = 0.4) -> None:
@@ -127,7 +128,7 @@ def save(recipe: Recipe, network: ModelMixin, average: dict[str, Tensor], out: P
     """Write the recipe's pipeline folder to ``out``, with the averaged weights in its transformer."""
     shutil.copytree(recipe.model.base, out, dirs_exist_ok=True)
     averaged = copy.deepcopy(network).half()
-    averaged.load_state_dict(average)
+    averaged.load_state_dict(average, strict=False)  # all but buffers
     averaged.save_pretrained(out / "transformer")
 
 
