@@ -107,7 +107,7 @@ def show(run: Path, file: Path, *, quick: bool) -> None:
     loaded = load_run(run)
     config = sample_config(loaded, steps=STEPS, cfg=CFG)
     judge = judge_for(reads_text=family_of(loaded.pipeline).reads_text, video=config.frames > 1)
-    prompts = judge.prompts(SHOWN * 7)[::7][: 2 if quick else SHOWN]
+    prompts = judge.prompts(SHOWN * 5)[::5][: 2 if quick else SHOWN]
     static = generate(static_pipeline(loaded), prompts, config)
     loaded.network.pack(sampler_timesteps(loaded.pipeline, config))
     rows = np.concatenate([static, generate(loaded.pipeline, prompts, config)])

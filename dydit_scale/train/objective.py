@@ -109,8 +109,8 @@ class Objective:
         """Noise levels for the given places in the global batch of a step."""
         return self.process.training_levels(stratified_uniform(self.recipe.seed, step, places))
 
-    def gate_noise(self, positions: Tensor, step: int) -> GateNoise:
-        """Noise of the gates: a function of (seed, position), fading with the steps where the recipe says so."""
+    def gate_noise(self, positions: Tensor) -> GateNoise:
+        """Noise of the gates, a function of (seed, position)."""
         blocks = len(self.network.dynamic_blocks())
         heads = self.network.config["num_attention_heads"]
         tokens = self.family.image_tokens(self.pipeline, self.size)
@@ -119,9 +119,7 @@ class Objective:
         for position in positions.tolist():
             generator = keyed_generator(self.recipe.seed, "gates", position)
             rows.append([logistic_noise(torch.rand(shape, generator=generator)) for shape in shapes])
-        fading = self.recipe.train.gate_noise_steps
-        scale = 1.0 if fading is None else max(0.0, 1 - step / fading)
-        return GateNoise(*(scale * torch.stack(kind, dim=1).to(self.device) for kind in zip(*rows, strict=True)))
+        return GateNoise(*(torch.stack(kind, dim=1).to(self.device) for kind in zip(*rows, strict=True)))
 
     def terms(self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int) -> Terms:
         """The losses of a training batch."""
@@ -129,7 +127,7 @@ class Objective:
             flow = self._loss(self._forward(module, inputs), inputs)
             return Terms(flow, torch.zeros_like(flow), torch.ones_like(flow))
         copies = len(inputs.level) // len(positions)  # two where the batch follows again without prompts
-        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions, step)))
+        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions)))
         sample, masks = self.forward_dynamic(module, inputs, noise)
         flow, ratio = self._loss(sample, inputs), self.ratio(inputs, masks)
         return Terms(

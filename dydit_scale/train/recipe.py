@@ -151,9 +151,6 @@ class TrainConfig:
     """Learning rate at the end of the cosine, as a share of the peak."""
     ema: float | None = 0.999
     """Decay of the averaged weights, which are the ones evaluated and exported; null for none."""
-    gate_noise_steps: int | None = None
-    """Steps over which the gates' random noise fades away. After them a gate decides in training as it does in
-    sampling, and the weights settle on the sub-networks that are sampled; null keeps it whole, as the papers do."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass."""
     evaluate_every: int = 50
@@ -181,10 +178,6 @@ class TrainConfig:
             raise ValueError(f"train.betas: expected two numbers in [0, 1); got {list(self.betas)}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: expected a decay in [0, 1), or null for none; got {self.ema}")
-        if self.gate_noise_steps is not None and self.gate_noise_steps < 1:
-            raise ValueError(
-                f"train.gate_noise_steps: expected 1 or more, or null for noise to the end; got {self.gate_noise_steps}"
-            )
         if self.sample_cfg < 1:
             raise ValueError(f"train.sample_cfg: expected 1 (off) or more; got {self.sample_cfg}")
         if self.lr <= 0 or (self.router_lr is not None and self.router_lr <= 0):

@@ -21,7 +21,7 @@ from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run
 
-PROMPTS, STEPS, CFG = 256, 10, 2.0
+PROMPTS, STEPS, CFG = 256, 10, 3.0
 SAMPLES = {"demo": 4096, "long": 8192}
 """Scenes to train on."""
 RATIO_TOLERANCE = 0.03

@@ -5,6 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dydit_scale.diffusion.flow import interpolate, per_sample_mse, sample_noise, velocity
+from dydit_scale.diffusion.process import FlowProcess
 from dydit_scale.diffusion.randomness import keyed_generator, keyed_seed
 from dydit_scale.diffusion.timesteps import logit_normal, stratified_uniform
 
@@ -41,6 +42,15 @@ def test_logit_normal_has_its_quantiles_and_shift() -> None:
     u = torch.tensor([0.158655, 0.5, 0.841345])
     torch.testing.assert_close(logit_normal(u), torch.sigmoid(torch.tensor([-1.0, 0.0, 1.0])), atol=1e-5, rtol=0)
     assert float(logit_normal(u, shift=3.0)[1]) == pytest.approx(0.75)
+
+
+def test_uniform_levels_are_those_that_a_sampler_visits() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2])
+    u = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
+    levels = FlowProcess(density="uniform", shift=3.0).training_levels(u)
+    torch.testing.assert_close(levels, scheduler.sigmas[:-1], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(FlowProcess(shift=3.0).training_levels(u[1:]), levels[1:], atol=0.01)
 
 
 def test_the_path_is_diffusers_own() -> None:

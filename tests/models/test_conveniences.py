@@ -70,7 +70,7 @@ FAMILIES = [
     Family("flux", tiny.tiny_dynamic, tiny.inputs, "attn", 1),
     Family("dit", tiny_dit.tiny_dynamic, tiny_dit.inputs, "attn1", 1000),
     Family("latte", latte.tiny_dynamic, latte.inputs, "attn1", 1000),
-    Family("latte of classes", class_latte.tiny_dynamic, class_latte.inputs, "attn1", 1000),
+    Family("latte-classes", class_latte.tiny_dynamic, class_latte.inputs, "attn1", 1000),
     Family("pixart", pixart.tiny_dynamic, pixart.inputs, "attn1", 1000),
 ]
 STEPS = (0.9, 0.5, 0.2)

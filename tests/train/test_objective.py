@@ -1,8 +1,7 @@
-"""The second target, a teacher under classifier-free guidance; and the noise of the gates."""
+"""The second target: a teacher under classifier-free guidance."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ def test_the_dynamic_model_imitates_the_guided_teacher(objective: Objective) -> 
     network, teacher = objective.network.train(), objective.teacher
     assert teacher is not None
     terms = objective.terms(network, both, batch.positions, 0)
-    noise = objective.gate_noise(batch.positions, 0)
+    noise = objective.gate_noise(batch.positions)
     guided, flow, ratio = [], [], []
     for captions in (batch.captions, ("",) * 4):
         inputs = objective.prepare(batch._replace(captions=captions), level, 0)
@@ -76,31 +75,9 @@ def test_the_dynamic_model_imitates_the_guided_teacher(objective: Objective) -> 
     assert terms.supervision.min() > 1e-3
 
 
-def test_gates_become_those_of_sampling_as_their_noise_fades(objective: Objective) -> None:
-    positions = torch.arange(4)
-    whole = [objective.gate_noise(positions, step) for step in (0, 9)]
-    objective.recipe = replace(objective.recipe, train=replace(objective.recipe.train, gate_noise_steps=8))
-    faded = [objective.gate_noise(positions, step) for step in (0, 6, 8, 9)]
-    for kind in range(3):
-        assert torch.equal(whole[0][kind], whole[1][kind]) and whole[0][kind].std() > 1
-        for noise, share in zip(faded, (1, 0.25, 0, 0), strict=True):
-            torch.testing.assert_close(noise[kind], share * whole[0][kind])
-    inputs = objective.prepare(first_batch(objective), torch.tensor([0.2, 0.4, 0.6, 0.8]), 0)
-    with torch.no_grad():
-        settled, masks = objective.forward_dynamic(objective.network, inputs, faded[2])
-        sampled, at_inference = objective.forward_dynamic(objective.network.eval(), inputs, "threshold")
-    assert all(torch.equal(a, b) for a, b in zip(masks, at_inference, strict=True))
-    torch.testing.assert_close(settled, sampled)
-
-
 @pytest.mark.parametrize(
     "options", [["supervision.guidance=0.5"], ["supervision.kind=complete", "supervision.guidance=2"]]
 )
 def test_guidance_without_a_teacher_is_refused(recipe_file: Path, options: list[str]) -> None:
     with pytest.raises(ValueError, match=r"supervision\.guidance: expected 1 \(off\), or more with"):
         load_recipe(recipe_file, options)
-
-
-def test_noise_that_fades_before_the_first_step_is_refused(recipe_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"train\.gate_noise_steps: expected 1 or more, or null .*; got 0"):
-        load_recipe(recipe_file, ["train.gate_noise_steps=0"])
