@@ -19,7 +19,7 @@ from dydit_scale.evaluation.shapes_reader import Found, read_scene
 
 __all__ = ["Found", "Scores", "Verdict", "judge", "read_scene", "score"]
 
-SIZE_TOLERANCE = 0.05
+SIZE_TOLERANCE = 0.04
 """Share of the side by which a named size may be missed; with it small and large meet halfway."""
 MIN_OFFSET = 0.1
 """Share of the side by which two objects must lie apart in the stated direction (the data keeps 0.2)."""

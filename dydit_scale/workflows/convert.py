@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dydit_scale.adapters.tensor_file import check_tensors, read_tensors, write_tensors
-from dydit_scale.models.convert import to_diffusers, to_original
+from dydit_scale.models.convert import Converted, to_diffusers, to_original
 from dydit_scale.models.family import Family
 from dydit_scale.models.keys.layout import Layout
 from dydit_scale.models.registry import all_families
@@ -65,11 +67,11 @@ def convert(
             raise ValueError(f"--pipeline {pipeline}: say with --parts what to put around the transformer")
         state, taken = read_checkpoint(source, weights)
         converted = to_diffusers(state, str(source), heads)
-        family = _family(converted.layout.target, pipeline) if parts else None
         with _aside(out) as folder:
-            _write_model(folder, converted.tensors, converted.config)
-            if family is not None and parts is not None:
-                _complete(folder, family, parts, next(iter(converted.tensors.values())).dtype)
+            if parts:
+                _pipeline(converted, _family(converted.layout.target, pipeline), parts).save_pretrained(folder)
+            else:
+                _write_model(folder, converted.tensors, converted.config)
         return Conversion(converted.layout, len(converted.tensors), taken)
     if to != "original":
         raise ValueError(f"to: expected 'diffusers' or 'original'; got {to!r}")
@@ -179,21 +181,18 @@ def _family(model: str, pipeline: str | None) -> Family:
     return fitting[chosen]
 
 
-def _complete(folder: Path, family: Family, parts: str, dtype: torch.dtype) -> None:
-    """Make a pipeline of a model folder, with the transformer as it is trained: so DiT computes what the original
-    does."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _pipeline(converted: Converted, family: Family, parts: str) -> DiffusionPipeline:
+    """A whole pipeline, with the transformer as it is trained: so DiT computes what the original does."""
     classes: dict[str, Any] = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
-    transformer = family.trainable(classes[config["_class_name"]].from_pretrained(folder, dtype=dtype))
+    with init_empty_weights():
+        transformer = classes[converted.layout.target].from_config(converted.config)
+    transformer.load_state_dict(converted.tensors, assign=True)  # there is nothing yet to copy into
     try:
-        pipeline = family.pipeline_of(transformer, parts)
+        return family.pipeline_of(family.trainable(transformer), parts)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--parts {parts}: not what {family.pipeline_class.__name__} needs around its transformer: {error}"
         ) from error
-    pipeline.save_pretrained(folder)
-    for name in ("config.json", WEIGHTS_FILE):  # the transformer has its own folder now
-        (folder / name).unlink()
 
 
 def _write_file(out: Path, tensors: dict[str, Tensor], layout: Layout) -> None:

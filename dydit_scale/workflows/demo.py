@@ -4,11 +4,7 @@ report."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +16,7 @@ from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run
+from dydit_scale.workflows.launch import call, launch
 
 PROMPTS, STEPS, CFG = 256, 10, 3.0
 SAMPLES = {"demo": 4096, "long": 8192}
@@ -37,19 +34,16 @@ def run_demo(out: Path, recipes: Path, name: str = "demo", *, strict: bool = Fal
     began = time.monotonic()
     for recipe in (recipes / f"{name}.yaml", recipes / f"{name}_control.yaml"):
         load_recipe(recipe)  # a mistake in either is told before the first does any work
-    bin_dir = Path(sys.executable).parent
     _clear(out)
     adapted, control = recipes / f"{name}.yaml", recipes / f"{name}_control.yaml"
     runs = {name: out / "runs" / name for name in ("td_lora", "control")}
     data = [f"data.path={out / 'shards'}"]
     _step("1/6  data: captioned scenes as webdataset shards", began)
-    _call([bin_dir / "dydit", "data", "shapes", out / "shards", "--samples", str(SAMPLES[name])])
+    call("dydit", "data", "shapes", out / "shards", "--samples", str(SAMPLES[name]))
     _step("2/6  adapt the base to half its compute: TD-LoRA and routers, DeepSpeed ZeRO-2 on 2 processes", began)
-    port = ["--master_port", str(_free_port())]  # the launcher's own is taken while another run is under way
-    launcher: list[str | Path] = [bin_dir / "deepspeed", "--num_gpus", "2", *port, "--module", "dydit_scale.train"]
-    _call([*launcher, adapted, *data, f"run={runs['td_lora']}"])
+    launch(adapted, *data, f"run={runs['td_lora']}")
     _step("3/6  control: the static base fine-tuned equally long with plain LoRA of equal size", began)
-    _call([*launcher, control, *data, f"run={runs['control']}"])
+    launch(control, *data, f"run={runs['control']}")
     _step("4/6  evaluate: packed sub-networks beside base and control", began)
     result = evaluate_run(
         runs["td_lora"], control=runs["control"], prompts=PROMPTS, steps=STEPS, cfg=CFG, pairs=2, timed=32
@@ -147,20 +141,5 @@ def _table(achieved: dict[str, Any]) -> str:
     return "\n" + "\n".join(f"  {what:26}{value:>10}   {note}" for what, value, note in rows)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def _step(title: str, began: float) -> None:
     print(f"\n[{time.monotonic() - began:5.0f} s] {title}", flush=True)
-
-
-def _call(command: Sequence[str | Path]) -> None:
-    words = [str(word) for word in command]
-    print("  $ " + " ".join([Path(words[0]).name, *words[1:]]), flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    environment["PATH"] = f"{Path(words[0]).parent}{os.pathsep}{environment['PATH']}"
-    if subprocess.run(words, env=environment, check=False).returncode:
-        raise ValueError(f"the command above failed: {' '.join(words)}")

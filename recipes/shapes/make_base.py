@@ -5,9 +5,10 @@
 
 With ``model.base=OUT model.from_scratch=false`` behind it, the same command goes on from the weights of OUT.
 
-Model, data, noise levels and sizes are those of the recipe, through the objective of every other run. Only the
-optimiser differs: Muon on the matrices of the blocks and AdamW on the rest learn in about half the steps what AdamW
-alone learns here. The averaged weights are written to OUT every 1,000 steps.
+It trains small models of other families too (benchmarks/gallery.py). Model, data, noise levels and sizes are those of
+the recipe, through the objective of every other run. Only the optimiser differs: Muon on the matrices of the blocks and
+AdamW on the rest learn in about half the steps what AdamW alone learns here. The averaged weights are written to OUT
+every 1,000 steps.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -125,7 +127,9 @@ def save(recipe: Recipe, network: ModelMixin, average: dict[str, Tensor], out: P
     """Write the recipe's pipeline folder to ``out``, with the averaged weights in its transformer."""
     shutil.copytree(recipe.model.base, out, dirs_exist_ok=True)
     averaged = copy.deepcopy(network).half()
-    averaged.load_state_dict(average, strict=False)  # all but buffers
+    averaged.load_state_dict(averaged.state_dict() | average)  # without its buffers
+    # without the folder that from_pretrained noted
+    averaged._internal_dict = FrozenDict({k: v for k, v in averaged.config.items() if k != "_name_or_path"})
     averaged.save_pretrained(out / "transformer")
 
 

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dydit_scale.cli.main import main
 from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
 from dydit_scale.models.registry import make_dynamic
 from dydit_scale.sampling.generate import generate
-from tests.models.originals import original_dit
+from dydit_scale.workflows.base import write_base
+from tests.models.originals import original_dit, original_dyflux, original_flux
 
 
 def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +56,24 @@ def test_a_converted_file_becomes_a_base_that_draws(tmp_path: Path, pipeline: st
     assert back.keys() == original.keys() and all(torch.equal(back[n], original[n]) for n in original)
     dynamic = make_dynamic(transformer)
     assert type(dynamic) is type(transformer) and dynamic.is_dynamic
+
+
+@pytest.mark.parametrize("original", [original_flux, original_dyflux])
+def test_a_flux_file_gets_its_parts_too(tmp_path: Path, original: Callable[[], dict[str, Tensor]]) -> None:
+    base, file, model, out = (str(tmp_path / name) for name in ("base", "flux.safetensors", "model", "out"))
+    write_base(Path(base), "flux")
+    save_file(original(), file)
+    assert main(["convert", file, model]) == 0
+    assert main(["convert", file, out, "--parts", base]) == 0
+    assert same_weights(Path(model), Path(out, "transformer"))
+    config = Path(out, "transformer/config.json").read_text()
+    assert json.loads(config).keys() >= json.loads(Path(model, "config.json").read_text()).keys()
+    assert str(tmp_path) not in config
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from dydit_scale.data.shapes.language import (
     COLOURS,
     RELATIONS,
     SHAPES,
+    SIZES,
     Prompt,
     Subject,
     parse_caption,
@@ -105,12 +106,13 @@ def test_reading_gives_back_every_object() -> None:
 
 def is_true(prompt: Prompt, objects: tuple[Object, ...]) -> bool:
     """What the judge should find, from the objects themselves."""
+    border = (SIZES["small"][1] + SIZES["large"][0]) / 2
     wanted = [subject for subject in prompt.subjects for _ in range(subject.count)]
     return len(wanted) == len(objects) and any(
         all(
             thing.shape == subject.shape
             and subject.colour in (None, thing.colour)
-            and subject.size in (None, "large" if thing.diameter > 0.39 else "small")
+            and subject.size in (None, "large" if thing.diameter > border else "small")
             for subject, thing in zip(wanted, order, strict=True)
         )
         and (prompt.relation is None or lies(order[0], prompt.relation, order[1]))
@@ -175,8 +177,9 @@ def resized(scene: Scene, rng: np.random.RandomState) -> Scene | None:
     size = scene.prompt.subjects[0].size
     if size is None:
         return None
-    other = replace(scene.objects[0], diameter=0.47 if size == "small" else 0.31, x=0.5, y=0.5)
-    return replace(scene, objects=(other,))
+    other = "large" if size == "small" else "small"
+    thing = replace(scene.objects[0], diameter=sum(SIZES[other]) / 2, x=0.5, y=0.5)
+    return replace(scene, objects=(thing,))
 
 
 @pytest.mark.parametrize(

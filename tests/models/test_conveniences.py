@@ -38,6 +38,7 @@ from tests.models import test_latte as latte
 from tests.models import test_pixart as pixart
 from tests.models import tiny, tiny_dit
 from tests.models.tiny import scramble
+from tests.parallel.launch import Ranks
 
 
 @dataclass(frozen=True)
@@ -301,10 +302,14 @@ def test_what_cannot_work_is_refused_with_a_reason(family: Family) -> None:
         model(**x)
 
 
-def test_context_parallelism_of_flux_gets_as_far_as_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # another test may have made a group
-    with pytest.raises(RuntimeError, match=r"torch\.distributed must be available and initialized"):
-        tiny.tiny_dynamic(token_router="dit").enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+@pytest.mark.launch
+def test_context_parallel_flux_on_two_ranks_computes_what_it_computes_alone() -> None:
+    with Ranks("tests.models.context_parallel") as ranks:
+        ranks.wait()
+    model = tiny.tiny_dynamic(token_router="dit")
+    model.pack(torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="Ulysses exchanges equally many heads"):
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
 
 
 # Caches

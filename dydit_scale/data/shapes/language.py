@@ -21,7 +21,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 BACKGROUND = (28, 31, 38)
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.29, 0.34), "large": (0.44, 0.52)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.34, 0.40), "large": (0.48, 0.56)}
 """Diameter ranges as shares of the picture's side."""
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Direction (x to the right, y down) in which the first object lies, seen from the second."""
