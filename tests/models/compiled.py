@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.models.test_conveniences import FAMILIES, Family
 from tests.models.tiny import scramble
+from tests.models.tiny_families import FAMILIES, Family
 
 
 @torch.no_grad()
