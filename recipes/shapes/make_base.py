@@ -127,8 +127,8 @@ def save(recipe: Recipe, network: ModelMixin, average: dict[str, Tensor], out: P
     """Write the recipe's pipeline folder to ``out``, with the averaged weights in its transformer."""
     shutil.copytree(recipe.model.base, out, dirs_exist_ok=True)
     averaged = copy.deepcopy(network).half()
-    averaged.load_state_dict(averaged.state_dict() | average)  # without its buffers
-    # without the folder that from_pretrained noted
+    averaged.load_state_dict(averaged.state_dict() | average)  # the average holds no buffers
+    # from_pretrained notes the folder, a path of this machine
     averaged._internal_dict = FrozenDict({k: v for k, v in averaged.config.items() if k != "_name_or_path"})
     averaged.save_pretrained(out / "transformer")
 
