@@ -19,7 +19,7 @@ from dydit_scale.workflows.export import export_run
 from dydit_scale.workflows.launch import call, launch
 
 PROMPTS, STEPS, CFG = 256, 10, 3.0
-SAMPLES = {"demo": 4096, "long": 8192}
+SAMPLES = {"demo": 2048, "long": 8192}
 """Scenes to train on."""
 RATIO_TOLERANCE = 0.03
 LEAST_SHARE = {"demo": 0.85, "long": 0.97}
