@@ -5,9 +5,8 @@
 
 On the debug recipe of each family: a base with random weights, trained as the demo's was (recipes/shapes/make_base.py),
 the adaptation under the deepspeed launcher (ZeRO-2, two processes), and the judge of the built-in data. Pictures go to
-docs/gallery, the dynamic model's below the static one's; figures to benchmarks/results/gallery.json. FLUX is left to
-``dydit demo``. With 2,500 steps and 500 for clips, fewer than now, DiT showed the right colours, SiT nearly the shapes,
-and class Latte nothing.
+docs/gallery, the dynamic model's below the static one's; figures to benchmarks/results/gallery.json; docs/gallery.md
+shows both. FLUX is left to ``dydit demo``.
 """
 
 from __future__ import annotations
@@ -33,14 +32,24 @@ from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline
 
 ROOT = Path(__file__).parents[1]
 CLASSES, CLIPS = ["--classes"], ["--video", "--frames", "8"]
+TITLES = {"dit": "DiT", "sit": "SiT", "pixart": "PixArt-Sigma", "latte-classes": "Latte", "latte": "Latte, from text"}
 FAMILIES: dict[str, tuple[str, list[str], int]] = {
-    "dit": ("dit/debug", CLASSES, 6000),
-    "sit": ("sit/debug", CLASSES, 6000),
-    "pixart": ("pixart/debug", [], 6000),
-    "latte-classes": ("latte/debug_classes", [*CLASSES, *CLIPS], 4000),
-    "latte": ("latte/debug_t2v", CLIPS, 4000),
+    "dit": ("dit/debug", CLASSES, 3500),
+    "sit": ("sit/debug", CLASSES, 3500),
+    "pixart": ("pixart/debug", [], 3500),
+    "latte-classes": ("latte/debug_classes", [*CLASSES, *CLIPS], 2500),
+    "latte": ("latte/debug_t2v", CLIPS, 2500),
 }
 """Recipe, options of the data, and steps of the static model."""
+PREFACE = """# Every family, small
+
+A tiny model of each family, trained here on the built-in data and then adapted to half its compute. In every picture
+the upper row is the static model's and the lower row the dynamic one's, from the same noise. The adaptation is short,
+and so small a model has little to spare: this shows that every family goes the whole way, not what the method can do.
+Written by `benchmarks/gallery.py`, figures and pictures alike. FLUX, trained longer, is what `make demo` shows
+([its report](report.png)). A larger dynamic model saves the time that its MACs promise; at these widths overheads
+outside the matrix products take part of it ([README](../README.md#speed)).
+"""
 ADAPT = 200
 STEPS, CFG, PROMPTS, SHOWN, SCALE, FPS = 25, 2.0, 48, 8, 3, 6
 STATIC = ["model.from_scratch=true", "dynamic=null", "cost.target=1", "engine.name=single", "train.ema=0.995"]
@@ -55,8 +64,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out.resolve()
     os.chdir(ROOT)
-    pictures = args.out / "gallery" if args.quick else ROOT / "docs" / "gallery"
+    docs = args.out / "docs" if args.quick else ROOT / "docs"
     results = args.out / "gallery.json" if args.quick else ROOT / "benchmarks" / "results" / "gallery.json"
+    pictures = docs / "gallery"
     pictures.mkdir(parents=True, exist_ok=True)
     done: dict[str, Any] = json.loads(results.read_text())["families"] if results.is_file() else {}
     for name in args.families:
@@ -64,6 +74,7 @@ def main() -> None:
         done[name] = {**measure(run, quick=args.quick), **machine()}
         done[name]["shown"] = show(run, pictures / name, quick=args.quick)
         results.write_text(json.dumps({"families": done}, indent=1) + "\n")
+        (docs / "gallery.md").write_text(page(done))
         print(f"{name}: {json.dumps(done[name])}", flush=True)
 
 
@@ -121,6 +132,28 @@ def show(run: Path, file: Path, *, quick: bool) -> list[str]:
     frames = [picture_grid(rows[:, i], len(prompts), SCALE) for i in range(rows.shape[1])]
     write_video(file.with_suffix(".gif"), np.stack(frames), FPS)
     return prompts
+
+
+def page(families: dict[str, Any]) -> str:
+    """The gallery as Markdown."""
+    parts = [PREFACE]
+    for name in (n for n in FAMILIES if n in families):
+        result, (recipe, options, steps) = families[name], FAMILIES[name]
+        clip, scores = "--video" in options, result["scores"]
+        file = f"gallery/{name}.{'gif' if clip else 'png'}"
+        parts.append(
+            f"## {TITLES[name]}\n\n"
+            f"![{TITLES[name]}: static above, dynamic below]({file})\n\n"
+            f"From left to right: {', '.join(result['shown'])}.\n\n"
+            f"| | static | dynamic |\n|---|---|---|\n"
+            f"| MACs | 1 | {result['ratio_eval']:.2f} |\n"
+            f"| judge's score, {result['prompts']} {'clips' if clip else 'pictures'} "
+            f"| {scores['base']:.2f} | {scores['dynamic']:.2f} |\n"
+            f"| speed (ideal {result['ideal']:.2f}x) | 1 | {result['realised']:.2f}x |\n\n"
+            f"`recipes/{recipe}.yaml`: {steps:,} steps for the static model, {ADAPT} to adapt it. "
+            f"{result['machine']}, {result['date']}."
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

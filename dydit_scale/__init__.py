@@ -50,6 +50,14 @@ def load_td_lora(model: Any, folder: str) -> Any:
     return load(model, folder)
 
 
+def load_lora_schedule(pipeline: Any, folder: str) -> Any:
+    """Load an export of ranges or experts into a diffusers pipeline; see
+    :func:`dydit_scale.adapters.schedule.load_lora_schedule`."""
+    from dydit_scale.adapters.schedule import load_lora_schedule as load
+
+    return load(pipeline, folder)
+
+
 __all__ = [
     "ClassLattePipeline",
     "ClassLatteTransformer3DModel",
@@ -62,6 +70,7 @@ __all__ = [
     "SampleConfig",
     "SiTPipeline",
     "SiTScheduler",
+    "load_lora_schedule",
     "load_td_lora",
     "make_dynamic",
     "pack",

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dydit_scale.adapters.export import PREFIX
+from dydit_scale.adapters.schedule import load_lora_schedule
 from dydit_scale.adapters.state import load_td_lora
 
 Inputs = Sequence[Mapping[str, Any]]
@@ -64,10 +65,14 @@ def _ratio(top: float, bottom: float) -> float:
 
 def _load_with_diffusers(path: Path, base: nn.Module, pipeline_class: Any) -> int:
     # The pipeline's loader, not the transformer's: it is the one users call, and it decides what kind of file it is.
-    required = [p for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
-    pipeline = pipeline_class(**{**{p.name: None for p in required}, "transformer": base})
+    pipeline = _pipeline_around(base, pipeline_class)
     pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
     return sum(isinstance(module, LoraLayer) for module in base.modules())
+
+
+def _pipeline_around(transformer: nn.Module, pipeline_class: Any) -> Any:
+    required = [p for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
+    return pipeline_class(**{**{p.name: None for p in required}, "transformer": transformer})
 
 
 @torch.no_grad()
@@ -121,6 +126,36 @@ def verify_diffusers_lora(
         raise ValueError(f"{path}: loaded by diffusers it is {error:.2e} off the model in memory, above {tolerance}")
     approximation = [_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, loaded, base, strict=True)]
     return DiffusersCheck(loader_error=error, approximation=tuple(approximation), layers=layers)
+
+
+def verify_lora_schedule(
+    folder: str | Path,
+    make_base: Callable[[], nn.Module],
+    pipeline_class: Any,
+    inputs: Inputs,
+    *,
+    model: nn.Module,
+    tolerance: float,
+) -> tuple[float, ...]:
+    """Load LoRAs that follow the timestep into a fresh pipeline and compare its transformer with ``model``.
+
+    Args:
+        folder: Written by ``export_range_loras`` or ``export_expert_loras``.
+        make_base, pipeline_class, inputs, model: as in ``verify_diffusers_lora``.
+        tolerance: Largest approximation; 1 is as far off as no LoRA.
+
+    Returns the approximation for each input, as in ``DiffusersCheck``. Raises ValueError if one is above ``tolerance``.
+    """
+    if not inputs:
+        raise ValueError("verify_lora_schedule: expected inputs, got none")
+    fresh = make_base()
+    base = _outputs(fresh, inputs)
+    load_lora_schedule(_pipeline_around(fresh, pipeline_class), folder)
+    loaded, true = _outputs(fresh, inputs), _outputs(model, inputs)
+    errors = tuple(_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, loaded, base, strict=True))
+    if not max(errors) <= tolerance:
+        raise ValueError(f"{folder}: loaded by diffusers it is {max(errors):.3g} of its effect off, above {tolerance}")
+    return errors
 
 
 def verify_td_lora(

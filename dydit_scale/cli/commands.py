@@ -131,10 +131,15 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN")
     parser.add_argument(
-        "--format", action="append", dest="formats", choices=("td-lora", "diffusers", "pipeline"), required=True
+        "--format",
+        action="append",
+        dest="formats",
+        choices=("td-lora", "diffusers", "lora-ranges", "lora-experts", "pipeline"),
+        required=True,
     )
     parser.add_argument("--out", type=Path, help="folder (default: RUN/export)")
-    parser.add_argument("--steps", type=int, default=28, help="sampler steps over which the mean is taken")
+    parser.add_argument("--steps", type=int, default=28, help="sampler steps over which means are taken")
+    parser.add_argument("--ranges", type=int, default=4, help="files of lora-ranges, each for a part of the timesteps")
     parser.add_argument("--force", action="store_true", help="write although the approximation is poor")
     parser.set_defaults(run=_run_export)
 
@@ -143,7 +148,8 @@ def _run_export(args: argparse.Namespace) -> None:
     _quiet()
     from dydit_scale.workflows.export import export_run
 
-    for row in export_run(args.folder, args.formats, out=args.out, steps=args.steps, force=args.force):
+    rows = export_run(args.folder, args.formats, out=args.out, steps=args.steps, ranges=args.ranges, force=args.force)
+    for row in rows:
         errors = (
             f"weights {row['error_mean']:.3f} (worst layer {row['error_max']:.3f}), output {row['output_error']:.3f}"
         )

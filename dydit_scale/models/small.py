@@ -67,7 +67,7 @@ def small_flux_pipeline(
 
 
 def small_class_pipeline(
-    names: Sequence[str], *, kind: str = "dit", heads: int = 4, head_dim: int = 16, layers: int = 4, side: int = 32,
+    names: Sequence[str], *, kind: str = "dit", heads: int = 8, head_dim: int = 16, layers: int = 4, side: int = 32,
     seed: int = 0,
 ) -> DyDiTPipeline | SiTPipeline:  # fmt: skip
     """A ``dit`` with learned variance, or a ``sit``, of the classes ``names``; a token is a patch of 4x4 pixels."""

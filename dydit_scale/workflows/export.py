@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from dydit_scale.adapters.export import (
     plain_lora,
     timestep_embeddings,
 )
+from dydit_scale.adapters.schedule import export_expert_loras, export_range_loras
 from dydit_scale.adapters.state import save_td_lora
 from dydit_scale.adapters.td_lora import is_dynamic_name
-from dydit_scale.adapters.verify import verify_diffusers_lora, verify_td_lora
+from dydit_scale.adapters.verify import verify_diffusers_lora, verify_lora_schedule, verify_td_lora
 from dydit_scale.diffusion.flow import sample_noise
 from dydit_scale.models.family import Prompts
 from dydit_scale.models.loading import load_transformer
@@ -32,16 +34,37 @@ from dydit_scale.sampling.generate import sampler_timesteps
 from dydit_scale.train.objective import make_process, sample_size
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config
 
-FORMATS = ("td-lora", "diffusers", "pipeline")
+FORMATS = ("td-lora", "diffusers", "lora-ranges", "lora-experts", "pipeline")
+LARGEST_ERROR = 0.5
+"""Of a mean over timesteps, as a share of the adapter's size, above which an export must be forced."""
+
+
+class Options(NamedTuple):
+    """Of the formats that depend on the timestep."""
+
+    steps: int
+    """Of the sampler."""
+    ranges: int
+    """Files of lora-ranges."""
+    force: bool
+    """Write although the approximation is poor."""
 
 
 def export_run(
-    folder: Path, formats: list[str], *, out: Path | None = None, steps: int = 28, force: bool = False
+    folder: Path,
+    formats: list[str],
+    *,
+    out: Path | None = None,
+    steps: int = 28,
+    ranges: int = 4,
+    force: bool = False,
 ) -> list[dict[str, Any]]:
     """Write and verify each format; returns (and adds to ``export/export.json``) a row for each.
 
     ``td-lora``: the adapter and routers as they are. ``diffusers``: the mean over the sampler's timesteps as a plain
-    LoRA for the static model (routers are dropped). ``pipeline``: a whole pipeline folder with the trained transformer.
+    LoRA for the static model (routers are dropped). ``lora-ranges``: such a mean for each of several ranges of
+    timesteps. ``lora-experts``: a plain LoRA for each expert and a table of gates, exact at the sampler's timesteps;
+    ``load_lora_schedule`` loads both. ``pipeline``: a whole pipeline folder with the trained transformer.
 
     Raises ValueError for a format that the run does not have, or whose file fails its verification.
     """
@@ -52,12 +75,12 @@ def export_run(
     for name in formats:
         if name not in _WRITERS:
             raise ValueError(f"export format {name!r}: expected one of {', '.join(FORMATS)}")
-        rows.append({"format": name, **_WRITERS[name](run, out, steps, force)})
+        rows.append({"format": name, **_WRITERS[name](run, out, Options(steps, ranges, force))})
     _record(run.folder / "export" / "export.json", rows)
     return rows
 
 
-def _write_td_lora(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
+def _write_td_lora(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
     if run.recipe.adapter.kind != "td_lora":
         raise ValueError(f"run {run.folder} has adapter.kind {run.recipe.adapter.kind!r}; td-lora export needs td_lora")
     path = save_td_lora(
@@ -73,36 +96,76 @@ def _write_td_lora(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[s
     return _row(path, error_mean=0.0, error_max=0.0, output_error=0.0)
 
 
-def _write_diffusers(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
-    if not hasattr(run.pipeline, "load_lora_weights"):
-        raise ValueError(
-            f"run {run.folder}: diffusers loads no LoRA into a {type(run.pipeline).__name__}; export it as td-lora"
-        )
-    spec = ModelSpec(
-        title=run.recipe.name, date=date.today().isoformat(), description=f"Adapts {run.recipe.model.base}"
-    )
+def _write_diffusers(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+    spec = _lora_spec(run)
     path = out / "pytorch_lora_weights.safetensors"
     network = run.network
     if run.recipe.adapter.kind == "lora":
         export_plain_lora(network, path, spec)
         errors, tensors = {"error_mean": 0.0, "error_max": 0.0}, plain_lora(network)
     elif run.recipe.adapter.kind == "td_lora":
-        timesteps = sampler_timesteps(run.pipeline, sample_config(run, steps=steps))
-        t_embs = timestep_embeddings(network, timesteps)
-        error = export_mean_lora(network, t_embs, path, spec, max_error=0.5, force=force)
+        t_embs = timestep_embeddings(network, _timesteps(run, options))
+        error = export_mean_lora(network, t_embs, path, spec, max_error=LARGEST_ERROR, force=options.force)
         errors = {"error_mean": error.total, "error_max": max(error.layers.values())}
         tensors = mean_lora(network, t_embs)
     else:
         raise ValueError(f"run {run.folder} trained all weights; there is no LoRA in it (use --format pipeline)")
     check = verify_diffusers_lora(
-        path, lambda: _fresh_base(run), type(run.pipeline), _probe_inputs(run),
-        model=_OpenGates(network) if run.recipe.dynamic is not None else network, tensors=tensors,
-    )  # fmt: skip
+        path, lambda: _fresh_base(run), type(run.pipeline), _probe_inputs(run), model=_complete(run), tensors=tensors
+    )
     mean = sum(check.approximation) / len(check.approximation)
     return _row(path, **errors, output_error=mean)
 
 
-def _write_pipeline(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[str, Any]:
+def _write_ranges(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+    _needs_experts(run, "lora-ranges")
+    spec, folder, timesteps = _lora_spec(run), out / "lora_ranges", _timesteps(run, options)
+    files = export_range_loras(
+        run.network, timesteps, folder, spec, ranges=options.ranges, max_error=LARGEST_ERROR, force=options.force
+    )
+    errors = [file.error.total for file in files]
+    row = _verified_schedule(run, folder, timesteps, tolerance=math.inf if options.force else 1.0)
+    return {**row, "error_mean": sum(errors) / len(errors), "error_max": max(errors)}
+
+
+def _write_experts(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+    _needs_experts(run, "lora-experts")
+    spec, folder, timesteps = _lora_spec(run), out / "lora_experts", _timesteps(run, options)
+    export_expert_loras(run.network, timesteps, folder, spec)
+    return _verified_schedule(run, folder, timesteps, tolerance=1e-3)
+
+
+def _verified_schedule(run: LoadedRun, folder: Path, timesteps: Tensor, *, tolerance: float) -> dict[str, Any]:
+    inputs = _probe_inputs(run)
+    picked = timesteps[torch.linspace(0, len(timesteps) - 1, len(inputs)).round().long()]
+    inputs = [{**x, "timestep": t.expand(len(x["timestep"]))} for x, t in zip(inputs, picked, strict=True)]
+    errors = verify_lora_schedule(
+        folder, lambda: _fresh_base(run), type(run.pipeline), inputs, model=_complete(run), tolerance=tolerance
+    )
+    return _row(folder, error_mean=0.0, error_max=0.0, output_error=sum(errors) / len(errors))
+
+
+def _needs_experts(run: LoadedRun, name: str) -> None:
+    if run.recipe.adapter.kind != "td_lora":
+        raise ValueError(f"run {run.folder} has adapter.kind {run.recipe.adapter.kind!r}; {name} export needs td_lora")
+
+
+def _lora_spec(run: LoadedRun) -> ModelSpec:
+    """What the header of a plain LoRA says; ValueError if diffusers loads none for this run's pipeline."""
+    if not hasattr(run.pipeline, "load_lora_weights"):
+        raise ValueError(
+            f"run {run.folder}: diffusers loads no LoRA into a {type(run.pipeline).__name__}; export it as td-lora"
+        )
+    return ModelSpec(
+        title=run.recipe.name, date=date.today().isoformat(), description=f"Adapts {run.recipe.model.base}"
+    )
+
+
+def _timesteps(run: LoadedRun, options: Options) -> Tensor:
+    return sampler_timesteps(run.pipeline, sample_config(run, steps=options.steps))
+
+
+def _write_pipeline(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
     if run.recipe.adapter.kind != "none":
         raise ValueError(f"run {run.folder} trained an adapter; export it as td-lora or diffusers")
     folder = out if (out / "model_index.json").is_file() else out / "pipeline"
@@ -121,9 +184,11 @@ def _write_pipeline(run: LoadedRun, out: Path, steps: int, force: bool) -> dict[
     return _row(folder, error_mean=0.0, error_max=0.0, output_error=error)
 
 
-_WRITERS: dict[str, Callable[[LoadedRun, Path, int, bool], dict[str, Any]]] = {
+_WRITERS: dict[str, Callable[[LoadedRun, Path, Options], dict[str, Any]]] = {
     "td-lora": _write_td_lora,
     "diffusers": _write_diffusers,
+    "lora-ranges": _write_ranges,
+    "lora-experts": _write_experts,
     "pipeline": _write_pipeline,
 }
 
@@ -137,6 +202,10 @@ class _OpenGates(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.network(**inputs, gates="open")
+
+
+def _complete(run: LoadedRun) -> nn.Module:
+    return _OpenGates(run.network) if run.recipe.dynamic is not None else run.network
 
 
 def _fresh_base(run: LoadedRun) -> Any:

@@ -103,9 +103,16 @@ def test_its_exports_are_loaded_back(family: tuple[str, Path]) -> None:
     assert row["verified"]
     (row,) = export_run(trained(folder, name, "none"), ["pipeline"])
     assert row["verified"]
-    if name != "flux":
-        with pytest.raises(ValueError, match="diffusers loads no LoRA into a"):
-            export_run(folder / "run-td_lora", ["diffusers"])
+    plain = ["diffusers", "lora-ranges", "lora-experts"]
+    if name == "flux":
+        mean, ranges, experts = export_run(folder / "run-td_lora", plain, steps=4, ranges=2)
+        assert mean["output_error"] < 1 and ranges["output_error"] < 1 and experts["output_error"] < 1e-3
+        with pytest.raises(ValueError, match="lora-experts export needs td_lora"):
+            export_run(folder / "run-none", ["lora-experts"])
+    else:
+        for kind in plain:
+            with pytest.raises(ValueError, match="diffusers loads no LoRA into a"):
+                export_run(folder / "run-td_lora", [kind])
 
 
 @pytest.mark.launch
