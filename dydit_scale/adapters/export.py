@@ -217,14 +217,21 @@ def export_mean_lora(
             f"{path}: the mean over timesteps misses the adapter by {error.total:.3f} of its size, more than max_error "
             f"{max_error}; export it natively (save_td_lora), for a range of timesteps, or with force=True"
         )
-    notes = {
+    write_mean(path, mean_lora(model, t_embs, adapter_name=adapter_name), spec, error)
+    return error
+
+
+def write_mean(
+    path: Path, tensors: Mapping[str, Tensor], spec: ModelSpec, error: MeanError, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a mean with its error in the header and, in full, in a .json file beside it."""
+    errors = {
         "dydit.mean_error": f"{error.total:.6g}",
         "dydit.mean_error_worst_layer": f"{max(error.layers.values()):.6g}",
-        "dydit.mean_timesteps": str(len(t_embs)),
+        "dydit.mean_timesteps": str(len(error.timesteps)),
     }
-    write_lora(path, mean_lora(model, t_embs, adapter_name=adapter_name), spec, notes)
+    write_lora(path, tensors, spec, {**errors, **(notes or {})})
     path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(error), indent=2) + "\n", encoding="utf-8")
-    return error
 
 
 def export_plain_lora(model: nn.Module, path: str | Path, spec: ModelSpec, *, adapter_name: str = "default") -> Path:

@@ -22,7 +22,7 @@ Inputs = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersCheck:
-    """A plain LoRA loaded by diffusers, compared on several inputs."""
+    """One plain LoRA or several loaded by diffusers, compared on several inputs."""
 
     loader_error: float
     """Largest ||v_loaded - v_expected|| / ||v_expected||, against the same update merged by hand."""
@@ -135,27 +135,45 @@ def verify_lora_schedule(
     inputs: Inputs,
     *,
     model: nn.Module,
-    tolerance: float,
-) -> tuple[float, ...]:
-    """Load LoRAs that follow the timestep into a fresh pipeline and compare its transformer with ``model``.
+    tensors: Sequence[Mapping[str, Tensor]] | None = None,
+    tolerance: float = 1e-5,
+) -> DiffusersCheck:
+    """Load LoRAs that follow the timestep into a fresh pipeline and compare its transformer's outputs.
 
     Args:
         folder: Written by ``export_range_loras`` or ``export_expert_loras``.
-        make_base, pipeline_class, inputs, model: as in ``verify_diffusers_lora``.
-        tolerance: Largest approximation; 1 is as far off as no LoRA.
+        make_base, pipeline_class, inputs, model: as in ``verify_diffusers_lora``; ``make_base`` is called twice.
+        tensors: The plain LoRA that should act at each input, merged by hand to compare; by default ``model`` itself
+            is what the files should equal.
+        tolerance: Largest relative difference to either.
 
-    Returns the approximation for each input, as in ``DiffusersCheck``. Raises ValueError if one is above ``tolerance``.
+    Raises ValueError if layers are missing after loading or the outputs differ by more than ``tolerance``.
     """
-    if not inputs:
-        raise ValueError("verify_lora_schedule: expected inputs, got none")
+    if not inputs or (tensors is not None and len(tensors) != len(inputs)):
+        raise ValueError("verify_lora_schedule: expected inputs, and tensors for each of them")
     fresh = make_base()
     base = _outputs(fresh, inputs)
     load_lora_schedule(_pipeline_around(fresh, pipeline_class), folder)
     loaded, true = _outputs(fresh, inputs), _outputs(model, inputs)
-    errors = tuple(_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, loaded, base, strict=True))
-    if not max(errors) <= tolerance:
-        raise ValueError(f"{folder}: loaded by diffusers it is {max(errors):.3g} of its effect off, above {tolerance}")
-    return errors
+    layers = sum(isinstance(module, LoraLayer) for module in fresh.modules())
+    del fresh
+    expected = true if tensors is None else _merged_outputs(make_base(), inputs, tensors)
+    error = max(_ratio(_distance(a, b), float(b.double().norm())) for a, b in zip(loaded, expected, strict=True))
+    if not error <= tolerance:
+        raise ValueError(f"{folder}: loaded by diffusers it is {error:.2e} off the model in memory, above {tolerance}")
+    approximation = tuple(_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, loaded, base, strict=True))
+    return DiffusersCheck(loader_error=error, approximation=approximation, layers=layers)
+
+
+def _merged_outputs(base: nn.Module, inputs: Inputs, tensors: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The output for each input with its own LoRA merged into ``base``."""
+    outputs = []
+    for kwargs, lora in zip(inputs, tensors, strict=True):
+        before = {name: weight.detach().clone() for name, weight in base.state_dict().items()}
+        _merge_by_hand(base, lora)
+        outputs += _outputs(base, [kwargs])
+        base.load_state_dict(before)
+    return outputs
 
 
 def verify_td_lora(

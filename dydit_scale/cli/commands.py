@@ -138,7 +138,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
         required=True,
     )
     parser.add_argument("--out", type=Path, help="folder (default: RUN/export)")
-    parser.add_argument("--steps", type=int, default=28, help="sampler steps over which means are taken")
+    parser.add_argument(
+        "--steps", type=int, default=28, help="of the sampler: means are taken over them, gates are exact at them"
+    )
     parser.add_argument("--ranges", type=int, default=4, help="files of lora-ranges, each for a part of the timesteps")
     parser.add_argument("--force", action="store_true", help="write although the approximation is poor")
     parser.set_defaults(run=_run_export)

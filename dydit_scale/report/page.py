@@ -25,7 +25,7 @@ _PARTS = (
 )
 _LINKS = ("training", "width", "tokens", "samples", "scores", "speed", "export", "settings")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_ADAPTERS = ("td-lora", "td_lora", "peft", "kohya")
+_ADAPTERS = ("td-lora", "td_lora", "peft", "kohya", "lora-experts", "lora-ranges")
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,10 @@ from dydit_scale.adapters.export import (
     plain_lora,
     timestep_embeddings,
 )
-from dydit_scale.adapters.schedule import export_expert_loras, export_range_loras
+from dydit_scale.adapters.schedule import export_expert_loras, export_range_loras, remove_schedule
 from dydit_scale.adapters.state import save_td_lora
 from dydit_scale.adapters.td_lora import is_dynamic_name
-from dydit_scale.adapters.verify import verify_diffusers_lora, verify_lora_schedule, verify_td_lora
+from dydit_scale.adapters.verify import DiffusersCheck, verify_diffusers_lora, verify_lora_schedule, verify_td_lora
 from dydit_scale.diffusion.flow import sample_noise
 from dydit_scale.models.family import Prompts
 from dydit_scale.models.loading import load_transformer
@@ -34,13 +33,13 @@ from dydit_scale.sampling.generate import sampler_timesteps
 from dydit_scale.train.objective import make_process, sample_size
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config
 
-FORMATS = ("td-lora", "diffusers", "lora-ranges", "lora-experts", "pipeline")
 LARGEST_ERROR = 0.5
 """Of a mean over timesteps, as a share of the adapter's size, above which an export must be forced."""
 
 
-class Options(NamedTuple):
-    """Of the formats that depend on the timestep."""
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the formats that depend on the timestep need to know."""
 
     steps: int
     """Of the sampler."""
@@ -71,16 +70,16 @@ def export_run(
     run = load_run(folder, device="cpu", fp32=True)
     out = out or run.folder / "export"
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    options, rows = ExportOptions(steps=steps, ranges=ranges, force=force), []
     for name in formats:
         if name not in _WRITERS:
             raise ValueError(f"export format {name!r}: expected one of {', '.join(FORMATS)}")
-        rows.append({"format": name, **_WRITERS[name](run, out, Options(steps, ranges, force))})
+        rows.append({"format": name, **_WRITERS[name](run, out, options)})
     _record(run.folder / "export" / "export.json", rows)
     return rows
 
 
-def _write_td_lora(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+def _write_td_lora(run: LoadedRun, out: Path, options: ExportOptions) -> dict[str, Any]:
     if run.recipe.adapter.kind != "td_lora":
         raise ValueError(f"run {run.folder} has adapter.kind {run.recipe.adapter.kind!r}; td-lora export needs td_lora")
     path = save_td_lora(
@@ -96,7 +95,7 @@ def _write_td_lora(run: LoadedRun, out: Path, options: Options) -> dict[str, Any
     return _row(path, error_mean=0.0, error_max=0.0, output_error=0.0)
 
 
-def _write_diffusers(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+def _write_diffusers(run: LoadedRun, out: Path, options: ExportOptions) -> dict[str, Any]:
     spec = _lora_spec(run)
     path = out / "pytorch_lora_weights.safetensors"
     network = run.network
@@ -117,32 +116,50 @@ def _write_diffusers(run: LoadedRun, out: Path, options: Options) -> dict[str, A
     return _row(path, **errors, output_error=mean)
 
 
-def _write_ranges(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+def _write_ranges(run: LoadedRun, out: Path, options: ExportOptions) -> dict[str, Any]:
     _needs_experts(run, "lora-ranges")
-    spec, folder, timesteps = _lora_spec(run), out / "lora_ranges", _timesteps(run, options)
+    spec, folder = _lora_spec(run), out / "lora_ranges"
     files = export_range_loras(
-        run.network, timesteps, folder, spec, ranges=options.ranges, max_error=LARGEST_ERROR, force=options.force
+        run.network,
+        _timesteps(run, options),
+        folder,
+        spec,
+        ranges=options.ranges,
+        max_error=LARGEST_ERROR,
+        force=options.force,
     )
-    errors = [file.error.total for file in files]
-    row = _verified_schedule(run, folder, timesteps, tolerance=math.inf if options.force else 1.0)
-    return {**row, "error_mean": sum(errors) / len(errors), "error_max": max(errors)}
+    middles = torch.stack([file.timesteps[len(file.timesteps) // 2] for file in files])
+    check = _verified_schedule(run, folder, middles, [file.tensors for file in files])
+    errors = [file.error for file in files]
+    return _row(
+        folder,
+        error_mean=sum(error.total for error in errors) / len(errors),
+        error_max=max(max(error.layers.values()) for error in errors),
+        output_error=sum(check.approximation) / len(check.approximation),
+    )
 
 
-def _write_experts(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+def _write_experts(run: LoadedRun, out: Path, options: ExportOptions) -> dict[str, Any]:
     _needs_experts(run, "lora-experts")
     spec, folder, timesteps = _lora_spec(run), out / "lora_experts", _timesteps(run, options)
     export_expert_loras(run.network, timesteps, folder, spec)
-    return _verified_schedule(run, folder, timesteps, tolerance=1e-3)
+    check = _verified_schedule(run, folder, timesteps[:: max(1, len(timesteps) // 5)])
+    # The weights are exact at these timesteps; what the outputs show is rounding.
+    return _row(folder, error_mean=0.0, error_max=0.0, output_error=max(check.approximation))
 
 
-def _verified_schedule(run: LoadedRun, folder: Path, timesteps: Tensor, *, tolerance: float) -> dict[str, Any]:
-    inputs = _probe_inputs(run)
-    picked = timesteps[torch.linspace(0, len(timesteps) - 1, len(inputs)).round().long()]
-    inputs = [{**x, "timestep": t.expand(len(x["timestep"]))} for x, t in zip(inputs, picked, strict=True)]
-    errors = verify_lora_schedule(
-        folder, lambda: _fresh_base(run), type(run.pipeline), inputs, model=_complete(run), tolerance=tolerance
-    )
-    return _row(folder, error_mean=0.0, error_max=0.0, output_error=sum(errors) / len(errors))
+def _verified_schedule(
+    run: LoadedRun, folder: Path, timesteps: Tensor, tensors: list[dict[str, Tensor]] | None = None
+) -> DiffusersCheck:
+    probe = _probe_inputs(run)[0]
+    inputs = [{**probe, "timestep": t.expand(len(probe["timestep"]))} for t in timesteps]
+    try:
+        return verify_lora_schedule(
+            folder, lambda: _fresh_base(run), type(run.pipeline), inputs, model=_complete(run), tensors=tensors
+        )
+    except ValueError:
+        remove_schedule(folder)
+        raise
 
 
 def _needs_experts(run: LoadedRun, name: str) -> None:
@@ -161,11 +178,11 @@ def _lora_spec(run: LoadedRun) -> ModelSpec:
     )
 
 
-def _timesteps(run: LoadedRun, options: Options) -> Tensor:
+def _timesteps(run: LoadedRun, options: ExportOptions) -> Tensor:
     return sampler_timesteps(run.pipeline, sample_config(run, steps=options.steps))
 
 
-def _write_pipeline(run: LoadedRun, out: Path, options: Options) -> dict[str, Any]:
+def _write_pipeline(run: LoadedRun, out: Path, options: ExportOptions) -> dict[str, Any]:
     if run.recipe.adapter.kind != "none":
         raise ValueError(f"run {run.folder} trained an adapter; export it as td-lora or diffusers")
     folder = out if (out / "model_index.json").is_file() else out / "pipeline"
@@ -184,13 +201,14 @@ def _write_pipeline(run: LoadedRun, out: Path, options: Options) -> dict[str, An
     return _row(folder, error_mean=0.0, error_max=0.0, output_error=error)
 
 
-_WRITERS: dict[str, Callable[[LoadedRun, Path, Options], dict[str, Any]]] = {
+_WRITERS: dict[str, Callable[[LoadedRun, Path, ExportOptions], dict[str, Any]]] = {
     "td-lora": _write_td_lora,
     "diffusers": _write_diffusers,
     "lora-ranges": _write_ranges,
     "lora-experts": _write_experts,
     "pipeline": _write_pipeline,
 }
+FORMATS = tuple(_WRITERS)
 
 
 class _OpenGates(nn.Module):
