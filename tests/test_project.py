@@ -180,3 +180,14 @@ def test_own_words_pass(text: str) -> None:
 def test_annotations_are_checked_under_test() -> None:
     with pytest.raises(TypeCheckError):
         keyed_seed("zero")  # type: ignore[arg-type]
+
+
+def test_links_of_the_pages_lead_to_files() -> None:
+    links = [
+        (page, link)
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) >= 4
+    broken = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+    assert not broken

@@ -274,7 +274,7 @@ def test_classes_are_drawn_labelled_and_named(tmp_path: Path) -> None:
         assert parts[f"{number:06d}.txt"].decode() == names[label] == CLASSES[label].phrase()
         (thing,) = scene.objects
         assert (thing.shape, thing.colour) == (CLASSES[label].shape, CLASSES[label].colour)
-        assert max(abs(thing.x - 0.5), abs(thing.y - 0.5)) <= 0.12
+        assert max(abs(thing.x - 0.5), abs(thing.y - 0.5)) <= 0.04
         assert (np.asarray(Image.open(io.BytesIO(parts[f"{number:06d}.png"]))) == draw(scene, 32)).all()
 
 

@@ -22,7 +22,7 @@ _GAP = 0.04  # free space between objects and to the border, as a share of the s
 _CROWDS = {2: (0.36, 0.42), 3: (0.32, 0.36)}  # diameters of several objects, by their number
 _JITTER = {1: 0.08, 2: 0.04, 3: 0.03}  # how far from their places they are drawn; the border may move them further
 _ROOM = 20  # placements tried before the sizes are drawn anew
-_OFF_CENTRE = 0.12  # how far the object of a class may lie from the middle, as a share of the side
+_OFF_CENTRE = 0.04  # how far the object of a class may lie from the middle, as a share of the side
 _DRAWS = 50  # draws of the sizes; one nearly always does, so a prompt that needs more does not fit into the picture
 
 
