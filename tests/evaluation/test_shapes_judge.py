@@ -151,10 +151,10 @@ def with_one_gone(scene: Scene, rng: np.random.RandomState) -> Scene | None:
 
 
 def with_one_more(scene: Scene, rng: np.random.RandomState) -> Scene | None:
-    diameter = 0.3
+    diameter = 0.24
     for _ in range(400):
-        x, y = rng.uniform(0.2, 0.8, size=2)
-        if all(max(abs(x - o.x), abs(y - o.y)) > (o.diameter + diameter) / 2 + 0.05 for o in scene.objects):
+        x, y = rng.uniform(0.14, 0.86, size=2)
+        if all(max(abs(x - o.x), abs(y - o.y)) > (o.diameter + diameter) / 2 + 0.04 for o in scene.objects):
             more = Object(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), diameter, float(x), float(y))
             return replace(scene, objects=(*scene.objects, more))
     return None
