@@ -32,7 +32,7 @@ from dydit_scale.adapters.export import (
     write_mean,
 )
 from dydit_scale.adapters.td_lora import td_layers
-from dydit_scale.adapters.tensor_file import TensorFile, read_tensors, write_tensors
+from dydit_scale.adapters.tensor_file import TensorFile, read_metadata, read_tensors, write_tensors
 
 GATES_FILE = "gates.safetensors"
 TIMESTEPS = "timesteps"
@@ -149,7 +149,7 @@ def remove_schedule(folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*folder.glob(_FILES), *folder.glob(GATES_FILE)):
-        if read_tensors(path).metadata.get(_FORMAT) in (_RANGE, _EXPERT, _GATES):
+        if read_metadata(path).get(_FORMAT) in (_RANGE, _EXPERT, _GATES):
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
     return folder
@@ -170,8 +170,8 @@ def load_lora_schedule(pipeline: Any, folder: str | Path, *, name: str = "td") -
     of this name are there already.
     """
     folder = Path(folder)
-    files = {path: read_tensors(path) for path in sorted(folder.glob(_FILES))}
-    files = {path: file for path, file in files.items() if file.metadata.get(_FORMAT) in (_RANGE, _EXPERT)}
+    paths = [path for path in sorted(folder.glob(_FILES)) if read_metadata(path).get(_FORMAT) in (_RANGE, _EXPERT)]
+    files = {path: read_tensors(path) for path in paths}
     if not files:
         raise ValueError(f"{folder}: expected lora_000.safetensors and so on, as dydit export writes, found none")
     adapters = {path: f"{name}_{path.stem.removeprefix('lora_')}" for path in files}

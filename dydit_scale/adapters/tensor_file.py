@@ -66,6 +66,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     os.replace(temporary, path)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of one file; nothing else of it is read. Raises ValueError if its header is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or export it again") from error
+
+
 def read_tensors(path: Path) -> TensorFile:
     """Read one file whole. Raises ValueError if it is missing, damaged, empty, or has values that are not finite."""
     if not path.is_file():

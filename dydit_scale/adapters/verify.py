@@ -169,10 +169,11 @@ def _merged_outputs(base: nn.Module, inputs: Inputs, tensors: Sequence[Mapping[s
     """The output for each input with its own LoRA merged into ``base``."""
     outputs = []
     for kwargs, lora in zip(inputs, tensors, strict=True):
-        before = {name: weight.detach().clone() for name, weight in base.state_dict().items()}
+        names = {f"{n.removeprefix(PREFIX).rpartition('.lora_')[0]}.weight" for n in lora}
+        before = {name: base.get_parameter(name).detach().clone() for name in names}
         _merge_by_hand(base, lora)
         outputs += _outputs(base, [kwargs])
-        base.load_state_dict(before)
+        base.load_state_dict(before, strict=False)
     return outputs
 
 
