@@ -15,10 +15,12 @@ from data_tools.shapes import write_shapes
 from dydit_scale.cli.main import main
 from dydit_scale.data.loader import DataConfig, make_loader
 from dydit_scale.data.shapes.motion import (
+    CLASSES,
     DIRECTIONS,
     MOTIONS,
     MotionScene,
     draw_motion,
+    make_class_motion,
     make_motion,
     parse_motion_caption,
     place_motion,
@@ -81,6 +83,19 @@ def test_objects_do_what_the_caption_says_inside_the_picture_and_apart() -> None
             one, other = (mover.centres(times) for mover in scene.movers)
             need = 0.55 * sum(mover.start.diameter for mover in scene.movers)
             assert abs(one - other).max(1).min() > need
+
+
+def test_each_class_has_a_look_of_its_own_and_stays_near_the_middle() -> None:
+    assert [action.motion for action in CLASSES] == list(MOTIONS)
+    assert len({action.subject for action in CLASSES}) == len(CLASSES)
+    for number in range(60):
+        scene, label = make_class_motion(2, number)
+        (mover,) = scene.movers
+        assert (scene.prompt.actions, mover.motion) == ((CLASSES[label],), MOTIONS[label])
+        at = mover.centres(np.linspace(0, 1, 41))
+        assert 0.34 <= mover.start.diameter <= 0.4
+        assert np.ptp(at) == np.ptp(at[0]) or 0.36 <= np.ptp(at, axis=0).max() <= 0.53, mover
+        assert abs(at[:, np.ptp(at, axis=0).argmin()] - 0.5).max() <= 0.03
 
 
 def test_too_many_objects_and_too_few_frames_are_refused() -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from dydit_scale.data.shapes.language import CLASSES, COLOURS, SHAPES, Subject, parse_caption
+from dydit_scale.data.shapes.language import COLOURS, SHAPES, Subject, parse_caption
 from dydit_scale.data.shapes.scene import Object, draw_objects
 from dydit_scale.diffusion.randomness import keyed_seed
 
@@ -15,15 +15,27 @@ DIRECTIONS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1),
 MOTIONS = (*DIRECTIONS, "stands still", "bounces", "appears")
 MIN_FRAMES = 8
 """Fewer cannot tell a bounce from a jump."""
-TRAVEL = {1: (0.32, 0.5), 2: (0.24, 0.34)}
-"""How far an object moves, as a share of the side, in clips of one and of two; one that bounces goes so far from the
-border or towards it, whichever takes longer."""
-DIAMETERS = {1: (0.29, 0.38), 2: (0.27, 0.31)}
-"""As shares of the side, in clips of one object and of two."""
 _TWO = 0.5  # share of clips with two objects
 _GAP = 0.03  # free space between objects at any time, and to the border where it is not touched
 _REACH = 0.55  # of a diameter: how far the widest shape reaches from its centre
 _ROOM = 2000  # placements tried; a few dozen nearly always do
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Between what sizes and ways are drawn, as shares of the side."""
+
+    diameters: tuple[float, float]
+    travel: tuple[float, float]
+    """How far an object moves; one that bounces goes so far from the border or towards it, whichever takes longer."""
+    off_centre: float = 0.5
+    """How far from the middle it may start, across its way."""
+
+
+RANGES = {1: Ranges((0.29, 0.38), (0.32, 0.5)), 2: Ranges((0.27, 0.31), (0.24, 0.34))}
+"""Of clips of one object and of two."""
+CLASS_RANGES = Ranges((0.34, 0.4), (0.36, 0.46), off_centre=0.03)
+"""Of labelled clips."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,13 @@ class Action:
 
     def phrase(self) -> str:
         return f"{self.subject.phrase()} {self.motion}"
+
+
+CLASSES = tuple(
+    Action(Subject(shape, colour), motion)
+    for shape, colour, motion in zip((*SHAPES, *SHAPES), COLOURS, MOTIONS, strict=False)
+)
+"""What is to be seen in each class of the labelled clips; class ``n`` is named by its motion, ``MOTIONS[n]``."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +134,11 @@ def make_motion(seed: int, number: int) -> MotionScene:
 
 
 def make_class_motion(seed: int, number: int) -> tuple[MotionScene, int]:
-    """Clip ``number`` of the labelled set named by ``seed``: one object, and which of ``MOTIONS`` it performs."""
+    """Clip ``number`` of the labelled set named by ``seed``: one large object near the middle, and its class."""
     rng = np.random.RandomState(keyed_seed(seed, "class motion", number) % 2**32)
-    label = int(rng.randint(len(MOTIONS)))
-    subject = CLASSES[int(rng.randint(len(CLASSES)))]
-    return place_motion(MotionPrompt((Action(subject, MOTIONS[label]),)), rng), label
+    label = int(rng.randint(len(CLASSES)))
+    action = CLASSES[label]
+    return MotionScene(MotionPrompt((action,)), (_mover(action, CLASS_RANGES, rng),)), label
 
 
 def motion_vocabulary() -> tuple[str, ...]:
@@ -134,7 +153,7 @@ def place_motion(prompt: MotionPrompt, rng: np.random.RandomState) -> MotionScen
     Raises ValueError if they find no room.
     """
     for _ in range(_ROOM):
-        movers = tuple(_mover(action, len(prompt.actions), rng) for action in prompt.actions)
+        movers = tuple(_mover(action, RANGES[len(prompt.actions)], rng) for action in prompt.actions)
         if _apart(movers):
             return MotionScene(prompt, movers)
     raise ValueError(f"prompt {prompt.caption!r}: found no room for its objects; ask for fewer")
@@ -151,16 +170,16 @@ def draw_motion(scene: MotionScene, side: int, frames: int) -> np.ndarray:
     return np.stack([draw_objects([thing for thing in things if thing], side) for things in shown])
 
 
-def _mover(action: Action, objects: int, rng: np.random.RandomState) -> Mover:
-    diameter = float(rng.uniform(*DIAMETERS[objects]))
+def _mover(action: Action, ranges: Ranges, rng: np.random.RandomState) -> Mover:
+    diameter = float(rng.uniform(*ranges.diameters))
     low, high = _REACH * diameter + _GAP, 1 - _REACH * diameter - _GAP
-    x, y = (float(v) for v in rng.uniform(low, high, size=2))
+    x, y = (float(v) for v in rng.uniform(max(low, 0.5 - ranges.off_centre), min(high, 0.5 + ranges.off_centre), 2))
     start = Object(action.subject.shape, str(action.subject.colour), diameter, x, y)
     if action.motion == "appears":
         return Mover(start, action.motion, appears=float(rng.uniform(0.25, 0.75)))
     if action.motion == "stands still":
         return Mover(start, action.motion)
-    way = float(rng.uniform(*TRAVEL[objects]))
+    way = float(rng.uniform(*ranges.travel))
     if action.motion == "bounces":
         return _bouncing(start, way, rng)
     # From a random place on the part of the line from which the way fits into the picture.
