@@ -193,8 +193,12 @@ class DynamicModelMixin(HookedModelMixin):
         return StepTable.build(self, timesteps)
 
     def _planned_steps(self, timestep: Float[Tensor, " batch"]) -> dict[int | None, list[int]]:
-        """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan."""
+        """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan, or
+        where adapters have changed since it was made."""
         rows: dict[int | None, list[int]] = {}
+        if self._plan is not None and not self._plan.adapters.still_holds(self):  # type: ignore[arg-type]
+            logger.warning("adapters have changed since pack: the packed sub-networks are dropped; pack again")
+            self.unpack()
         if self._plan is not None:
             for row, t in enumerate(timestep.tolist()):
                 rows.setdefault(self._plan.step_of(t), []).append(row)

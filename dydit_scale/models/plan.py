@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.dynamic.packing import is_adapted
 from dydit_scale.models.hooks import copy_hooks
 
 if TYPE_CHECKING:
@@ -55,6 +56,37 @@ class StepTable:
 
 
 @dataclass(frozen=True)
+class AdapterState:
+    """Which adapters of a model act, and how strongly: slices hold them as they were when they were cut."""
+
+    names: tuple[str, ...]
+    """Of all adapters, as peft knows them."""
+    layers: tuple[tuple[nn.Module, str, nn.Module, tuple], ...]
+    """(parent, name in it, adapted layer, what acts in it)."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> AdapterState:
+        found = (
+            (parent, name, layer, _acting(layer))
+            for parent in model.modules()
+            for name, layer in parent.named_children()
+            if is_adapted(layer)
+        )
+        return cls(tuple(getattr(model, "peft_config", ())), tuple(found))
+
+    def still_holds(self, model: nn.Module) -> bool:
+        """Whether nothing was added, removed, switched or rescaled since."""
+        return self.names == tuple(getattr(model, "peft_config", ())) and all(
+            parent._modules.get(name) is layer and _acting(layer) == acting
+            for parent, name, layer, acting in self.layers
+        )
+
+
+def _acting(layer: Any) -> tuple:
+    return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.scaling.items())
+
+
+@dataclass(frozen=True)
 class PackedPlan:
     """For each step, one sub-block per layer."""
 
@@ -67,6 +99,8 @@ class PackedPlan:
     """Memory of the weights that were copied, not viewed."""
     tolerance: float
     """How far, as a share, a timestep may be from the planned one."""
+    adapters: AdapterState
+    """What is folded into the sub-blocks."""
 
     @classmethod
     @torch.no_grad()
@@ -97,7 +131,8 @@ class PackedPlan:
                         )
                 row.append(cut[key])
             rows.append(tuple(row))
-        return cls(table, tuple(rows), len(cut), used, model.timestep_tolerance)
+        adapters = AdapterState.of(model)  # type: ignore[arg-type]
+        return cls(table, tuple(rows), len(cut), used, model.timestep_tolerance, adapters)
 
     def step_of(self, timestep: float) -> int | None:
         """The planned step nearest to ``timestep``, or None where none is near."""
