@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,7 +64,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     save_file(copies, temporary, metadata={"format": "pt", **metadata})
+    _sort_metadata(temporary)
     os.replace(temporary, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order, which safetensors leaves to chance: equal content gives equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the rest is padding, as safetensors itself pads
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ autocast alone, so that all of them compute the same thing and a checkpoint of o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -141,8 +141,9 @@ class Engine(ABC):
         """Make the forward see values that were written into ``local_parameters``. Collective."""
 
     @abstractmethod
-    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Full fp32 CPU tensors from pieces in the layout of ``local_parameters``. Collective; other ranks get {}."""
+    def gather(self, local: Mapping[str, Tensor], names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Full fp32 CPU tensors from pieces in the layout of ``local_parameters``, of all or the given names.
+        Collective; other ranks than the first get {}."""
 
     @abstractmethod
     def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -46,10 +46,10 @@ class FsdpEngine(SingleEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, local: Mapping[str, Tensor], names: Collection[str] | None = None) -> dict[str, Tensor]:
         full = {}
-        for name, shard in local.items():
-            tensor = self._as_dtensor(name, shard).full_tensor()
+        for name in local if names is None else names:
+            tensor = self._as_dtensor(name, local[name]).full_tensor()
             if self.world.is_main:
                 full[name] = tensor.to("cpu", copy=True)
         return full

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ class SingleEngine(Engine):
     def refresh(self) -> None:
         """The forward reads the parameters themselves."""
 
-    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in local.items()}
+    def gather(self, local: Mapping[str, Tensor], names: Collection[str] | None = None) -> dict[str, Tensor]:
+        return {name: local[name].detach().to("cpu", copy=True) for name in (local if names is None else names)}
 
     def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.world.device, torch.float32) for name, tensor in full.items()}

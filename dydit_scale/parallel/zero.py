@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,9 +85,10 @@ class ZeroEngine(Engine):
     def refresh(self) -> None:
         self.deepspeed.optimizer.update_lp_params()
 
-    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, local: Mapping[str, Tensor], names: Collection[str] | None = None) -> dict[str, Tensor]:
         full = {}
-        for name, shape in self.shapes.items():
+        for name in self.shapes if names is None else names:
+            shape = self.shapes[name]
             flat = torch.zeros(shape.numel(), device=self.world.device)
             if name in local:
                 piece = self.pieces[name]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -224,3 +225,12 @@ def test_the_config_round_trips(tmp_path: Path) -> None:
     loaded = load_td_lora(tiny_mlp(), tmp_path).config
     assert loaded == config
     assert isinstance(loaded, TDLoraConfig)
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    model, metadata = adapted_flux(), {f"key {i}": 'ä\n"value"' for i in range(9)}
+    folders = [save_td_lora(model, tmp_path / str(i), metadata=metadata) for i in range(4)]
+    for name in (ADAPTER_FILE, "adapter_config.json"):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
+    with safe_open(folders[0] / ADAPTER_FILE, "pt") as file:
+        assert {key: file.metadata()[key] for key in metadata} == metadata

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dydit_scale.adapters.state import save_td_lora
+from dydit_scale.adapters.td_lora import add_td_lora, is_dynamic_name
 from dydit_scale.parallel.ema import Ema
-from dydit_scale.parallel.engine import Engine
+from dydit_scale.parallel.engine import Engine, ParamGroup, make_engine
 from dydit_scale.parallel.fsdp import FsdpEngine
 from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values
 from dydit_scale.parallel.world import World, barrier, broadcast_object, close, init_world
+from tests.adapters.tiny import flux_config
+from tests.models.tiny import tiny_dynamic
 from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, one_step, toy_engine
 
 SHARDED = ("zero1", "zero2", "fsdp")
@@ -98,6 +104,29 @@ def half(world: World, name: str) -> dict[str, Any]:
     }
 
 
+def adapter(world: World, name: str) -> dict[str, Any]:
+    """Digests of the files of a TD-LoRA with routers, gathered from wherever its pieces are."""
+    model = tiny_dynamic()
+    add_td_lora(model, flux_config())
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or is_dynamic_name(parameter_name))
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    groups = [ParamGroup(name="all", params=trainable, lr=1e-3)]
+    engine = make_engine(config_of(name), model, groups, world, shard_units=model.dynamic_blocks())
+    shapes, generator = engine.shapes, torch.Generator().manual_seed(1)
+    engine.load({n: torch.randn(shapes[n], generator=generator) for n in sorted(shapes)}, None)
+    routers = [n for n in shapes if is_dynamic_name(n)]
+    some = engine.gather(engine.local_parameters(), routers)
+    full = engine.trainable_state()
+    if not world.is_main:
+        return {"some": sorted(some), "files": {}}
+    assert all(torch.equal(some[n], full[n]) for n in routers)
+    with tempfile.TemporaryDirectory() as folder:
+        save_td_lora(model, folder, full_state=full)
+        digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+    return {"some": sorted(some), "files": digests}
+
+
 def reductions(world: World) -> dict[str, Any]:
     """The small reductions; ``gradient`` is of (mean over all rows of w x - 1)^2, from this rank's rows."""
     rows = torch.arange(1.0, 7.0).chunk(world.world_size)[world.rank]
@@ -125,6 +154,7 @@ def run_all(world: World, names: tuple[str, ...]) -> dict[str, Any]:
             results[f"guard/{name}/{spoil}"] = guard(world, name, spoil)
         results[f"average/{name}"] = average(world, name)
         results[f"half/{name}"] = half(world, name)
+        results[f"adapter/{name}"] = adapter(world, name)
     return results
 
 

@@ -113,6 +113,14 @@ def test_bf16_over_a_frozen_bf16_base(results: Results, run: str) -> None:
         assert got["frozen"] == ["torch.bfloat16"] and got["kept"] == ["torch.float32"]
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_the_saved_adapter_is_that_of_one_process_byte_for_byte(results: Results, run: str) -> None:
+    main, *others = case(results, run, "adapter")
+    assert main == case(results, "single@1", "adapter")[0]
+    assert set(main["files"]) == {"adapter_model.safetensors", "adapter_config.json", "dynamic_routers.safetensors"}
+    assert len(main["some"]) > 4 and all(rank == {"some": [], "files": {}} for rank in others)
+
+
 def test_reductions(results: Results) -> None:
     rows = torch.arange(1.0, 7.0)
     for run in ("single@1", "fsdp@2"):
