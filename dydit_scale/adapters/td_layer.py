@@ -72,8 +72,15 @@ class TimestepGate(nn.Module):
 
     def forward(self, emb: Tensor) -> Tensor:
         """emb [batch, time_dim] -> [batch, experts], each row summing to one."""
-        with torch.autocast(emb.device.type, enabled=False):
-            return F.linear(emb.float(), self.weight.float(), self.bias.float()).softmax(dim=-1)
+        return mixtures(emb, self.weight, self.bias)
+
+
+def mixtures(
+    emb: Float[Tensor, "batch time_dim"], weight: Float[Tensor, "experts time_dim"], bias: Float[Tensor, " experts"]
+) -> Float[Tensor, "batch experts"]:
+    """The gates of one layer, in fp32."""
+    with torch.autocast(emb.device.type, enabled=False):
+        return F.linear(emb.float(), weight.float(), bias.float()).softmax(dim=-1)
 
 
 class TDLoraLayer(nn.Module, BaseTunerLayer):

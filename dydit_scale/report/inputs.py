@@ -76,6 +76,14 @@ class Widths(NamedTuple):
     names: tuple[str, ...]
 
 
+class Experts(NamedTuple):
+    """What the gates of a TD-LoRA say over noise levels; the last evaluation's."""
+
+    timesteps: FloatArray  # [timesteps]
+    gates: FloatArray  # [layers, timesteps, experts]
+    names: tuple[str, ...]
+
+
 class TokenMaps(NamedTuple):
     """Where the tokens are that were computed."""
 
@@ -128,6 +136,8 @@ class RunData:
     """evaluation/pictures.npz"""
     exports: tuple[ExportFile, ...] | Missing
     """export/export.json"""
+    experts: Experts | Missing | None
+    """The newest of gates/step-*.npz; None for a run that has none."""
 
 
 def read_run(run: Path) -> RunData:
@@ -154,7 +164,15 @@ def read_run(run: Path) -> RunData:
         tokens=_optional(run, "evaluation/tokens.npz", EVALUATE, _read_tokens),
         samples=_optional(run, "evaluation/pictures.npz", EVALUATE, _read_samples),
         exports=_optional(run, "export/export.json", EXPORT, _read_exports),
+        experts=_experts(run),
     )
+
+
+def _experts(run: Path) -> Experts | Missing | None:
+    files = sorted((run / "gates").glob("step-*.npz"))
+    if not files:
+        return None
+    return _optional(run, f"gates/{files[-1].name}", "training with adapter.kind=td_lora", _read_experts)
 
 
 def _recipe_name(path: Path, text: str) -> str | None:
@@ -223,6 +241,15 @@ def _read_widths(path: Path) -> Widths:
         tokens=found["tokens"].astype(np.float64),
         names=tuple(str(name) for name in found["names"]),
     )
+
+
+def _read_experts(path: Path) -> Experts:
+    found = arrays(path, timesteps=1, gates=3, names=1)
+    expect_shape("gates", found["gates"].shape[:2], (len(found["names"]), len(found["timesteps"])))
+    if not found["gates"].size:
+        raise ValueError(f"gates: expected no empty axis, got shape {found['gates'].shape}")
+    names = tuple(str(name) for name in found["names"])
+    return Experts(finite("timesteps", found["timesteps"]), finite("gates", found["gates"]), names)
 
 
 def _read_tokens(path: Path) -> TokenMaps:

@@ -16,6 +16,7 @@ from dydit_scale.report.units import DASH, count, duration, fixed, percent, with
 _PARTS = (
     sections.training,
     sections.width,
+    sections.experts,
     gallery.tokens,
     gallery.samples,
     sections.scores,
@@ -23,7 +24,7 @@ _PARTS = (
     sections.export,
     sections.settings,
 )
-_LINKS = ("training", "width", "tokens", "samples", "scores", "speed", "export", "settings")
+_LINKS = ("training", "width", "experts", "tokens", "samples", "scores", "speed", "export", "settings")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _ADAPTERS = ("td-lora", "td_lora", "peft", "kohya", "lora-experts", "lora-ranges")
 
@@ -68,7 +69,8 @@ def _masthead(run: RunData, date: datetime.date) -> Html:
         *([f"trained {duration(seconds)}"] if seconds else []),
         f"report of {date.isoformat()}",
     ]
-    links = el("nav", *(el("a", name, href=f"#{name}") for name in _LINKS))
+    shown = [name for name in _LINKS if name != "experts" or run.experts is not None]
+    links = el("nav", *(el("a", name, href=f"#{name}") for name in shown))
     kind = el("p", "dydit_scale · training report", class_="kind")
     return el("header", kind, el("h1", run.recipe_name), el("p", " · ".join(facts), class_="facts"), links)
 

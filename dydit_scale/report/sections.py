@@ -9,7 +9,7 @@ import numpy as np
 
 from dydit_scale.report.charts import HALF, Series, grouped_bars, heat_map, line_chart, lying_bars
 from dydit_scale.report.checks import FloatArray
-from dydit_scale.report.inputs import EVALUATE, Missing, RunData, Scores, Speed, Widths
+from dydit_scale.report.inputs import EVALUATE, Experts, Missing, RunData, Scores, Speed, Widths
 from dydit_scale.report.layout import (
     Column,
     Figure,
@@ -28,6 +28,8 @@ from dydit_scale.report.metrics import Curve, Metrics, extremes, smooth
 from dydit_scale.report.units import DASH, count, digits, fixed, percent, with_prefix
 
 _TIMESTEP = "timestep of the sampling step: 1000 is noise, 0 the picture"
+_EXPERT_COLOURS = ("c-dynamic", "c-control", "c-supervision", "c-evaluation", "c-base")
+_NOISE = "timestep: 1000 is noise, 0 the picture"
 
 
 def training(run: RunData) -> Html:
@@ -154,11 +156,64 @@ def _mean_figure(widths: Widths) -> Figure:
     def draw(wide: int) -> Html:
         label = "Mean share over all layers for each timestep"
         return line_chart(
-            series, label=label, x_label="timestep: 1000 is noise, 0 the picture", y_label="share, %",
+            series, label=label, x_label=_NOISE, y_label="share, %",
             width=wide, y_range=(0.0, 102.0), x_range=(1000.0, 0.0),
         )  # fmt: skip
 
     return Figure("Mean over layers", draw, series_legend(series))
+
+
+def experts(run: RunData) -> Html:
+    """How a TD-LoRA's experts share timesteps and layers; nothing for a run without."""
+    if run.experts is None:
+        return Html("")
+    if isinstance(run.experts, Missing):
+        return section("experts", "Experts over timesteps", "", missing(run.experts))
+    found, metrics = run.experts, run.metrics
+    mixed, dead = metrics.curve("gate_entropy"), metrics.curve("dead_experts")
+    over_steps = [
+        Series("entropy of the gates", mixed.steps, mixed.values, "c-dynamic", "line", digits(mixed.last)),
+        Series("dead experts", dead.steps, dead.values, "c-evaluation", "line", percent(dead.last or 0.0)),
+    ]
+    parts = [_mean_gates(found), _turning(found)]
+    if _has_points(over_steps):
+        parts.append(_over_steps("Over training", over_steps, "share of the most possible", (0.0, 1.02)))
+    lead = (
+        "A TD-LoRA mixes its experts anew at every timestep. Entropy is 1 where all gates of a layer are equal and 0 "
+        "where one expert does everything; an expert is dead if no timestep gives it half of an equal share."
+    )
+    return section("experts", "Experts over timesteps", lead, figures(parts))
+
+
+def _mean_gates(found: Experts) -> Figure:
+    means = 100 * found.gates.mean(axis=0)  # [timesteps, experts]
+    order = found.timesteps.argsort()
+    series = [
+        Series(f"expert {i}", found.timesteps[order], means[order, i], _EXPERT_COLOURS[i % len(_EXPERT_COLOURS)])
+        for i in range(means.shape[1])
+    ]
+
+    def draw(wide: int) -> Html:
+        label = "Mean gate of each expert over all layers for each timestep"
+        return line_chart(
+            series, label=label, x_label=_NOISE, y_label="share of the mixture, %", width=wide, x_range=(1000.0, 0.0)
+        )  # fmt: skip
+
+    return Figure("Mean over layers", draw, series_legend(series))
+
+
+def _turning(found: Experts) -> Figure:
+    """How far each layer's mixture is from its own mean over timesteps: what a plain LoRA could not do."""
+    order = found.timesteps.argsort()[::-1]
+    away = np.abs(found.gates - found.gates.mean(axis=1, keepdims=True)).sum(axis=2) / 2  # [layers, timesteps]
+    columns = [f"{timestep:.0f}" for timestep in found.timesteps[order]]
+    rows = [name.replace("transformer_blocks", "blocks") for name in found.names]
+
+    def draw(wide: int) -> Html:
+        label = "Share of the mixture that differs from its mean over timesteps, by timestep and layer"
+        return heat_map(away.T[order], columns, rows, label=label, x_label=_NOISE, width=wide)
+
+    return Figure("Away from the mean mixture", draw, ramp_legend("share of the mixture"))
 
 
 def scores(run: RunData) -> Html:

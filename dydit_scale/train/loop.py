@@ -23,14 +23,16 @@ from dydit_scale.data.shards import ShardIndex, load_index
 from dydit_scale.dynamic.losses import cost_loss
 from dydit_scale.models.family import frozen_parts
 from dydit_scale.models.loading import base_digest
+from dydit_scale.models.registry import family_of
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import AdamWConfig, Engine, StepResult, make_engine
 from dydit_scale.parallel.reduce import global_mean, mean_values
 from dydit_scale.parallel.world import World, barrier, broadcast_object
 from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.checks import check_batch, check_data, check_same
+from dydit_scale.train.gates import GateLog, make_gate_log
 from dydit_scale.train.metrics import Metrics
-from dydit_scale.train.objective import Objective, Terms
+from dydit_scale.train.objective import Objective, Terms, make_process
 from dydit_scale.train.recipe import Recipe, build, differences, save_recipe
 from dydit_scale.train.validation import Validator
 
@@ -58,6 +60,7 @@ class Run:
     ema: Ema | None
     objective: Objective
     validator: Validator
+    gates: GateLog | None
     metrics: Metrics | None
     base: str
     """Digest of the base's weights, which a checkpoint belongs to."""
@@ -132,6 +135,7 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
     if recipe.train.gradient_checkpointing:
         of_static_td = recipe.dynamic is None and recipe.adapter.kind == "td_lora"
         parts.network.enable_gradient_checkpointing(checkpoint_with_timestep(parts.network) if of_static_td else None)
+    gates = make_gate_log(parts.network, make_process(recipe, family_of(parts.pipeline)), folder)
     groups = param_groups(recipe, parts.network)
     adamw = AdamWConfig(betas=recipe.train.betas)
     for part in frozen_parts(parts.pipeline):
@@ -154,7 +158,8 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
         metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=step)
         metrics.say(_summary(recipe, engine, groups, index, step))
     barrier(world)
-    return Run(recipe, world, folder, index, engine, ema, objective, validator, metrics, base, (step, consumed), step)
+    at = (step, consumed)
+    return Run(recipe, world, folder, index, engine, ema, objective, validator, gates, metrics, base, at, step)
 
 
 def _terms(run: Run, batch: Batch) -> Terms:
@@ -186,12 +191,25 @@ def _look(run: Run) -> None:
     if due["eval"] or draw:
         run.engine.network.eval()
         with _averaged(run), torch.no_grad(), run.engine.forward_context():
-            evaluation = run.validator.evaluate(run.engine.module) if due["eval"] else None
+            evaluation = _evaluate(run) if due["eval"] else None
             grid = run.validator.sample() if draw else None
         if run.metrics and grid is not None:
             _write_grid(run.metrics, run.folder / "samples" / f"step-{run.step:07d}.png", grid)
         if run.metrics and evaluation:
-            run.metrics.evaluation({"step": run.step - 1, **evaluation._asdict()})
+            run.metrics.evaluation({"step": run.step - 1, **evaluation})
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    """Loss and cost on fixed noise, and what the adapter's gates do. Collective."""
+    found: dict[str, float] = run.validator.evaluate(run.engine.module)._asdict()
+    if run.gates is not None:
+        gathered = run.engine.gather(run.engine.local_parameters(), run.gates.parameters)
+        if run.metrics:
+            try:
+                found |= run.gates.evaluate(gathered, run.step)
+            except OSError as error:
+                run.metrics.say(f"warning: {run.gates.folder} was not written: {error}; training goes on")
+    return found
 
 
 def _write_grid(metrics: Metrics, path: Path, grid: np.ndarray) -> None:

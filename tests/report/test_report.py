@@ -377,6 +377,44 @@ def test_all_text_is_escaped(bare: Path) -> None:
     assert "not verified" in page.text("export") and "<script" not in written
 
 
+def write_gates(run: Path, step: int, layers: int = 4) -> np.ndarray:
+    rng = np.random.default_rng(step)
+    times = (np.arange(25) + 0.5) * 40
+    turn = np.stack([np.cos(times / 1000 * np.pi * (1 + expert)) for expert in range(4)], axis=1)
+    gates = np.exp(rng.uniform(0.5, 2, (layers, 1, 1)) * turn)
+    gates /= gates.sum(axis=2, keepdims=True)
+    (run / "gates").mkdir(exist_ok=True)
+    names = np.array([f"transformer_blocks.{i}.attn.to_q" for i in range(layers)])
+    np.savez(run / "gates" / f"step-{step:07d}.npz", timesteps=times, gates=gates.astype(np.float16), names=names)
+    return gates
+
+
+def test_experts_are_shown_where_a_run_has_them(bare: Path) -> None:
+    _, page = page_of(bare)
+    assert "experts" not in page.sections and "#experts" not in page.addresses
+    write_gates(bare, 50)
+    gates = write_gates(bare, 100)
+    with (bare / "metrics.jsonl").open("a") as file:
+        for step, mixed in ((49, 0.93), (99, 0.71)):
+            file.write(
+                json.dumps({"step": step, "ratio_eval": 0.5, "gate_entropy": mixed, "dead_experts": 0.25}) + "\n"
+            )
+    written, page = page_of(bare)
+    assert "#experts" in page.addresses
+    words = page.text("experts")
+    assert all(f"expert {i}" in words for i in range(4)) and "0.71" in words and "25 %" in words
+    assert "blocks.3.attn.to_q" in words
+    away = np.abs(gates - gates.mean(axis=1, keepdims=True)).sum(axis=2) / 2
+    assert f"{round(100 * float(away.max()))}\u00a0%" in written, "the strongest cell of the map"
+
+
+def test_damaged_gates_are_said_in_their_section(bare: Path) -> None:
+    (bare / "gates").mkdir()
+    (bare / "gates" / "step-0000010.npz").write_text("PK torn")
+    _, page = page_of(bare)
+    assert "gates/step-0000010.npz cannot be used" in page.text("experts")
+
+
 def test_long_runs_with_large_pictures_stay_small(bare: Path) -> None:
     rng = np.random.default_rng(0)
     folder = bare / "evaluation"
