@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +14,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from dydit_scale.adapters.state import PEFT_PREFIX
 from dydit_scale.adapters.td_lora import TDLoraLayer, td_layers
 from dydit_scale.adapters.tensor_file import check_tensors, write_tensors
 
 PREFIX = "transformer."
+_FLUX = "https://github.com/black-forest-labs/flux"
+_KOHYA_LAYERS = re.compile(r"(double|single)_blocks\.\d+\..+|(img|txt|time|vector|guidance)_in(\..+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +51,12 @@ class ModelSpec:
         if self.timestep_range is not None and not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1000:
             raise ValueError(f"ModelSpec: timestep_range: expected 0 <= low < high <= 1000, got {self.timestep_range}")
 
-    def header(self) -> dict[str, str]:
-        """The fields as they stand in a safetensors header."""
+    def header(self, implementation: str = "diffusers") -> dict[str, str]:
+        """The fields as they stand in a safetensors header; ``implementation`` is whose layers the file names."""
         fields = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         if self.timestep_range is not None:
             fields["timestep_range"] = f"{self.timestep_range[0]},{self.timestep_range[1]}"
-        return {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers"} | {
+        return {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": implementation} | {
             f"modelspec.{key}": value for key, value in fields.items()
         }
 
@@ -172,21 +178,26 @@ def plain_lora(model: nn.Module, *, adapter_name: str = "default") -> dict[str, 
     return tensors
 
 
-def lora_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The header entry from which diffusers builds its LoraConfig: alpha equal to the rank, so the scale is 1."""
+def lora_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of peft's LoraConfig for a plain LoRA: alpha equal to the rank, so the scale is 1."""
     ending = ".lora_A.weight"
     ranks = {n.removeprefix(PREFIX).removesuffix(ending): t.shape[0] for n, t in tensors.items() if n.endswith(ending)}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     # The caret keeps a module at the root (proj_out) from matching one of the same name inside a block.
     others = {f"^{name}": other for name, other in ranks.items() if other != rank}
-    config = {
+    return {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": sorted(ranks),
     }
-    return {"lora_adapter_metadata": json.dumps({f"{PREFIX}{k}": v for k, v in config.items()}, sort_keys=True)}
+
+
+def lora_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header entry from which diffusers builds its LoraConfig."""
+    config = {f"{PREFIX}{key}": value for key, value in lora_config(tensors).items()}
+    return {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
 
 
 def write_lora(path: str | Path, tensors: Mapping[str, Tensor], spec: ModelSpec, notes: Mapping[str, str]) -> Path:
@@ -194,31 +205,6 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], spec: ModelSpec,
     path = Path(path)
     write_tensors(path, tensors, {**lora_metadata(tensors), **spec.header(), **notes})
     return path
-
-
-def export_mean_lora(
-    model: nn.Module,
-    t_embs: Float[Tensor, "steps dim"],
-    path: str | Path,
-    spec: ModelSpec,
-    *,
-    adapter_name: str = "default",
-    max_error: float = 0.2,
-    force: bool = False,
-) -> MeanError:
-    """Write ``mean_lora`` to ``path``, with its error in the header and, in full, in a .json file beside it.
-
-    Raises ValueError, and writes nothing, if the total error is above ``max_error`` and ``force`` is not set.
-    """
-    path = Path(path)
-    error = mean_error(model, t_embs, adapter_name=adapter_name)
-    if error.total > max_error and not force:
-        raise ValueError(
-            f"{path}: the mean over timesteps misses the adapter by {error.total:.3f} of its size, more than max_error "
-            f"{max_error}; export it natively (save_td_lora), for a range of timesteps, or with force=True"
-        )
-    write_mean(path, mean_lora(model, t_embs, adapter_name=adapter_name), spec, error)
-    return error
 
 
 def write_mean(
@@ -234,6 +220,52 @@ def write_mean(
     path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(error), indent=2) + "\n", encoding="utf-8")
 
 
-def export_plain_lora(model: nn.Module, path: str | Path, spec: ModelSpec, *, adapter_name: str = "default") -> Path:
-    """Write the peft LoRA of ``model`` in the same form; exact."""
-    return write_lora(path, plain_lora(model, adapter_name=adapter_name), spec, {})
+def write_peft_lora(folder: str | Path, tensors: Mapping[str, Tensor], base: str) -> Path:
+    """Write a plain LoRA as the folder that ``PeftModel.from_pretrained(transformer, folder)`` reads.
+
+    Args:
+        tensors: In diffusers' names, as ``mean_lora`` and ``plain_lora`` give them.
+        base: What it adapts, for ``adapter_config.json``.
+    """
+    folder = Path(folder)
+    settings = lora_config(tensors)
+    if not all("." in name for name in settings["target_modules"]):  # peft takes a list's names for ends of names
+        settings["target_modules"] = f"({'|'.join(map(re.escape, settings['target_modules']))})"
+    config = LoraConfig(**settings, base_model_name_or_path=base, inference_mode=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {f"{PEFT_PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
+    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, named, {})
+    config.save_pretrained(str(folder))
+    return folder
+
+
+def write_fused_lora(path: str | Path, loras: Mapping[str, tuple[Tensor, Tensor]], style: str, spec: ModelSpec) -> Path:
+    """Write a plain LoRA of FLUX whose layers are those of the original checkpoint.
+
+    Args:
+        loras: (down [rank, in], up [out, rank]) by the original's layer, such as ``double_blocks.0.img_attn.qkv``.
+        style: ``kohya`` for sd-scripts' names (``lora_unet_double_blocks_0_img_attn_qkv``; kohya-ss/sd-scripts,
+            networks/lora_flux.py), ``comfyui`` for the model's own behind ``diffusion_model.`` (comfy/lora.py).
+
+    Raises ValueError for a layer that sd-scripts would ignore.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    for layer, (down, up) in loras.items():
+        name = fused_name(layer, style)
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    check_tensors(tensors, str(path))
+    rank = Counter(len(down) for down, _ in loras.values()).most_common(1)[0][0]
+    trainer = {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    write_tensors(path, tensors, {**spec.header(_FLUX), **(trainer if style == "kohya" else {})})
+    return path
+
+
+def fused_name(layer: str, style: str) -> str:
+    """What a file of this style calls a layer of the original checkpoint."""
+    if style == "comfyui":
+        return f"diffusion_model.{layer}"
+    if not _KOHYA_LAYERS.fullmatch(layer):
+        raise ValueError(f"{layer}: sd-scripts reads LoRA in blocks and embedders only; leave it out, or use comfyui")
+    return f"lora_unet_{layer.replace('.', '_')}"

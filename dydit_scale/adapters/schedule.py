@@ -72,7 +72,7 @@ def export_range_loras(
 ) -> list[RangeFile]:
     """Write ``ranges`` plain LoRAs to ``folder``, each the mean over one part of a sampler's ``timesteps``.
 
-    Each file has its error in the header and a .json beside it, as ``export_mean_lora`` writes them. An earlier export
+    Each file has its error in the header and a .json beside it, as ``write_mean`` writes them. An earlier export
     to the folder is replaced; other files stay.
 
     Args:

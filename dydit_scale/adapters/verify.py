@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -18,18 +19,17 @@ from dydit_scale.adapters.schedule import load_lora_schedule
 from dydit_scale.adapters.state import load_td_lora
 
 Inputs = Sequence[Mapping[str, Any]]
+Loader = Callable[[nn.Module], int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusersCheck:
-    """One plain LoRA or several loaded by diffusers, compared on several inputs."""
+class LoraCheck:
+    """One plain LoRA or several, loaded by those who will use them and compared on several inputs."""
 
     loader_error: float
     """Largest ||v_loaded - v_expected|| / ||v_expected||, against the same update merged by hand."""
     approximation: tuple[float, ...]
     """||v_adapter - v_loaded|| / ||v_adapter - v_base|| for each input: 0 is exact, 1 as far off as no LoRA."""
-    layers: int
-    """Number of layers that got a LoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +63,14 @@ def _ratio(top: float, bottom: float) -> float:
     return top / bottom if bottom else (0.0 if top == 0 else math.inf)
 
 
-def _load_with_diffusers(path: Path, base: nn.Module, pipeline_class: Any) -> int:
-    # The pipeline's loader, not the transformer's: it is the one users call, and it decides what kind of file it is.
-    pipeline = _pipeline_around(base, pipeline_class)
-    pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
-    return sum(isinstance(module, LoraLayer) for module in base.modules())
-
-
 def _pipeline_around(transformer: nn.Module, pipeline_class: Any) -> Any:
     required = [p for p in inspect.signature(pipeline_class).parameters.values() if p.default is p.empty]
     return pipeline_class(**{**{p.name: None for p in required}, "transformer": transformer})
 
 
 @torch.no_grad()
-def _merge_by_hand(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def merge_lora(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Add a plain LoRA in diffusers' names to the weights of a transformer."""
     for name in tensors:
         if name.endswith(".lora_A.weight"):
             stem = name.removesuffix(".lora_A.weight")
@@ -84,22 +78,23 @@ def _merge_by_hand(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             weight.add_((tensors[f"{stem}.lora_B.weight"] @ tensors[name]).to(weight))
 
 
-def verify_diffusers_lora(
+def verify_plain_lora(
     path: str | Path,
+    load: Loader,
     make_base: Callable[[], nn.Module],
-    pipeline_class: Any,
     inputs: Inputs,
     *,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     tolerance: float = 1e-5,
-) -> DiffusersCheck:
-    """Load ``path`` into a fresh transformer through its pipeline's load_lora_weights and compare outputs.
+) -> LoraCheck:
+    """Load a file or folder into a fresh transformer and compare outputs.
 
     Args:
-        path: A file written by ``export_mean_lora`` or ``export_plain_lora``.
-        make_base: Makes a fresh base transformer (without adapters, diffusers' own class) at each call; called twice.
-        pipeline_class: The diffusers pipeline that users load it with, such as FluxPipeline.
+        path: What is verified, for errors.
+        load: Loads it into the transformer in place, as its users do (``diffusers_loader``, ``peft_loader``), and
+            returns how many layers have the LoRA then.
+        make_base: Makes a fresh base transformer (without adapters, the static class) at each call; called twice.
         inputs: Keyword arguments of the transformer's forward, best at several timesteps.
         model: The adapted model in memory. Its routers, if any, should be open, or their effect counts as error.
         tensors: What the file should hold (``mean_lora`` or ``plain_lora`` of ``model``), merged by hand to compare.
@@ -107,25 +102,53 @@ def verify_diffusers_lora(
 
     Raises ValueError if layers are missing after loading or the outputs differ by more than ``tolerance``.
     """
-    path = Path(path)
     if not inputs:
-        raise ValueError("verify_diffusers_lora: expected inputs, got none")
+        raise ValueError(f"{path}: expected inputs to compare outputs on, got none")
     loaded_model = make_base()
     base = _outputs(loaded_model, inputs)
-    layers, expected_layers = _load_with_diffusers(path, loaded_model, pipeline_class), len(tensors) // 2
+    layers, expected_layers = load(loaded_model), len(tensors) // 2
     if layers != expected_layers:
-        raise ValueError(f"{path}: diffusers made {layers} LoRA layers of it, expected {expected_layers}")
+        raise ValueError(f"{path}: {layers} layers have a LoRA after loading it, expected {expected_layers}")
     loaded = _outputs(loaded_model, inputs)
     del loaded_model
     merged_model = make_base()
-    _merge_by_hand(merged_model, tensors)
+    merge_lora(merged_model, tensors)
     expected = _outputs(merged_model, inputs)
-    true = _outputs(model, inputs)
     error = max(_ratio(_distance(a, b), float(b.double().norm())) for a, b in zip(loaded, expected, strict=True))
     if not error <= tolerance:
-        raise ValueError(f"{path}: loaded by diffusers it is {error:.2e} off the model in memory, above {tolerance}")
-    approximation = [_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, loaded, base, strict=True)]
-    return DiffusersCheck(loader_error=error, approximation=tuple(approximation), layers=layers)
+        raise ValueError(f"{path}: after loading it is {error:.2e} off the model in memory, above {tolerance}")
+    return LoraCheck(loader_error=error, approximation=effect_missed(_outputs(model, inputs), loaded, base))
+
+
+def effect_missed(true: Sequence[Tensor], found: Sequence[Tensor], base: Sequence[Tensor]) -> tuple[float, ...]:
+    """||true - found|| / ||true - base|| for each output: 0 is exact, 1 as far off as the base."""
+    return tuple(_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, found, base, strict=True))
+
+
+def diffusers_loader(path: Path, pipeline_class: Any) -> Loader:
+    """Loads a file through ``load_lora_weights`` of its pipeline (such as FluxPipeline): it is what users call, and it
+    decides what kind of file it is."""
+
+    def load(base: nn.Module) -> int:
+        pipeline = _pipeline_around(base, pipeline_class)
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
+        return _lora_layers(base)
+
+    return load
+
+
+def peft_loader(folder: Path) -> Loader:
+    """Loads a folder through PeftModel.from_pretrained, which adapts the transformer in place."""
+
+    def load(base: nn.Module) -> int:
+        PeftModel.from_pretrained(base, str(folder))
+        return _lora_layers(base)
+
+    return load
+
+
+def _lora_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, LoraLayer) for module in model.modules())
 
 
 def verify_lora_schedule(
@@ -137,12 +160,12 @@ def verify_lora_schedule(
     model: nn.Module,
     tensors: Sequence[Mapping[str, Tensor]] | None = None,
     tolerance: float = 1e-5,
-) -> DiffusersCheck:
+) -> LoraCheck:
     """Load LoRAs that follow the timestep into a fresh pipeline and compare its transformer's outputs.
 
     Args:
         folder: Written by ``export_range_loras`` or ``export_expert_loras``.
-        make_base, pipeline_class, inputs, model: as in ``verify_diffusers_lora``; ``make_base`` is called twice.
+        make_base, pipeline_class, inputs, model: as in ``verify_plain_lora``; ``make_base`` is called twice.
         tensors: The plain LoRA that should act at each input, merged by hand to compare; by default ``model`` itself
             is what the files should equal.
         tolerance: Largest relative difference to either.
@@ -155,14 +178,12 @@ def verify_lora_schedule(
     base = _outputs(fresh, inputs)
     load_lora_schedule(_pipeline_around(fresh, pipeline_class), folder)
     loaded, true = _outputs(fresh, inputs), _outputs(model, inputs)
-    layers = sum(isinstance(module, LoraLayer) for module in fresh.modules())
     del fresh
     expected = true if tensors is None else _merged_outputs(make_base(), inputs, tensors)
     error = max(_ratio(_distance(a, b), float(b.double().norm())) for a, b in zip(loaded, expected, strict=True))
     if not error <= tolerance:
         raise ValueError(f"{folder}: loaded by diffusers it is {error:.2e} off the model in memory, above {tolerance}")
-    approximation = tuple(_ratio(_distance(v, a), _distance(v, b)) for v, a, b in zip(true, loaded, base, strict=True))
-    return DiffusersCheck(loader_error=error, approximation=approximation, layers=layers)
+    return LoraCheck(loader_error=error, approximation=effect_missed(true, loaded, base))
 
 
 def _merged_outputs(base: nn.Module, inputs: Inputs, tensors: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
@@ -171,7 +192,7 @@ def _merged_outputs(base: nn.Module, inputs: Inputs, tensors: Sequence[Mapping[s
     for kwargs, lora in zip(inputs, tensors, strict=True):
         names = {f"{n.removeprefix(PREFIX).rpartition('.lora_')[0]}.weight" for n in lora}
         before = {name: base.get_parameter(name).detach().clone() for name in names}
-        _merge_by_hand(base, lora)
+        merge_lora(base, lora)
         outputs += _outputs(base, [kwargs])
         base.load_state_dict(before, strict=False)
     return outputs

@@ -6,6 +6,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+EXPORT_FORMATS = (
+    "td-lora", "diffusers", "peft", "kohya", "comfyui", "lora-ranges", "lora-experts", "pipeline", "static",
+)  # fmt: skip
+"""Those of workflows/export.py, which takes seconds to import."""
+
 
 def _quiet() -> None:
     from dydit_scale.models.quiet import quiet_libraries
@@ -134,7 +139,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--format",
         action="append",
         dest="formats",
-        choices=("td-lora", "diffusers", "lora-ranges", "lora-experts", "pipeline"),
+        choices=EXPORT_FORMATS,
         required=True,
     )
     parser.add_argument("--out", type=Path, help="folder (default: RUN/export)")
@@ -143,6 +148,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranges", type=int, default=4, help="files of lora-ranges, each for a part of the timesteps")
     parser.add_argument("--force", action="store_true", help="write although the approximation is poor")
+    parser.add_argument("--license", default="other", help="of the weights, for the model card (default: other)")
     parser.set_defaults(run=_run_export)
 
 
@@ -150,12 +156,15 @@ def _run_export(args: argparse.Namespace) -> None:
     _quiet()
     from dydit_scale.workflows.export import export_run
 
-    rows = export_run(args.folder, args.formats, out=args.out, steps=args.steps, ranges=args.ranges, force=args.force)
+    options = {"steps": args.steps, "ranges": args.ranges, "force": args.force, "license": args.license}
+    rows = export_run(args.folder, args.formats, out=args.out, **options)
     for row in rows:
         errors = (
             f"weights {row['error_mean']:.3f} (worst layer {row['error_max']:.3f}), output {row['output_error']:.3f}"
         )
         print(f"{row['format']}: {row['path']}, {row['bytes'] / 1e6:.2f} MB, loaded back and compared; error: {errors}")
+        if row.get("routers") is False:
+            print("  without the routers: for the complete model, at full cost")
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:

@@ -98,7 +98,7 @@ def to_original(tensors: Mapping[str, Tensor], config: Config, where: str) -> tu
         ValueError: a class that no original layout belongs to, weights that do not fit the config, or a model that the
             original layout cannot hold.
     """
-    layout = _layout_of(config, where)
+    layout = layout_of(config, where)
     name, config = layout.target, _defaults(layout) | config
     try:
         _check(tensors, target_shapes(layout, config), f"{where}: its config.json says {name}")
@@ -141,7 +141,7 @@ def detect(names: Iterable[str], where: str) -> Layout:
     raise ValueError(f"{where}: has the names of {title} already; nothing to convert")
 
 
-def _layout_of(config: Config, where: str) -> Layout:
+def layout_of(config: Config, where: str) -> Layout:
     """The original layout that holds a model with this ``config.json``; ValueError if there is none, saying why."""
     name, layouts = config.get("_class_name"), (*LAYOUTS, DIT_COMPLETE)
     fitting = [layout for layout in layouts if layout.target == name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -11,10 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
+from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.data.loader import make_loader
 from dydit_scale.data.shards import load_index
 from dydit_scale.models.family import SampleConfig
+from dydit_scale.models.loading import family_of_base, load_transformer
 from dydit_scale.models.registry import family_of
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import generate, recorded, sampler_timesteps
@@ -103,8 +108,20 @@ def test_its_exports_are_loaded_back(family: tuple[str, Path]) -> None:
     assert row["verified"]
     (row,) = export_run(trained(folder, name, "none"), ["pipeline"])
     assert row["verified"]
+    folded, merged, static = export_run(folder / "run-td_lora", ["peft", "pipeline", "static"], steps=4, force=True)
+    assert (folded["routers"], merged["routers"], static["routers"]) == (False, True, False)
+    transformer = load_transformer(static["path"], family_of_base(static["path"]))
+    assert [n for n, _ in transformer.named_parameters() if is_dynamic_name(n)] == []
+    base = load_transformer(str(folder / "base"), family_of_base(str(folder / "base")))
+    lora = load_file(Path(folded["path"]) / "adapter_model.safetensors")
+    for key in (k for k in lora if k.endswith(".lora_A.weight")):
+        layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        expected = base.get_parameter(f"{layer}.weight") + lora[key.replace("_A.", "_B.")] @ lora[key]
+        assert torch.equal(transformer.get_parameter(f"{layer}.weight"), expected.half().float()), layer
     plain = ["diffusers", "lora-ranges", "lora-experts"]
     if name == "flux":
+        fused = export_run(folder / "run-td_lora", ["kohya", "comfyui"], steps=4, force=True)
+        assert [row["output_error"] for row in fused] == pytest.approx([folded["output_error"]] * 2, rel=1e-3)
         mean, ranges, experts = export_run(folder / "run-td_lora", plain, steps=4, ranges=2)
         assert experts["output_error"] < ranges["output_error"] < mean["output_error"]
         assert len(list(Path(ranges["path"]).glob("lora_*.safetensors"))) == 2
@@ -115,6 +132,33 @@ def test_its_exports_are_loaded_back(family: tuple[str, Path]) -> None:
         for kind in plain:
             with pytest.raises(ValueError, match="diffusers loads no LoRA into a"):
                 export_run(folder / "run-td_lora", [kind])
+
+
+@pytest.mark.parametrize("family", ["flux", "dit"], indirect=True)
+def test_the_card_says_how_to_load_what_lies_beside_it(
+    family: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, folder = family
+    run = trained(folder, name, "td_lora")
+    plain = ["diffusers", "kohya", "comfyui", "lora-ranges", "lora-experts"] if name == "flux" else []
+    rows = export_run(
+        run, ["td-lora", "peft", *plain, "pipeline", "static"], out=tmp_path, steps=4, ranges=2, force=True,
+        license="apache-2.0",
+    )  # fmt: skip
+    card = (tmp_path / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    said = yaml.safe_load(front)
+    assert said["license"] == "apache-2.0" and {"dydit-scale", "dynamic", "td-lora"} <= set(said["tags"])
+    assert said.get("pipeline_tag") == ("text-to-image" if name == "flux" else None) and "base_model" not in said
+    target = family_recipe(folder, name, "td_lora").cost.target
+    assert f"(target {target:.2f})" in text and all(f"| {row['format']} | `" in text for row in rows)
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == len(rows) - (name == "flux")  # ComfyUI's is no Python
+    for snippet in snippets:
+        if name == "flux" and "kohya.safetensors" in snippet:
+            continue  # diffusers reads it at the published size only
+        exec(compile(snippet, "card", "exec"), {})
 
 
 @pytest.mark.launch

@@ -1,0 +1,130 @@
+"""The model card beside exported files: what they are, what they cost, how to load each in a few lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.models.registry import family_of
+from dydit_scale.train.metrics import read_metrics
+from dydit_scale.workflows.runs import LoadedRun
+
+CARD, SAMPLES = "README.md", "samples.png"
+
+
+def write_card(run: LoadedRun, out: Path, rows: Sequence[dict[str, Any]], license: str) -> Path:
+    """Write ``README.md`` (with the front matter that huggingface.co reads) and the run's last samples to ``out``.
+
+    Args:
+        rows: Those of ``export.json``; files outside ``out`` are left out.
+        license: Of the weights, as the hub names it.
+    """
+    files = [{**row, "file": _inside(row["path"], out)} for row in rows if _inside(row["path"], out)]
+    parts = [_front_matter(run, license), f"# {run.recipe.name}", _summary(run), _samples(run, out)]
+    parts += ["## Use", *(_use(run, row) for row in files), "## Files", _table(files), "## Training", _recipe(run)]
+    card = out / CARD
+    card.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return card
+
+
+def _inside(path: str, out: Path) -> str:
+    """``path`` as seen from ``out``; empty if it lies elsewhere."""
+    full, folder = Path(path).resolve(), out.resolve()
+    return full.relative_to(folder).as_posix() if full.is_relative_to(folder) else ""
+
+
+def _front_matter(run: LoadedRun, license: str) -> str:
+    adapter, family = run.recipe.adapter.kind, family_of(run.pipeline)
+    fields: dict[str, Any] = {"license": license, "library_name": "diffusers"}
+    if not Path(run.recipe.model.base).exists():  # else it is no name of the hub
+        fields["base_model"] = run.recipe.model.base
+    if family.reads_text:
+        fields["pipeline_tag"] = "text-to-video" if family.makes_videos else "text-to-image"
+    tags = {"none": [], "lora": ["lora"], "td_lora": ["lora", "td-lora"]}[adapter]
+    fields["tags"] = ["dydit-scale", *(["dynamic"] if run.recipe.dynamic is not None else []), *tags]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
+
+
+def _summary(run: LoadedRun) -> str:
+    recipe = run.recipe
+    kind = {
+        "none": "All weights of",
+        "lora": f"A LoRA of rank {recipe.adapter.rank} for",
+        "td_lora": f"A TD-LoRA of rank {recipe.adapter.rank} with {recipe.adapter.experts} experts for",
+    }[recipe.adapter.kind]
+    size = f"{recipe.train.steps:,} steps of {recipe.train.batch_size} samples at {recipe.data.image_size} px"
+    text = f"{kind} `{recipe.model.base}`, trained for {size} with dydit_scale."
+    ratios = [r["ratio_eval"] for r in read_metrics(run.folder / "metrics.jsonl") if "ratio_eval" in r]
+    if recipe.dynamic is not None and ratios:
+        text += (
+            f" With its routers, the model is dynamic: at evaluation it needed {ratios[-1]:.2f} of the static model's "
+            f"multiply-accumulates (target {recipe.cost.target:.2f})."
+        )
+    return text
+
+
+def _samples(run: LoadedRun, out: Path) -> str:
+    found = sorted((run.folder / "samples").glob("step-*.png"))
+    if not found:
+        return ""
+    shutil.copyfile(found[-1], out / SAMPLES)
+    return f"![samples]({SAMPLES})\n\nPrompts: {', '.join(run.recipe.train.sample_prompts)}."
+
+
+def _use(run: LoadedRun, row: dict[str, Any]) -> str:
+    cls = type(run.pipeline).__name__
+    home = "diffusers" if type(run.pipeline).__module__.startswith("diffusers.") else "dydit_scale"
+    start = [f"from {home} import {cls}", "", f'pipe = {cls}.from_pretrained("{run.recipe.model.base}")']
+    file, kind = row["file"], row["format"]
+    if kind == "td-lora":
+        dynamic = run.recipe.dynamic
+        make = [f"pipe.transformer = dy.make_dynamic(pipe.transformer, {_call(dynamic)})"] if dynamic else []
+        lines = ["import dydit_scale as dy", *start, *make, f'dy.load_td_lora(pipe.transformer, "{file}")']
+    elif kind in ("diffusers", "kohya"):
+        lines = [*start, f'pipe.load_lora_weights(".", weight_name="{file}")']
+    elif kind == "peft":
+        lines = ["from peft import PeftModel", *start, f'PeftModel.from_pretrained(pipe.transformer, "{file}")']
+    elif kind in ("lora-ranges", "lora-experts"):
+        lines = ["import dydit_scale as dy", *start, f'dy.load_lora_schedule(pipe, "{file}")']
+    elif kind in ("pipeline", "static"):
+        ours = [] if home == "dydit_scale" else ["import dydit_scale  # its classes"]
+        lines = [*ours, start[0], "", f'pipe = {cls}.from_pretrained("{file}")']
+    else:
+        return f"**{kind}**: put `{file}` into ComfyUI's `models/loras` and choose it in a LoRA loader."
+    return f"**{kind}**\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _call(dynamic: DynamicConfig) -> str:
+    """``DynamicConfig(...)`` with what differs from its defaults."""
+    plain = DynamicConfig()
+    given = [
+        f"{f.name}={getattr(dynamic, f.name)!r}"
+        for f in dataclasses.fields(dynamic)
+        if getattr(dynamic, f.name) != getattr(plain, f.name)
+    ]
+    return f"dy.DynamicConfig({', '.join(given)})"
+
+
+def _table(files: Sequence[dict[str, Any]]) -> str:
+    lines = ["| format | file | MB | routers | error in the weights | in the output |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['format']} | `{row['file']}` | {row['bytes'] / 1e6:.2f} | {'yes' if row.get('routers') else 'no'} "
+        f"| {row['error_mean']:.3f} | {row['output_error']:.3f} |"
+        for row in files
+    ]
+    note = (
+        "Each was loaded back by its own loader. Errors are shares of what the adapter does: a plain LoRA cannot vary "
+        "with the timestep. Without routers the complete model runs, at full cost."
+    )
+    return "\n".join(lines) + f"\n\n{note}"
+
+
+def _recipe(run: LoadedRun) -> str:
+    text = (run.folder / "recipe.yaml").read_text(encoding="utf-8").strip()
+    return f"<details><summary>recipe.yaml</summary>\n\n```yaml\n{text}\n```\n\n</details>"
