@@ -60,6 +60,18 @@ def _embedders(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in EMBEDDER_NAMES}
 
 
+def only_embedder(model: nn.Module) -> tuple[str, nn.Module]:
+    """The timestep embedder of a static model, with its name. Raises ValueError if there is none, or several."""
+    embedders = _embedders(model)
+    if len(embedders) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: expected one module called {' or '.join(EMBEDDER_NAMES)}, found "
+            f"{sorted(embedders) or 'none'}; give the model a `timestep_state` whose scope its blocks open"
+        )
+    ((name, embedder),) = embedders.items()
+    return name, embedder
+
+
 def attach_timestep_state(model: nn.Module) -> TimestepState:
     """The state that delivers the embedding inside ``model``: its own, or one that hooks keep (static models).
 
@@ -74,13 +86,7 @@ def attach_timestep_state(model: nn.Module) -> TimestepState:
         return state
     if state is not None:
         raise ValueError(f"{type(model).__name__}.timestep_state: expected a TimestepState, got {type(state).__name__}")
-    embedders = _embedders(model)
-    if len(embedders) != 1:
-        raise ValueError(
-            f"{type(model).__name__}: expected one module called {' or '.join(EMBEDDER_NAMES)}, found "
-            f"{sorted(embedders) or 'none'}; give the model a `timestep_state` whose scope its blocks open"
-        )
-    (embedder,) = embedders.values()
+    _, embedder = only_embedder(model)
     hooked = HookedTimestepState()
     model.timestep_state = hooked  # type: ignore[assignment]
     embedder.td_timestep_state = hooked  # type: ignore[assignment]

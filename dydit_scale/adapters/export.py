@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from jaxtyping import Float
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from dydit_scale.adapters.delivery import only_embedder
 from dydit_scale.adapters.state import PEFT_PREFIX
 from dydit_scale.adapters.td_lora import TDLoraLayer, td_layers
 from dydit_scale.adapters.tensor_file import check_tensors, write_tensors
 
 PREFIX = "transformer."
 _FLUX = "https://github.com/black-forest-labs/flux"
-_KOHYA_LAYERS = re.compile(r"(double|single)_blocks\.\d+\..+|(img|txt|time|vector|guidance)_in(\..+)?")
+_KOHYA_LAYERS = re.compile(r"(double|single)_blocks\.\d+\..+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +83,19 @@ def timestep_embeddings(model: Any, timesteps: Float[Tensor, " steps"]) -> Float
     """The pure timestep embeddings of a model in fp32, as its adapter sees them; ``timesteps`` as its forward takes
     them.
 
-    Dynamic models say so themselves. A static FLUX embeds 1000 t, and casts as in diffusers' forward: 1000 t and its
-    sinusoids are rounded to the embedder's dtype.
+    Dynamic models say so themselves. A static model's embedder is called as in its forward: sinusoids are rounded to
+    the embedder's dtype, and FLUX embeds 1000 t, rounded too. Raises ValueError for a model without one such embedder.
     """
     if hasattr(model, "routing_embedding"):
         return model.routing_embedding(timesteps)
-    project, embed = (model.get_submodule(f"time_text_embed.{part}") for part in ("time_proj", "timestep_embedder"))
+    name, embed = only_embedder(model)
+    project = getattr(model.get_submodule(name.rpartition(".")[0]), "time_proj", None)
+    if project is None:
+        raise ValueError(f"{type(model).__name__}: expected time_proj beside {name}, found none")
     dtype = next(embed.parameters()).dtype
-    return embed(project(timesteps.to(dtype) * 1000).to(dtype)).float()
+    if isinstance(model, FluxTransformer2DModel):
+        timesteps = timesteps.to(dtype) * 1000
+    return embed(project(timesteps).to(dtype)).float()
 
 
 def _check_embeddings(t_embs: Tensor) -> None:
@@ -211,13 +218,22 @@ def write_mean(
     path: Path, tensors: Mapping[str, Tensor], spec: ModelSpec, error: MeanError, notes: Mapping[str, str] | None = None
 ) -> None:
     """Write a mean with its error in the header and, in full, in a .json file beside it."""
-    errors = {
+    write_lora(path, tensors, spec, {**error_notes(error), **(notes or {})})
+    write_error(path.with_suffix(".json"), error)
+
+
+def error_notes(error: MeanError) -> dict[str, str]:
+    """What a file's header says of the mean in it."""
+    return {
         "dydit.mean_error": f"{error.total:.6g}",
         "dydit.mean_error_worst_layer": f"{max(error.layers.values()):.6g}",
         "dydit.mean_timesteps": str(len(error.timesteps)),
     }
-    write_lora(path, tensors, spec, {**errors, **(notes or {})})
-    path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(error), indent=2) + "\n", encoding="utf-8")
+
+
+def write_error(path: Path, error: MeanError) -> None:
+    """Write all figures as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(error), indent=2) + "\n", encoding="utf-8")
 
 
 def write_peft_lora(folder: str | Path, tensors: Mapping[str, Tensor], base: str) -> Path:
@@ -239,15 +255,22 @@ def write_peft_lora(folder: str | Path, tensors: Mapping[str, Tensor], base: str
     return folder
 
 
-def write_fused_lora(path: str | Path, loras: Mapping[str, tuple[Tensor, Tensor]], style: str, spec: ModelSpec) -> Path:
+def write_fused_lora(
+    path: str | Path,
+    loras: Mapping[str, tuple[Tensor, Tensor]],
+    style: str,
+    spec: ModelSpec,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
     """Write a plain LoRA of FLUX whose layers are those of the original checkpoint.
 
     Args:
         loras: (down [rank, in], up [out, rank]) by the original's layer, such as ``double_blocks.0.img_attn.qkv``.
         style: ``kohya`` for sd-scripts' names (``lora_unet_double_blocks_0_img_attn_qkv``; kohya-ss/sd-scripts,
             networks/lora_flux.py), ``comfyui`` for the model's own behind ``diffusion_model.`` (comfy/lora.py).
+        notes: Further header fields.
 
-    Raises ValueError for a layer that sd-scripts would ignore.
+    Raises ValueError for a layer that readers of this style would ignore.
     """
     path = Path(path)
     tensors: dict[str, Tensor] = {}
@@ -258,7 +281,7 @@ def write_fused_lora(path: str | Path, loras: Mapping[str, tuple[Tensor, Tensor]
     check_tensors(tensors, str(path))
     rank = Counter(len(down) for down, _ in loras.values()).most_common(1)[0][0]
     trainer = {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    write_tensors(path, tensors, {**spec.header(_FLUX), **(trainer if style == "kohya" else {})})
+    write_tensors(path, tensors, {**spec.header(_FLUX), **(trainer if style == "kohya" else {}), **(notes or {})})
     return path
 
 
@@ -266,6 +289,8 @@ def fused_name(layer: str, style: str) -> str:
     """What a file of this style calls a layer of the original checkpoint."""
     if style == "comfyui":
         return f"diffusion_model.{layer}"
+    if style != "kohya":
+        raise ValueError(f"style {style!r}: expected kohya or comfyui")
     if not _KOHYA_LAYERS.fullmatch(layer):
-        raise ValueError(f"{layer}: sd-scripts reads LoRA in blocks and embedders only; leave it out, or use comfyui")
+        raise ValueError(f"{layer}: not every reader of kohya files knows LoRA outside the blocks; use comfyui")
     return f"lora_unet_{layer.replace('.', '_')}"

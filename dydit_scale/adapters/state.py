@@ -156,7 +156,7 @@ def _expected_shapes(model: nn.Module, config: TDLoraConfig, adapter_name: str) 
 
 def _same_scaling(model: nn.Module, config: TDLoraConfig, adapter_name: str) -> None:
     there = adapter_configs(model)[adapter_name]
-    for key in ("alpha", "alpha_pattern"):
+    for key in ("alpha", "alpha_pattern", "gate"):
         if getattr(there, key) != getattr(config, key):
             raise ValueError(
                 f"load_td_lora: adapter {adapter_name!r} in the model has {key} {getattr(there, key)}, "

@@ -1,9 +1,10 @@
-"""One linear layer with TD-LoRA: W(t) = W0 + scaling * (sum_i g_i(t) B_i) A, with g = softmax(gate(t_emb))."""
+"""One linear layer with TD-LoRA: W(t) = W0 + scaling * (sum_i g_i(t) B_i) A, with g = softmax(gate(t_emb)), or its
+sigmoid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.dynamic.timestep import TimestepState
+
+GateKind = Literal["softmax", "sigmoid"]
 
 
 class SharedDown(nn.Module):
@@ -62,25 +65,31 @@ class ExpertUp(nn.Module):
 
 
 class TimestepGate(nn.Module):
-    """g(t) = softmax(W t_emb + b), always in fp32; zero parameters at the start, so all gates are equal."""
+    """g(t) = softmax(W t_emb + b), or its sigmoid, always in fp32; zero parameters at the start, so all gates are
+    equal."""
 
-    def __init__(self, time_dim: int, experts: int, device: torch.device) -> None:
+    def __init__(self, time_dim: int, experts: int, device: torch.device, kind: GateKind = "softmax") -> None:
         super().__init__()
         self.time_dim = time_dim
+        self.kind = kind
         self.weight = nn.Parameter(torch.zeros(experts, time_dim, device=device, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(experts, device=device, dtype=torch.float32))
 
     def forward(self, emb: Tensor) -> Tensor:
-        """emb [batch, time_dim] -> [batch, experts], each row summing to one."""
-        return mixtures(emb, self.weight, self.bias)
+        """emb [batch, time_dim] -> [batch, experts]; rows of softmax gates sum to one."""
+        return mixtures(emb, self.weight, self.bias, self.kind)
 
 
 def mixtures(
-    emb: Float[Tensor, "batch time_dim"], weight: Float[Tensor, "experts time_dim"], bias: Float[Tensor, " experts"]
+    emb: Float[Tensor, "batch time_dim"],
+    weight: Float[Tensor, "experts time_dim"],
+    bias: Float[Tensor, " experts"],
+    kind: GateKind,
 ) -> Float[Tensor, "batch experts"]:
     """The gates of one layer, in fp32."""
     with torch.autocast(emb.device.type, enabled=False):
-        return F.linear(emb.float(), weight.float(), bias.float()).softmax(dim=-1)
+        logits = F.linear(emb.float(), weight.float(), bias.float())
+        return logits.softmax(dim=-1) if kind == "softmax" else logits.sigmoid()
 
 
 class TDLoraLayer(nn.Module, BaseTunerLayer):
@@ -88,7 +97,7 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
 
     The start is an exact no-op. In the first step the gradient of A is exactly zero (the mixed B is zero), and so is
     the gate row of the last expert when their number is odd; experts and gates learn from the first step on, and from
-    the second on every gradient is non-zero. With a single expert the gate is constant and never learns.
+    the second on every gradient is non-zero. The softmax gate of a single expert is constant and never learns.
     """
 
     adapter_layer_names = ("td_down", "td_up", "td_router")
@@ -121,6 +130,7 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
         time_dim: int,
         noise: float,
         seed: int,
+        gate: GateKind = "softmax",
     ) -> None:
         """Create the fp32 parameters of one adapter; they depend on (seed, adapter, layer name) alone."""
         device = self.base_layer.weight.device
@@ -131,7 +141,7 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
         down.reset(generator)
         up.reset(generator, noise)
         self.td_down[adapter], self.td_up[adapter] = down, up
-        self.td_router[adapter] = TimestepGate(time_dim, experts, device)
+        self.td_router[adapter] = TimestepGate(time_dim, experts, device, gate)
 
     def down(self, adapter: str) -> SharedDown:
         """A of an adapter."""

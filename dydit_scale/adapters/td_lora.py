@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from peft import PeftConfig, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -28,7 +28,7 @@ from dydit_scale.adapters.delivery import (
     embedding_dim,
     is_in_embedder,
 )
-from dydit_scale.adapters.td_layer import TDLoraLayer
+from dydit_scale.adapters.td_layer import GateKind, TDLoraLayer
 
 __all__ = [
     "TDLORA",
@@ -72,6 +72,8 @@ class TDLoraConfig(PeftConfig):
     """The update is scaled by alpha / rank."""
     experts: int = 4
     """Number of up-projections the timestep mixes; 1 is plain LoRA."""
+    gate: GateKind = "softmax"
+    """How they are mixed: ``softmax`` gates share what sums to one, ``sigmoid`` gates open each expert by itself."""
     dropout: float = 0.0
     """Dropout on the input of the update."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -99,6 +101,8 @@ class TDLoraConfig(PeftConfig):
         for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not (math.isfinite(alpha) and alpha > 0):
                 raise ValueError(f"TDLoraConfig: {where}: expected a positive number, got {alpha!r}")
+        if self.gate not in get_args(GateKind):
+            raise ValueError(f"TDLoraConfig: gate: expected one of {', '.join(get_args(GateKind))}, got {self.gate!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"TDLoraConfig: dropout: expected a value in [0, 1), got {self.dropout!r}")
         if not (self.init_noise > 0 and math.frexp(self.init_noise)[0] == 0.5):
@@ -198,6 +202,7 @@ class TDLoraModel(BaseTuner):
             time_dim=peft_config.time_dim,
             noise=peft_config.init_noise,
             seed=peft_config.seed,
+            gate=peft_config.gate,
         )
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

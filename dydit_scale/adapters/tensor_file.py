@@ -75,9 +75,9 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # the rest is padding, as safetensors itself pads
-            file.seek(8)
-            file.write(text.ljust(length))
+        assert len(text) <= length, f"{path}: the header grew from {length} to {len(text)} bytes"
+        file.seek(8)
+        file.write(text.ljust(length))  # padded, as safetensors itself pads
 
 
 def read_metadata(path: Path) -> dict[str, str]:

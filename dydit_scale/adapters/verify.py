@@ -41,7 +41,8 @@ class NativeCheck:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def transformer_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Of a transformer in evaluation mode, for each set of keyword arguments."""
     was_training = model.training
     model.eval()
     results = [_tensor(model(**kwargs)).detach().clone() for kwargs in inputs]
@@ -105,19 +106,25 @@ def verify_plain_lora(
     if not inputs:
         raise ValueError(f"{path}: expected inputs to compare outputs on, got none")
     loaded_model = make_base()
-    base = _outputs(loaded_model, inputs)
+    base = transformer_outputs(loaded_model, inputs)
     layers, expected_layers = load(loaded_model), len(tensors) // 2
     if layers != expected_layers:
         raise ValueError(f"{path}: {layers} layers have a LoRA after loading it, expected {expected_layers}")
-    loaded = _outputs(loaded_model, inputs)
+    loaded = transformer_outputs(loaded_model, inputs)
     del loaded_model
     merged_model = make_base()
     merge_lora(merged_model, tensors)
-    expected = _outputs(merged_model, inputs)
-    error = max(_ratio(_distance(a, b), float(b.double().norm())) for a, b in zip(loaded, expected, strict=True))
+    expected = transformer_outputs(merged_model, inputs)
+    error = relative_error(loaded, expected)
     if not error <= tolerance:
         raise ValueError(f"{path}: after loading it is {error:.2e} off the model in memory, above {tolerance}")
-    return LoraCheck(loader_error=error, approximation=effect_missed(_outputs(model, inputs), loaded, base))
+    return LoraCheck(loader_error=error, approximation=effect_missed(transformer_outputs(model, inputs), loaded, base))
+
+
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest ||found - expected|| / ||expected||; NaN if any output is not a number."""
+    errors = [_ratio(_distance(a, b), float(b.double().norm())) for a, b in zip(found, expected, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def effect_missed(true: Sequence[Tensor], found: Sequence[Tensor], base: Sequence[Tensor]) -> tuple[float, ...]:
@@ -175,12 +182,12 @@ def verify_lora_schedule(
     if not inputs or (tensors is not None and len(tensors) != len(inputs)):
         raise ValueError("verify_lora_schedule: expected inputs, and tensors for each of them")
     fresh = make_base()
-    base = _outputs(fresh, inputs)
+    base = transformer_outputs(fresh, inputs)
     load_lora_schedule(_pipeline_around(fresh, pipeline_class), folder)
-    loaded, true = _outputs(fresh, inputs), _outputs(model, inputs)
+    loaded, true = transformer_outputs(fresh, inputs), transformer_outputs(model, inputs)
     del fresh
     expected = true if tensors is None else _merged_outputs(make_base(), inputs, tensors)
-    error = max(_ratio(_distance(a, b), float(b.double().norm())) for a, b in zip(loaded, expected, strict=True))
+    error = relative_error(loaded, expected)
     if not error <= tolerance:
         raise ValueError(f"{folder}: loaded by diffusers it is {error:.2e} off the model in memory, above {tolerance}")
     return LoraCheck(loader_error=error, approximation=effect_missed(true, loaded, base))
@@ -193,7 +200,7 @@ def _merged_outputs(base: nn.Module, inputs: Inputs, tensors: Sequence[Mapping[s
         names = {f"{n.removeprefix(PREFIX).rpartition('.lora_')[0]}.weight" for n in lora}
         before = {name: base.get_parameter(name).detach().clone() for name in names}
         merge_lora(base, lora)
-        outputs += _outputs(base, [kwargs])
+        outputs += transformer_outputs(base, [kwargs])
         base.load_state_dict(before, strict=False)
     return outputs
 
@@ -218,7 +225,9 @@ def verify_td_lora(
             f"verify_td_lora: expected one output for each input, got {len(reference_outputs)}/{len(inputs)}"
         )
     load_td_lora(fresh_model, folder)
-    for index, (found, expected) in enumerate(zip(_outputs(fresh_model, inputs), reference_outputs, strict=True)):
+    for index, (found, expected) in enumerate(
+        zip(transformer_outputs(fresh_model, inputs), reference_outputs, strict=True)
+    ):
         off = _ratio(_distance(found, expected), float(expected.double().norm()))
         if not off <= tolerance:
             raise ValueError(f"{folder}: after loading, the output for input {index} is {off:.2e} off the reference")

@@ -148,7 +148,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranges", type=int, default=4, help="files of lora-ranges, each for a part of the timesteps")
     parser.add_argument("--force", action="store_true", help="write although the approximation is poor")
-    parser.add_argument("--license", default="other", help="of the weights, for the model card (default: other)")
+    parser.add_argument("--license", help="of the weights, for headers and the model card (default: other)")
     parser.set_defaults(run=_run_export)
 
 
@@ -163,7 +163,7 @@ def _run_export(args: argparse.Namespace) -> None:
             f"weights {row['error_mean']:.3f} (worst layer {row['error_max']:.3f}), output {row['output_error']:.3f}"
         )
         print(f"{row['format']}: {row['path']}, {row['bytes'] / 1e6:.2f} MB, loaded back and compared; error: {errors}")
-        if row.get("routers") is False:
+        if row["routers"] is False:
             print("  without the routers: for the complete model, at full cost")
 
 

@@ -48,9 +48,13 @@ def _with_lora(layer: Any) -> Tensor:
     if layer.disable_adapters or layer.merged:
         return weight
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if any(layer.use_dora.get(name) for name in active):
-        raise ValueError("a DoRA cannot be folded into a slice; merge it first, or sample without packing")
-    return weight + sum(layer.get_delta_weight(name).to(weight.dtype) for name in active)
+    updated = weight + sum(layer.get_delta_weight(name).to(weight.dtype) for name in active)
+    if not any(layer.use_dora.get(name) for name in active):
+        return updated
+    if len(active) > 1:
+        raise ValueError(f"a DoRA beside other adapters ({', '.join(active)}) cannot be folded into a slice; keep one")
+    magnitude = layer.lora_magnitude_vector[active[0]].weight.to(weight.dtype)
+    return (magnitude / updated.norm(dim=1))[:, None] * updated
 
 
 def slice_linear(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -55,19 +55,27 @@ class StepTable:
         return WidthMasks(*(None if m is None else m[layer, step] for m in (self.heads, self.groups)))
 
 
+class AdaptedLayer(NamedTuple):
+    """A layer with adapters, and what acted in it."""
+
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+    acting: tuple[object, ...]
+
+
 @dataclass(frozen=True)
 class AdapterState:
     """Which adapters of a model act, and how strongly: slices hold them as they were when they were cut."""
 
     names: tuple[str, ...]
     """Of all adapters, as peft knows them."""
-    layers: tuple[tuple[nn.Module, str, nn.Module, tuple], ...]
-    """(parent, name in it, adapted layer, what acts in it)."""
+    layers: tuple[AdaptedLayer, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> AdapterState:
         found = (
-            (parent, name, layer, _acting(layer))
+            AdaptedLayer(parent, name, layer, _acting(layer))
             for parent in model.modules()
             for name, layer in parent.named_children()
             if is_adapted(layer)
@@ -75,15 +83,16 @@ class AdapterState:
         return cls(tuple(getattr(model, "peft_config", ())), tuple(found))
 
     def still_holds(self, model: nn.Module) -> bool:
-        """Whether nothing was added, removed, switched or rescaled since."""
+        """Whether nothing was added, removed, switched, merged or rescaled since."""
         return self.names == tuple(getattr(model, "peft_config", ())) and all(
-            parent._modules.get(name) is layer and _acting(layer) == acting
-            for parent, name, layer, acting in self.layers
+            at.parent._modules.get(at.name) is at.layer and _acting(at.layer) == at.acting for at in self.layers
         )
 
 
-def _acting(layer: Any) -> tuple:
-    return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.scaling.items())
+def _acting(layer: Any) -> tuple[object, ...]:
+    """Whether adapters are off, which are active, which are merged, and how strong they are."""
+    scales = tuple(layer.scaling.items())
+    return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), scales
 
 
 @dataclass(frozen=True)

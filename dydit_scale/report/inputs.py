@@ -110,6 +110,8 @@ class ExportFile(NamedTuple):
     error_max: float | None
     output_error: float | None
     verified: bool
+    routers: bool | None = None
+    """Whether those of a dynamic run are in it; None where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +289,7 @@ def _read_exports(path: Path) -> tuple[ExportFile, ...]:
             error_max=maybe(entry, "error_max"),
             output_error=maybe(entry, "output_error"),
             verified=entry.get("verified") is True,
+            routers=entry["routers"] if isinstance(entry.get("routers"), bool) else None,
         )
         for entry in entries
     )

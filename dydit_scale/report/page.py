@@ -26,7 +26,8 @@ _PARTS = (
 )
 _LINKS = ("training", "width", "experts", "tokens", "samples", "scores", "speed", "export", "settings")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_ADAPTERS = ("td-lora", "td_lora", "peft", "kohya", "lora-experts", "lora-ranges")
+_ADAPTERS = ("td-lora", "td_lora", "lora-experts", "lora-ranges", "diffusers", "peft", "kohya", "comfyui")
+"""From the most faithful on."""
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:

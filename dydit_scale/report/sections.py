@@ -328,12 +328,14 @@ def export(run: RunData) -> Html:
     ]
     lead = (
         "Every file next to the model it stands for. "
-        "A format that cannot vary with the timestep differs from that model by its nature."
+        "A format that cannot vary with the timestep differs from that model by its nature; one without the routers is "
+        "for the complete model, at full cost."
     )
     columns = [
         Column("format", [one.format for one in files], "left"),
         Column("file", [one.path for one in files], "left"),
         Column("size", [with_prefix(one.bytes, "B") for one in files]),
+        Column("routers", [{True: "kept", False: "dropped", None: DASH}[one.routers] for one in files], "left"),
         Column("weight error, mean", [digits(one.error_mean, 2) for one in files]),
         Column("weight error, max", [digits(one.error_max, 2) for one in files]),
         Column("output error", [digits(one.output_error, 2) for one in files]),

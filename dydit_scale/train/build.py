@@ -63,12 +63,21 @@ def add_adapter(network: nn.Module, config: AdapterConfig, seed: int) -> None:
         add_td_lora(
             network,
             TDLoraConfig(
-                target_modules=config.targets, rank=config.rank, alpha=alpha, experts=config.experts, seed=seed
+                target_modules=config.targets,
+                rank=config.rank,
+                alpha=alpha,
+                experts=config.experts,
+                gate=config.gate,
+                seed=seed,
             ),
         )
     elif config.kind == "lora":
         routers = [p for name, p in network.named_parameters() if is_dynamic_name(name)]
-        network.add_adapter(LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=config.targets))  # type: ignore[operator]
+        lora = LoraConfig(
+            r=config.rank, lora_alpha=alpha, target_modules=config.targets,
+            use_rslora=config.variant == "rslora", use_dora=config.variant == "dora",
+        )  # fmt: skip
+        network.add_adapter(lora)  # type: ignore[operator]
         for parameter in routers:
             parameter.requires_grad_(True)
 

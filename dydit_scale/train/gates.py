@@ -35,6 +35,7 @@ class GateLog:
         self.embeddings = timestep_embeddings(network, timesteps.float()).cpu()
         self.noise = (levels * (1000 if levels.is_floating_point() else 1)).float().numpy()
         self.layers = list(td_layers(network))
+        self.kinds = {name: layer.gate("default").kind for name, layer in td_layers(network, "default").items()}
         self.parameters = [name for name, _ in network.named_parameters() if ".td_router." in name]
 
     def evaluate(self, parameters: Mapping[str, Tensor], step: int) -> dict[str, float]:
@@ -58,13 +59,14 @@ class GateLog:
             next(p for n, p in parameters.items() if n.startswith(f"{layer}.td_router.") and n.endswith(part))
             for part in (".weight", ".bias")
         )
-        return mixtures(self.embeddings, weight, bias)
+        gates = mixtures(self.embeddings, weight, bias, self.kinds[layer])
+        return gates / gates.sum(dim=-1, keepdim=True)
 
 
 def make_gate_log(network: Any, process: Process, folder: Path) -> GateLog | None:
-    """None for a network without TD-LoRA, or with an embedder that only its own forward can call."""
+    """None for a network without TD-LoRA."""
     adapted = any(isinstance(module, TDLoraLayer) for module in network.modules())
-    return GateLog(network, process, folder) if adapted and hasattr(network, "routing_embedding") else None
+    return GateLog(network, process, folder) if adapted else None
 
 
 def entropy(gates: Float[Tensor, "layers timesteps experts"]) -> float:

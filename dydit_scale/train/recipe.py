@@ -48,6 +48,11 @@ class AdapterConfig:
     """The update is scaled by alpha / rank; null for alpha = rank."""
     experts: int = 4
     """Experts of td_lora, mixed by the timestep."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """How td_lora mixes them."""
+    variant: Literal["plain", "rslora", "dora"] = "plain"
+    """Of lora: ``rslora`` scales by alpha / sqrt(rank) (arXiv 2312.03732), ``dora`` learns magnitude and direction
+    apart (arXiv 2402.09353)."""
     targets: str = (
         r".*transformer_blocks\.\d+\..*"
         r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out)"
@@ -57,6 +62,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.experts < 1:
             raise ValueError(f"adapter: rank and experts must be 1 or more; got {self.rank} and {self.experts}")
+        if self.variant != "plain" and self.kind != "lora":
+            raise ValueError(f"adapter.variant {self.variant!r} is of kind lora; got kind {self.kind!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run
+from dydit_scale.workflows.exports.common import ExportRow
 from dydit_scale.workflows.launch import call, launch
 
 PROMPTS, STEPS, CFG = 256, 10, 3.0
@@ -97,7 +98,7 @@ def _achieved(
     recipes: Path,
     name: str,
     result: EvaluationResult,
-    exports: Sequence[dict],
+    exports: Sequence[ExportRow],
     seconds: float,
 ) -> dict[str, Any]:
     """What came of it, with the settings that gave it and the machine that did it."""
@@ -114,7 +115,9 @@ def _achieved(
         "share_of_control": scores["dynamic"] / scores["control"] if scores["control"] else float("nan"),
         "categories": {model: s["categories"] for model, s in result.scores.items()},
         "speed": result.speed,
-        "exports": [{k: row[k] for k in ("format", "bytes", "output_error")} for row in exports],
+        "exports": [
+            {"format": row["format"], "bytes": row["bytes"], "output_error": row["output_error"]} for row in exports
+        ],
         "seconds": seconds,
         "settings": recipe.as_dict(),
         **machine(),

@@ -261,5 +261,7 @@ def test_layers_without_a_place_are_refused() -> None:
         fused_loras({"blocks.7": pair}, rules, {})
     with pytest.raises(ValueError, match="img_out is no layer of the original layout"):
         with_fused_loras({}, {"img_out": pair}, rules)
-    with pytest.raises(ValueError, match=r"final_layer\.linear: sd-scripts reads LoRA in blocks and embedders only"):
+    with pytest.raises(ValueError, match=r"final_layer\.linear: not every reader of kohya files"):
         fused_name("final_layer.linear", "kohya")
+    with pytest.raises(ValueError, match="'koyha': expected kohya or comfyui"):
+        fused_name("single_blocks.0.linear1", "koyha")

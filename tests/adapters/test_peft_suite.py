@@ -19,6 +19,8 @@ from dydit_scale.adapters.export import timestep_embeddings
 from dydit_scale.adapters.td_lora import TDLoraConfig, merge_at, td_layers, unmerge
 from tests.adapters import tiny
 from tests.models import test_class_latte as class_latte
+from tests.models import test_latte as latte
+from tests.models import test_pixart as pixart
 from tests.models import tiny as tiny_models
 from tests.models import tiny_dit
 from tests.models.tiny_families import FAMILIES
@@ -33,6 +35,8 @@ class Case:
     targets: str
     run: Callable[[nn.Module, Tensor], Tensor]
     """Its output at timesteps in 0..1, one sample each."""
+    unit: int = 1
+    """The forward's timesteps go from 0 to this."""
 
     def config(self, **changes: Any) -> TDLoraConfig:
         time_dim = tiny.TIME_DIM if self.name == "mlp" else None
@@ -41,6 +45,10 @@ class Case:
 
     def adapted(self, shaken: int = 7, **changes: Any) -> PeftModel:
         return tiny.shake(get_peft_model(self.make(), self.config(**changes)), shaken)  # type: ignore[return-value]
+
+    def schedule(self) -> Tensor:
+        """All timesteps, as the forward takes them."""
+        return TIMES if self.unit == 1 else (TIMES * self.unit).int().float()
 
     def __call__(self, model: nn.Module, timesteps: Tensor | None = None) -> Tensor:
         model.eval()
@@ -70,13 +78,17 @@ def _classes() -> list[Case]:
     found = [Case("mlp", tiny.tiny_mlp, r".*\.(fc1|fc2)", _mlp)]
     # diffusers' own DiT embeds the timestep in each block; ours with nothing dynamic takes its place.
     dit = functools.partial(tiny_dit.tiny_dynamic, heads=False, mlp=False, tokens=False)
-    static = {"flux": tiny_models.tiny_flux, "dit": dit, "latte-classes": class_latte.tiny_static}
+    static = {
+        "flux": tiny_models.tiny_flux, "dit": dit, "latte": latte.tiny_latte, "latte-classes": class_latte.tiny_static,
+        "pixart": pixart.tiny_pixart,
+    }  # fmt: skip
     for family in FAMILIES:
         targets = rf".*transformer_blocks\.\d+\.({family.attention}\.(to_q|to_v|to_out\.0)|ff\.net\.0\.proj)"
         run = _transformer(family.inputs, family.unit)
-        found.append(Case(f"dy-{family.name}", family.make, targets, run))
+        found.append(Case(f"dy-{family.name}", family.make, targets, run, family.unit))
         if family.name in static:
-            found.append(Case(family.name, static[family.name], targets, run))
+            found.append(Case(family.name, static.pop(family.name), targets, run, family.unit))
+    assert not static, f"no family is called {' or '.join(static)}"
     return found
 
 
@@ -175,8 +187,7 @@ def test_merged_at_a_timestep_it_is_a_plain_model_there_and_back(case: Case) -> 
     model, time = case.adapted(), TIMES[1:2]
     before, there = case(model), case(model, time)
     network = model.get_base_model()
-    unit = 1 if "flux" in case.name else 1000
-    emb = torch.sin(time[:, None] * WAVES) if case.name == "mlp" else _embedding(case, network, time * unit)
+    emb = torch.sin(time[:, None] * WAVES) if case.name == "mlp" else timestep_embeddings(network, time * case.unit)
     merge_at(network, emb)
     torch.testing.assert_close(case(model, time), there, rtol=1e-4, atol=1e-5)
     unmerge(network)
@@ -187,18 +198,6 @@ def test_merged_at_a_timestep_it_is_a_plain_model_there_and_back(case: Case) -> 
     plain = model.unload()
     assert not any(".td_" in name for name, _ in plain.named_parameters())
     torch.testing.assert_close(case(plain, time), there, rtol=1e-4, atol=1e-5)
-
-
-def _embedding(case: Case, network: nn.Module, timestep: Tensor) -> Tensor:
-    """As the adapter sees it; static class-conditional models have no way to ask, so one layer is."""
-    if case in DYNAMIC or case.name == "flux":
-        return timestep_embeddings(network, timestep)
-    seen: list[Tensor] = []
-    layer = next(iter(td_layers(network).values()))
-    handle = layer.register_forward_pre_hook(lambda module, _: seen.append(module.timestep_state.emb))
-    case(network, timestep / 1000)
-    handle.remove()
-    return seen[0].float()
 
 
 @each
@@ -227,9 +226,8 @@ def test_a_base_in_half_precision_keeps_its_adapter_in_fp32(case: Case, dtype: t
 def test_packed_is_the_masked_model_with_the_adapter_in_its_slices(case: Case) -> None:
     model = case.adapted()
     network: Any = tiny_models.scramble(model.get_base_model())
-    unit = 1 if "flux" in case.name else 1000
     before = case(model, TIMES[:1])
-    network.pack(TIMES * unit if unit == 1 else (TIMES * unit).int().float())
+    network.pack(case.schedule())
     torch.testing.assert_close(case(model, TIMES[:1]), before, rtol=1e-4, atol=2e-5)
     packed = network._plan
     assert packed is not None
@@ -240,15 +238,14 @@ def test_packed_is_the_masked_model_with_the_adapter_in_its_slices(case: Case) -
 
 
 @each_dynamic
-@pytest.mark.parametrize("change", ["scaled", "switched", "deleted", "unloaded", "added"])
+@pytest.mark.parametrize("change", ["scaled", "switched", "deleted", "unloaded", "added", "merged"])
 def test_slices_are_dropped_when_an_adapter_changes_under_them(
     case: Case, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = case.adapted()
     model.add_adapter("second", case.config(seed=1))
     network: Any = model.get_base_model()
-    schedule = TIMES if "flux" in case.name else (TIMES * 1000).int().float()
-    network.pack(schedule)
+    network.pack(case.schedule())
     case(model, TIMES[:1])
     assert network._plan is not None and not caplog.records
     if change == "scaled":
@@ -259,6 +256,8 @@ def test_slices_are_dropped_when_an_adapter_changes_under_them(
         model.delete_adapter("second")
     elif change == "unloaded":
         model = model.unload()
+    elif change == "merged":
+        merge_at(network, timestep_embeddings(network, case.schedule()[1:2]))
     else:
         model.add_adapter("third", case.config(seed=2))
     found = case(model, TIMES[:1])

@@ -16,7 +16,7 @@ from dydit_scale.adapters.export import ModelSpec
 from dydit_scale.adapters.schedule import export_expert_loras, export_range_loras, load_lora_schedule, remove_schedule
 from dydit_scale.adapters.tensor_file import read_tensors, write_tensors
 from dydit_scale.adapters.verify import verify_lora_schedule
-from tests.adapters.tiny import FLUX_LAYERS, adapted_flux, flux_inputs, tiny_flux
+from tests.adapters.tiny import adapted_flux, flux_inputs, tiny_flux
 
 SPEC = ModelSpec(title="tiny")
 STEPS = 5
@@ -242,7 +242,7 @@ def test_verification_fails_for_wrong_files(adapted: tuple[Any, Tensor, Tensor],
         files = export_range_loras(model, timesteps, tmp_path, SPEC, ranges=2, max_error=1.0)
         tensors = [file.tensors for file in files]
         check = verify_lora_schedule(tmp_path, tiny_flux, FluxPipeline, inputs, model=model, tensors=tensors)
-        assert check.layers == FLUX_LAYERS and 0 < max(check.approximation) < 1
+        assert 0 < max(check.approximation) < 1
         if damage == "scaled":
             rewrite(files[1].path, lambda name, tensor: tensor * 1.01)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,15 +12,20 @@ from dydit_scale.adapters.td_layer import TDLoraLayer
 from dydit_scale.dynamic.timestep import TimestepState
 from tests.adapters.tiny import TIME_DIM, embeddings, shake
 
+GATES = ("softmax", "sigmoid")
 
-def make_layer(experts: int = 4, rank: int = 3, alpha: float = 6.0, dtype: torch.dtype = torch.float32) -> TDLoraLayer:
+
+def make_layer(
+    experts: int = 4, rank: int = 3, alpha: float = 6.0, dtype: torch.dtype = torch.float32, gate: Any = "softmax"
+) -> TDLoraLayer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = nn.Linear(8, 12).to(dtype)
     layer = TDLoraLayer(base, "layer", TimestepState())
     layer.add_adapter(
-        "default", rank=rank, alpha=alpha, dropout=0.0, experts=experts, time_dim=TIME_DIM, noise=2.0**-10, seed=0
-    )
+        "default", rank=rank, alpha=alpha, dropout=0.0, experts=experts, time_dim=TIME_DIM, noise=2.0**-10, seed=0,
+        gate=gate,
+    )  # fmt: skip
     layer.set_adapter("default")
     return layer
 
@@ -26,7 +33,8 @@ def make_layer(experts: int = 4, rank: int = 3, alpha: float = 6.0, dtype: torch
 def dense_weight(layer: TDLoraLayer, emb: Tensor) -> Tensor:
     """W(t) written out from the definition."""
     gate, up, down = layer.gate("default"), layer.up("default").weight, layer.down("default").weight
-    g = torch.softmax(gate.weight @ emb + gate.bias, dim=0)
+    logits = gate.weight @ emb + gate.bias
+    g = logits.exp() / logits.exp().sum() if gate.kind == "softmax" else 1 / (1 + (-logits).exp())
     mixed = sum(g[i] * up[i] for i in range(len(up)))
     return layer.base_layer.weight + 2.0 * mixed @ down
 
@@ -36,8 +44,9 @@ def run(layer: TDLoraLayer, x: Tensor, emb: Tensor | None) -> Tensor:
         return layer(x)
 
 
-def test_forward_is_the_formula_for_each_sample() -> None:
-    layer = shake(make_layer())
+@pytest.mark.parametrize("gate", GATES)
+def test_forward_is_the_formula_for_each_sample(gate: str) -> None:
+    layer = shake(make_layer(gate=gate))
     x, emb = torch.randn(3, 5, 8), embeddings(3)
     y = run(layer, x, emb)
     weights = [dense_weight(layer, e) for e in emb]
@@ -57,8 +66,9 @@ def test_weight_at_is_the_formula_in_the_dtype_of_the_base() -> None:
 
 
 @pytest.mark.parametrize("experts", range(1, 10))
-def test_the_start_is_an_exact_no_op(experts: int) -> None:
-    layer = make_layer(experts=experts)
+@pytest.mark.parametrize("gate", GATES)
+def test_the_start_is_an_exact_no_op(experts: int, gate: str) -> None:
+    layer = make_layer(experts=experts, gate=gate)
     x, emb = torch.randn(3, 5, 8), 100 * embeddings(3)
     assert not layer.mixed_experts(emb, "default").any()
     assert torch.equal(run(layer, x, emb), layer.base_layer(x))

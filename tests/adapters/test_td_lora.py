@@ -104,7 +104,15 @@ def test_configs_that_do_not_fit_leave_the_model_as_it_was(changes: dict[str, An
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rank": 0}, {"experts": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"init_noise": 1e-3}, {"rank_pattern": {"a": 0}}],
+    [
+        {"rank": 0},
+        {"experts": 0},
+        {"alpha": 0.0},
+        {"dropout": 1.0},
+        {"init_noise": 1e-3},
+        {"rank_pattern": {"a": 0}},
+        {"gate": "relu"},
+    ],
 )
 def test_configs_with_impossible_values_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"TDLoraConfig: .*expected"):

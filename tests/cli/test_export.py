@@ -9,4 +9,4 @@ from dydit_scale.workflows.export import FORMATS
 def test_the_command_offers_every_format(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", "--help"])
-    assert "{" + ",".join(FORMATS) + "}" in capsys.readouterr().out
+    assert "{" + ",".join(FORMATS) + "}" in "".join(capsys.readouterr().out.split())

@@ -15,7 +15,7 @@ from data_tools.shapes import write_shapes
 from dydit_scale.cli.main import main
 from dydit_scale.data.loader import DataConfig, make_loader
 from dydit_scale.data.shapes.motion import (
-    CLASSES,
+    CLASS_ACTIONS,
     DIRECTIONS,
     MOTIONS,
     MotionScene,
@@ -86,12 +86,12 @@ def test_objects_do_what_the_caption_says_inside_the_picture_and_apart() -> None
 
 
 def test_each_class_has_a_look_of_its_own_and_stays_near_the_middle() -> None:
-    assert [action.motion for action in CLASSES] == list(MOTIONS)
-    assert len({action.subject for action in CLASSES}) == len(CLASSES)
+    assert [action.motion for action in CLASS_ACTIONS] == list(MOTIONS)
+    assert len({action.subject for action in CLASS_ACTIONS}) == len(CLASS_ACTIONS)
     for number in range(60):
         scene, label = make_class_motion(2, number)
         (mover,) = scene.movers
-        assert (scene.prompt.actions, mover.motion) == ((CLASSES[label],), MOTIONS[label])
+        assert (scene.prompt.actions, mover.motion) == ((CLASS_ACTIONS[label],), MOTIONS[label])
         at = mover.centres(np.linspace(0, 1, 41))
         assert 0.34 <= mover.start.diameter <= 0.4
         assert np.ptp(at) == np.ptp(at[0]) or 0.36 <= np.ptp(at, axis=0).max() <= 0.53, mover

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dydit_scale.adapters.td_lora import is_dynamic_name
@@ -110,9 +112,12 @@ def test_its_exports_are_loaded_back(family: tuple[str, Path]) -> None:
     assert row["verified"]
     folded, merged, static = export_run(folder / "run-td_lora", ["peft", "pipeline", "static"], steps=4, force=True)
     assert (folded["routers"], merged["routers"], static["routers"]) == (False, True, False)
-    transformer = load_transformer(static["path"], family_of_base(static["path"]))
+    base, transformer = (load_transformer(at, family_of_base(at)) for at in (str(folder / "base"), static["path"]))
+    assert type(transformer) is type(base)
     assert [n for n, _ in transformer.named_parameters() if is_dynamic_name(n)] == []
-    base = load_transformer(str(folder / "base"), family_of_base(str(folder / "base")))
+    (row,) = export_run(folder / "run-none", ["static"])
+    assert row["verified"] and type(load_transformer(row["path"], family_of_base(row["path"]))) is type(base)
+    assert (type(base).__module__.startswith("diffusers.")) == (name in ("flux", "pixart")), "as the README says"
     lora = load_file(Path(folded["path"]) / "adapter_model.safetensors")
     for key in (k for k in lora if k.endswith(".lora_A.weight")):
         layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -132,6 +137,69 @@ def test_its_exports_are_loaded_back(family: tuple[str, Path]) -> None:
         for kind in plain:
             with pytest.raises(ValueError, match="diffusers loads no LoRA into a"):
                 export_run(folder / "run-td_lora", [kind])
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_exports_replace_their_own_alone_and_only_once_verified(
+    family: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, folder = family
+    run, log = trained(folder, name, "td_lora"), folder / "run-td_lora" / "export" / "export.json"
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "README.md").write_text("my own words")
+    with pytest.raises(ValueError, match="peft exists and is no export of this run"):
+        export_run(run, ["td-lora", "peft"], out=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "peft"], "nothing was written"
+    (tmp_path / "peft").rmdir()
+    export_run(run, ["peft"], out=tmp_path, force=True, license="mit")
+    assert (tmp_path / "README.md").read_text() == "my own words"
+    assert "license: mit" in (tmp_path / "MODEL_CARD.md").read_text()
+    weights = (tmp_path / "peft" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr("dydit_scale.workflows.exports.common.LARGEST_ERROR", 1e-9)
+    with pytest.raises(ValueError, match="the mean over timesteps misses the adapter by"):
+        export_run(run, ["peft"], out=tmp_path)
+    monkeypatch.setattr("dydit_scale.workflows.export.LARGEST_ERROR", 1e-9)
+    monkeypatch.setattr("dydit_scale.workflows.exports.common.LARGEST_ERROR", 1.0)
+    with pytest.raises(ValueError, match=r"the outputs miss .* of the adapter's effect"):
+        export_run(run, ["peft"], out=tmp_path)
+    monkeypatch.setattr("dydit_scale.adapters.verify.relative_error", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="nan off the model in memory"):
+        export_run(run, ["peft"], out=tmp_path, force=True)
+    assert (tmp_path / "peft" / "adapter_model.safetensors").read_bytes() == weights
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["MODEL_CARD.md", "README.md", "peft", "samples.png"]
+    monkeypatch.undo()
+    export_run(run, ["peft", "kohya"], out=tmp_path, force=True)
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "license: mit" in card and card.count("| peft |") == card.count("| kohya |") == 1
+    rows = [row for row in json.loads(log.read_text()) if row["path"].startswith(str(tmp_path))]
+    assert [row["format"] for row in rows] == ["peft", "kohya"] and rows[0]["path"] == str(tmp_path / "peft")
+    with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["ss_network_module"] == "networks.lora_flux" and "routers" in header["modelspec.description"]
+    assert json.loads((tmp_path / "kohya.json").read_text())["total"] == pytest.approx(
+        float(header["dydit.mean_error"]), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_a_weight_that_fp16_cannot_hold_is_refused(family: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, folder = family
+    run = load_run(trained(folder, name, "none"), device="cpu", fp32=True)
+    with torch.no_grad():
+        next(run.network.parameters()).flatten()[0] = 1e6
+    monkeypatch.setattr("dydit_scale.workflows.export.load_run", lambda *_, **__: run)
+    with pytest.raises(ValueError, match=r"fp16: .* has values that are NaN or infinite"):
+        export_run(folder / "run-none", ["pipeline"], out=folder / "too-large")
+    assert list((folder / "too-large").iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_a_plain_lora_loses_nothing_in_any_format(family: tuple[str, Path]) -> None:
+    name, folder = family
+    recipe = family_recipe(folder, name, "lora")
+    train(recipe, World())
+    rows = export_run(folder / "run-lora", ["diffusers", "peft", "kohya", "comfyui", "pipeline", "static"], force=True)
+    assert all(row["error_mean"] == row["error_max"] == 0 and row["output_error"] < 0.01 for row in rows)
 
 
 @pytest.mark.parametrize("family", ["flux", "dit"], indirect=True)

@@ -17,6 +17,7 @@ from tests.adapters.tiny import flux_config as config
 from tests.adapters.tiny import shake
 from tests.adapters.tiny import tiny_flux as static_flux
 from tests.models import tiny, tiny_dit
+from tests.models.test_pixart import tiny_pixart
 
 
 def test_entropy_and_dead_experts() -> None:
@@ -56,6 +57,9 @@ def test_the_file_holds_the_gates_of_every_layer_over_the_noise_levels(family: s
     assert 0 < summary["gate_entropy"] < 1 and 0 <= summary["dead_experts"] < 1
 
 
-def test_there_is_none_without_experts_or_without_a_way_to_ask_for_the_embedding(tmp_path: Path) -> None:
+def test_static_models_have_one_too_and_others_none(tmp_path: Path) -> None:
     assert make_gate_log(tiny.tiny_dynamic(), FlowProcess(), tmp_path) is None
-    assert make_gate_log(add_td_lora(static_flux(), config()), FlowProcess(), tmp_path) is None
+    for model, process in ((static_flux(), FlowProcess()), (tiny_pixart(), DDPMProcess())):
+        add_td_lora(model, config(target_modules=["to_q"]))
+        log = make_gate_log(model, process, tmp_path)
+        assert log is not None and len(log.embeddings) == len(log.noise)

@@ -4,18 +4,23 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from peft.tuners.lora import LoraLayer
 
 from dydit_scale.checkpoint.store import CheckpointError, load_checkpoint, save_checkpoint
 from dydit_scale.data.shapes.language import vocabulary
 from dydit_scale.models.small import small_flux_pipeline
 from dydit_scale.parallel.world import World
+from dydit_scale.sampling.generate import generate, sampler_timesteps
 from dydit_scale.train.__main__ import EXIT_BAD_CONFIG, main
 from dydit_scale.train.loop import lr_scale, train
 from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import Recipe, load_recipe
+from dydit_scale.workflows.export import export_run
+from dydit_scale.workflows.runs import load_run, sample_config
 from tests.train.small_run import small_world
 
 
@@ -47,6 +52,34 @@ def test_an_interrupted_run_continues_exactly(world_folder: Path, tmp_path: Path
     a, b = (load_checkpoint(run / "checkpoints") for run in (whole, cut))
     assert a is not None and b is not None and a.tensors.keys() == b.tensors.keys()
     assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_variants_of_lora_train_are_loaded_back_and_packed(world_folder: Path, tmp_path: Path, variant: str) -> None:
+    options = ["adapter.kind=lora", f"adapter.variant={variant}", "adapter.alpha=3", "supervision.kind=distill"]
+    folder = train(recipe_of(world_folder, *options, f"run={tmp_path / 'run'}"), World())
+    run = load_run(folder, device="cpu")
+    trained = [name for name in run.checkpoint.tensors if name.startswith("ema.") and "lora_" in name]
+    assert any("lora_magnitude_vector" in name for name in trained) == (variant == "dora")
+    layer = next(module for module in run.network.modules() if isinstance(module, LoraLayer))
+    assert layer.scaling["default"] == pytest.approx(3 / (2**0.5 if variant == "rslora" else 2))
+    with torch.no_grad():
+        for name, parameter in run.network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+            elif "lora_magnitude_vector" in name:
+                parameter.mul_(1.3)
+    config = sample_config(run, steps=2, cfg=2.0)
+    masked = generate(run.pipeline, ["a red circle"], config)
+    run.network.pack(sampler_timesteps(run.pipeline, config))
+    packed = generate(run.pipeline, ["a red circle"], config)
+    assert np.abs(packed.astype(int) - masked.astype(int)).max() <= 1
+    for formats in (["pipeline", "static"], ["diffusers"]):
+        if variant == "dora" and formats == ["diffusers"]:
+            with pytest.raises(ValueError, match="DoRA"):
+                export_run(folder, formats)
+        else:
+            assert all(row["error_mean"] == 0 for row in export_run(folder, formats))
 
 
 @pytest.mark.parametrize("adapter", ["td_lora", "none", "lora"])

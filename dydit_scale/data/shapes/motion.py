@@ -49,9 +49,8 @@ class Action:
         return f"{self.subject.phrase()} {self.motion}"
 
 
-CLASSES = tuple(
-    Action(Subject(shape, colour), motion)
-    for shape, colour, motion in zip((*SHAPES, *SHAPES), COLOURS, MOTIONS, strict=False)
+CLASS_ACTIONS = tuple(
+    Action(Subject(SHAPES[label % len(SHAPES)], tuple(COLOURS)[label]), motion) for label, motion in enumerate(MOTIONS)
 )
 """What is to be seen in each class of the labelled clips; class ``n`` is named by its motion, ``MOTIONS[n]``."""
 
@@ -136,8 +135,8 @@ def make_motion(seed: int, number: int) -> MotionScene:
 def make_class_motion(seed: int, number: int) -> tuple[MotionScene, int]:
     """Clip ``number`` of the labelled set named by ``seed``: one large object near the middle, and its class."""
     rng = np.random.RandomState(keyed_seed(seed, "class motion", number) % 2**32)
-    label = int(rng.randint(len(CLASSES)))
-    action = CLASSES[label]
+    label = int(rng.randint(len(CLASS_ACTIONS)))
+    action = CLASS_ACTIONS[label]
     return MotionScene(MotionPrompt((action,)), (_mover(action, CLASS_RANGES, rng),)), label
 
 

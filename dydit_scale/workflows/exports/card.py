@@ -13,30 +13,44 @@ import yaml
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.registry import family_of
 from dydit_scale.train.metrics import read_metrics
+from dydit_scale.workflows.exports.common import ExportRow
 from dydit_scale.workflows.runs import LoadedRun
 
-CARD, SAMPLES = "README.md", "samples.png"
+CARD, ELSE, SAMPLES = "README.md", "MODEL_CARD.md", "samples.png"
+MARK = "<!-- written by dydit export, and written anew by the next one -->"
 
 
-def write_card(run: LoadedRun, out: Path, rows: Sequence[dict[str, Any]], license: str) -> Path:
+def write_card(run: LoadedRun, out: Path, rows: Sequence[ExportRow], license: str | None) -> Path:
     """Write ``README.md`` (with the front matter that huggingface.co reads) and the run's last samples to ``out``.
 
+    A ``README.md`` that this function did not write stays; the card is then ``MODEL_CARD.md``.
+
     Args:
-        rows: Those of ``export.json``; files outside ``out`` are left out.
-        license: Of the weights, as the hub names it.
+        rows: Of the files in ``out``, their paths as seen from the run.
+        license: Of the weights, as the hub names it; None for that of the card that is replaced, or "other".
     """
-    files = [{**row, "file": _inside(row["path"], out)} for row in rows if _inside(row["path"], out)]
-    parts = [_front_matter(run, license), f"# {run.recipe.name}", _summary(run), _samples(run, out)]
-    parts += ["## Use", *(_use(run, row) for row in files), "## Files", _table(files), "## Training", _recipe(run)]
     card = out / CARD
+    if card.exists() and MARK not in card.read_text(encoding="utf-8"):
+        card = out / ELSE
+    files = [
+        {**row, "file": (run.folder / row["path"]).resolve().relative_to(out.resolve()).as_posix()} for row in rows
+    ]
+    parts = [_front_matter(run, license or _license_of(card)), MARK, f"# {run.recipe.name}", _summary(run)]
+    parts += [_samples(run, out), "## Use", _USE, *(_use(run, row) for row in files)]
+    parts += ["## Files", _table(run, files), "## Training", _recipe(run)]
     card.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return card
 
 
-def _inside(path: str, out: Path) -> str:
-    """``path`` as seen from ``out``; empty if it lies elsewhere."""
-    full, folder = Path(path).resolve(), out.resolve()
-    return full.relative_to(folder).as_posix() if full.is_relative_to(folder) else ""
+_USE = "In the folder of these files:"
+
+
+def _license_of(card: Path) -> str:
+    """The licence that an earlier card states; "other" without one."""
+    if not card.is_file():
+        return "other"
+    found = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1])
+    return str(found.get("license", "other"))
 
 
 def _front_matter(run: LoadedRun, license: str) -> str:
@@ -58,9 +72,11 @@ def _summary(run: LoadedRun) -> str:
         "lora": f"A LoRA of rank {recipe.adapter.rank} for",
         "td_lora": f"A TD-LoRA of rank {recipe.adapter.rank} with {recipe.adapter.experts} experts for",
     }[recipe.adapter.kind]
-    size = f"{recipe.train.steps:,} steps of {recipe.train.batch_size} samples at {recipe.data.image_size} px"
+    step = run.checkpoint.step
+    size = f"{step:,} steps of {recipe.train.batch_size} samples at {recipe.data.image_size} px"
     text = f"{kind} `{recipe.model.base}`, trained for {size} with dydit_scale."
-    ratios = [r["ratio_eval"] for r in read_metrics(run.folder / "metrics.jsonl") if "ratio_eval" in r]
+    records = [r for r in read_metrics(run.folder / "metrics.jsonl") if r["step"] < step]
+    ratios = [r["ratio_eval"] for r in records if "ratio_eval" in r]
     if recipe.dynamic is not None and ratios:
         text += (
             f" With its routers, the model is dynamic: at evaluation it needed {ratios[-1]:.2f} of the static model's "
@@ -84,6 +100,8 @@ def _use(run: LoadedRun, row: dict[str, Any]) -> str:
     file, kind = row["file"], row["format"]
     if kind == "td-lora":
         dynamic = run.recipe.dynamic
+        if dynamic is None and isinstance(run.network, family_of(run.pipeline).dynamic_class):
+            dynamic = DynamicConfig(heads=False, mlp=False, tokens=False)  # the class this family is trained in
         make = [f"pipe.transformer = dy.make_dynamic(pipe.transformer, {_call(dynamic)})"] if dynamic else []
         lines = ["import dydit_scale as dy", *start, *make, f'dy.load_td_lora(pipe.transformer, "{file}")']
     elif kind in ("diffusers", "kohya"):
@@ -93,7 +111,8 @@ def _use(run: LoadedRun, row: dict[str, Any]) -> str:
     elif kind in ("lora-ranges", "lora-experts"):
         lines = ["import dydit_scale as dy", *start, f'dy.load_lora_schedule(pipe, "{file}")']
     elif kind in ("pipeline", "static"):
-        ours = [] if home == "dydit_scale" else ["import dydit_scale  # its classes"]
+        foreign = home == "diffusers" and row["routers"]
+        ours = ["import dydit_scale  # for the class of the transformer"] if foreign else []
         lines = [*ours, start[0], "", f'pipe = {cls}.from_pretrained("{file}")']
     else:
         return f"**{kind}**: put `{file}` into ComfyUI's `models/loras` and choose it in a LoRA loader."
@@ -111,18 +130,22 @@ def _call(dynamic: DynamicConfig) -> str:
     return f"dy.DynamicConfig({', '.join(given)})"
 
 
-def _table(files: Sequence[dict[str, Any]]) -> str:
+def _table(run: LoadedRun, files: Sequence[dict[str, Any]]) -> str:
+    routers = {True: "yes", False: "no", None: "none trained"}
     lines = ["| format | file | MB | routers | error in the weights | in the output |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {row['format']} | `{row['file']}` | {row['bytes'] / 1e6:.2f} | {'yes' if row.get('routers') else 'no'} "
+        f"| {row['format']} | `{row['file']}` | {row['bytes'] / 1e6:.2f} | {routers[row['routers']]} "
         f"| {row['error_mean']:.3f} | {row['output_error']:.3f} |"
         for row in files
     ]
-    note = (
-        "Each was loaded back by its own loader. Errors are shares of what the adapter does: a plain LoRA cannot vary "
-        "with the timestep. Without routers the complete model runs, at full cost."
-    )
-    return "\n".join(lines) + f"\n\n{note}"
+    notes = ["Each was read back and compared with the run."]
+    if run.recipe.adapter.kind == "none":
+        notes.append("Errors are shares of the output, from rounding to fp16.")
+    else:
+        notes.append("Errors are shares of what the adapter does: a plain LoRA cannot vary with the timestep.")
+    if run.recipe.dynamic is not None:
+        notes.append("Without routers the complete model runs, at full cost.")
+    return "\n".join(lines) + "\n\n" + " ".join(notes)
 
 
 def _recipe(run: LoadedRun) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from dydit_scale.adapters.export import MeanError, mean_error, mean_lora, plain_lora, timestep_embeddings
+from dydit_scale.adapters.export import MeanError, error_notes, mean_error, mean_lora, plain_lora, timestep_embeddings
 from dydit_scale.diffusion.flow import sample_noise
 from dydit_scale.models.family import Prompts
 from dydit_scale.models.loading import load_transformer
@@ -19,7 +19,7 @@ from dydit_scale.train.objective import make_process, sample_size
 from dydit_scale.workflows.runs import LoadedRun, sample_config
 
 LARGEST_ERROR = 0.5
-"""Of a mean over timesteps, as a share of the adapter's size, above which an export must be forced."""
+"""Share of the adapter's size, or of its effect on the output, that an export may miss unless it is forced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,37 @@ class ExportOptions:
     """Files of lora-ranges."""
     force: bool
     """Write although the approximation is poor."""
+    license: str | None
+    """Of the weights, if the user names it."""
+
+
+class Errors(NamedTuple):
+    """What a written file misses, 0 for nothing."""
+
+    weights: float
+    """Share of the adapter's size, in the weights."""
+    worst: float
+    """The same for the worst layer."""
+    output: float
+    """Share of the adapter's effect on the output; where all weights were trained, share of the output."""
+
+
+class ExportRow(TypedDict):
+    """What ``export.json`` says of a file or folder."""
+
+    format: str
+    path: str
+    bytes: int
+    error_mean: float
+    error_max: float
+    output_error: float
+    routers: bool | None
+    """Whether those of a dynamic run are in it; None for a run without."""
+    verified: bool
+
+
+EXACT = 0.0, 0.0
+"""``weights`` and ``worst`` of what loses nothing."""
 
 
 class PlainLora(NamedTuple):
@@ -41,11 +72,15 @@ class PlainLora(NamedTuple):
     error: MeanError | None
     """Of a mean over the sampler's timesteps; None where nothing is lost."""
 
-    def errors(self) -> dict[str, float]:
-        """For a row."""
-        if self.error is None:
-            return {"error_mean": 0.0, "error_max": 0.0}
-        return {"error_mean": self.error.total, "error_max": max(self.error.layers.values())}
+    @property
+    def lost(self) -> tuple[float, float]:
+        """``Errors.weights`` and ``Errors.worst``."""
+        return EXACT if self.error is None else (self.error.total, max(self.error.layers.values()))
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """For a file's header."""
+        return {} if self.error is None else error_notes(self.error)
 
 
 def plain_lora_of(run: LoadedRun, options: ExportOptions) -> PlainLora:
@@ -60,7 +95,7 @@ def plain_lora_of(run: LoadedRun, options: ExportOptions) -> PlainLora:
     if error.total > LARGEST_ERROR and not options.force:
         raise ValueError(
             f"run {run.folder}: the mean over timesteps misses the adapter by {error.total:.3f} of its size, more than "
-            f"{LARGEST_ERROR}; use --format td-lora, lora-ranges or lora-experts, or --force"
+            f"{LARGEST_ERROR}; use another format (td-lora is exact), or --force"
         )
     return PlainLora(mean_lora(run.network, t_embs), error)
 
@@ -107,7 +142,6 @@ def probe_inputs(run: LoadedRun) -> list[dict[str, Tensor]]:
     ]
 
 
-def row(path: Path, **errors: float) -> dict[str, Any]:
-    """What ``export.json`` says of a file or folder that was verified."""
-    size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    return {"path": str(path), "bytes": size, **errors, "verified": True}
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic one."""
+    return sum(values) / len(values)

@@ -10,70 +10,84 @@ import torch
 
 from dydit_scale.adapters.state import router_state
 from dydit_scale.adapters.td_lora import is_dynamic_name
-from dydit_scale.adapters.verify import effect_missed, merge_lora
+from dydit_scale.adapters.tensor_file import check_tensors
+from dydit_scale.adapters.verify import effect_missed, merge_lora, relative_error, transformer_outputs
+from dydit_scale.dynamic.packing import effective_weight, is_adapted
 from dydit_scale.models.family import with_parts
 from dydit_scale.models.registry import family_of
 from dydit_scale.workflows.exports.common import (
+    EXACT,
+    Errors,
     ExportOptions,
-    PlainLora,
     complete,
     fresh_base,
+    mean,
     plain_lora_of,
     probe_inputs,
-    row,
 )
 from dydit_scale.workflows.runs import LoadedRun
 
+LARGEST_ROUNDING = 0.02
+"""Share of the output that fp16 may cost."""
 
-def write_pipeline(run: LoadedRun, out: Path, options: ExportOptions) -> dict[str, Any]:
+
+def write_pipeline(run: LoadedRun, path: Path, options: ExportOptions) -> Errors:
     """The whole pipeline with the trained transformer, its adapter merged in and its routers at work."""
     if run.recipe.adapter.kind == "none":
-        return _write_whole(run, out / "pipeline", run.network, None)
-    lora = plain_lora_of(run, options)
-    merged = _merged(run, lora)
+        return Errors(*EXACT, _save(run, path, run.network))
+    merged, lost = _merged(run, options)
     if run.recipe.dynamic is not None:
         dynamic_class: Any = family_of(run.pipeline).dynamic_class
         merged = dynamic_class.from_static(merged, run.recipe.dynamic, rank=False)
-        merged.load_state_dict(router_state(run.network), strict=False)
-    return _write_whole(run, out / "pipeline", merged, lora)
+        missing, unexpected = merged.load_state_dict(router_state(run.network), strict=False)
+        assert not unexpected and not any(map(is_dynamic_name, missing)), (missing, unexpected)
+    return _with_adapter(run, path, merged, run.network, lost)
 
 
-def write_static(run: LoadedRun, out: Path, options: ExportOptions) -> dict[str, Any]:
-    """The whole pipeline with an ordinary transformer: the adapter is merged in, the routers are dropped."""
-    if run.recipe.adapter.kind == "none":
-        static = run.network.to_static() if run.recipe.dynamic is not None else run.network
-        return _write_whole(run, out / "static", static, None)
-    lora = plain_lora_of(run, options)
-    return _write_whole(run, out / "static", _merged(run, lora), lora)
+def write_static(run: LoadedRun, path: Path, options: ExportOptions) -> Errors:
+    """The whole pipeline with the complete transformer: the adapter is merged in, the routers are dropped."""
+    if run.recipe.adapter.kind != "none":
+        merged, lost = _merged(run, options)
+        return _with_adapter(run, path, merged, complete(run), lost)
+    static = fresh_base(run)  # of the class that the family trains and samples without routers
+    weights = {name: tensor for name, tensor in run.network.state_dict().items() if not is_dynamic_name(name)}
+    missing, unexpected = static.load_state_dict(weights, strict=False)
+    assert not unexpected and all(map(is_dynamic_name, missing)), (missing, unexpected)
+    return Errors(*EXACT, _save(run, path, static))
 
 
-def _merged(run: LoadedRun, lora: PlainLora) -> Any:
+@torch.no_grad()
+def _merged(run: LoadedRun, options: ExportOptions) -> tuple[Any, tuple[float, float]]:
+    """The base with the adapter in its weights, a TD-LoRA as its mean, and what that loses of it."""
     base = fresh_base(run)
-    merge_lora(base, lora.tensors)
-    return base
+    if run.recipe.adapter.kind == "td_lora":
+        lora = plain_lora_of(run, options)
+        merge_lora(base, lora.tensors)
+        return base, lora.lost
+    for name, layer in run.network.named_modules():
+        if is_adapted(layer):
+            base.get_parameter(f"{name}.weight").copy_(effective_weight(layer, None))
+    return base, EXACT
 
 
-def _write_whole(run: LoadedRun, folder: Path, transformer: Any, lora: PlainLora | None) -> dict[str, Any]:
-    """Save a pipeline in fp16, its routers in fp32; read the transformer back and compare it with the run's."""
-    inputs, dynamic = probe_inputs(run), hasattr(transformer, "dynamic_blocks") and transformer.is_dynamic
-    with torch.no_grad():
-        exact = [transformer.eval()(**x, return_dict=False)[0] for x in inputs]
-        model = run.network if dynamic else complete(run)
-        true = [model(**x, return_dict=False)[0] for x in inputs]
+def _with_adapter(run: LoadedRun, path: Path, merged: Any, model: Any, lost: tuple[float, float]) -> Errors:
+    """Save ``merged`` and compare it with ``model``, whose adapter it should have."""
+    _save(run, path, merged)
+    true, found, base = (transformer_outputs(m, probe_inputs(run)) for m in (model, merged, fresh_base(run)))
+    return Errors(*lost, mean(effect_missed(true, found, base)))
+
+
+def _save(run: LoadedRun, path: Path, transformer: Any) -> float:
+    """Save a pipeline around ``transformer`` in fp16, routers in fp32; returns what that costs, read back: the largest
+    share of an output. Raises ValueError if it is too much, or a weight is not finite in fp16."""
     half = copy.deepcopy(transformer)
     for name, parameter in half.named_parameters():
         parameter.data = parameter.data if is_dynamic_name(name) else parameter.data.half()
-    with_parts(run.pipeline, transformer=half).save_pretrained(folder)
-    back = type(half).from_pretrained(folder, subfolder="transformer", dtype=torch.float32).eval()
-    with torch.no_grad():
-        found = [back(**x, return_dict=False)[0] for x in inputs]
-    error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
-    if error > 0.02:
-        raise ValueError(f"{folder}: read back from fp16, the transformer's output is {error:.3f} off; it needs fp32")
-    if lora is None:
-        return row(folder, error_mean=0.0, error_max=0.0, output_error=error)
-    base = fresh_base(run)
-    with torch.no_grad():
-        untouched = [base(**x, return_dict=False)[0] for x in inputs]
-    missed = effect_missed(true, found, untouched)
-    return row(folder, **lora.errors(), output_error=sum(missed) / len(missed))
+    check_tensors(dict(half.named_parameters()), f"{path.name} in fp16")
+    with_parts(run.pipeline, transformer=half).save_pretrained(path)
+    back = type(half).from_pretrained(path, subfolder="transformer", dtype=torch.float32)
+    inputs = probe_inputs(run)
+    error = relative_error(transformer_outputs(back, inputs), transformer_outputs(transformer, inputs))
+    if not error <= LARGEST_ROUNDING:
+        raise ValueError(f"{path.name}: read back from fp16, the output is {error:.3f} off; the model needs fp32")
+    return error
