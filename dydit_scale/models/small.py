@@ -92,7 +92,7 @@ def small_class_pipeline(
 
 
 def small_class_latte_pipeline(
-    names: Sequence[str], *, frames: int = 8, heads: int = 8, head_dim: int = 16, layers: int = 4, side: int = 32,
+    names: Sequence[str], *, frames: int = 8, heads: int = 8, head_dim: int = 16, layers: int = 4, side: int = 16,
     seed: int = 0,
 ) -> ClassLattePipeline:  # fmt: skip
     """Clips of the classes ``names``; a token is a patch of 4x4 pixels of a frame."""

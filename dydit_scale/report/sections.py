@@ -203,17 +203,27 @@ def _mean_gates(found: Experts) -> Figure:
 
 
 def _turning(found: Experts) -> Figure:
-    """How far each layer's mixture is from its own mean over timesteps: what a plain LoRA could not do."""
+    """How far each block's mixtures are from their own mean over timesteps: what a plain LoRA could not do."""
     order = found.timesteps.argsort()[::-1]
     away = np.abs(found.gates - found.gates.mean(axis=1, keepdims=True)).sum(axis=2) / 2  # [layers, timesteps]
+    blocks: dict[str, list[int]] = {}
+    for layer, name in enumerate(found.names):
+        blocks.setdefault(_block_of(name), []).append(layer)
+    values = np.stack([away[layers].mean(axis=0) for layers in blocks.values()], axis=1)  # [timesteps, blocks]
     columns = [f"{timestep:.0f}" for timestep in found.timesteps[order]]
-    rows = [name.replace("transformer_blocks", "blocks") for name in found.names]
 
     def draw(wide: int) -> Html:
-        label = "Share of the mixture that differs from its mean over timesteps, by timestep and layer"
-        return heat_map(away.T[order], columns, rows, label=label, x_label=_NOISE, width=wide)
+        label = "Share of the mixture that differs from its mean over timesteps, by timestep and block"
+        return heat_map(values[order], columns, list(blocks), label=label, x_label=_NOISE, width=wide)
 
     return Figure("Away from the mean mixture", draw, ramp_legend("share of the mixture"))
+
+
+def _block_of(layer: str) -> str:
+    """The name of the block that a layer is in, or its own outside of all blocks."""
+    parts = layer.replace("transformer_blocks", "blocks").split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
 
 
 def scores(run: RunData) -> Html:
