@@ -45,8 +45,9 @@ PREFACE = """# Every family, small
 
 Tiny models, trained here from random weights on the built-in data and then made dynamic at half their compute, all
 weights trained. In every picture the upper row is the static model's and the lower row the dynamic one's, from the same
-noise. FLUX, whose base is larger, is what `make demo` shows ([its report](report.png)). Figures, pictures and this page
-are written by `benchmarks/gallery.py`."""
+noise. All trainings are short: a static model with a low score has only begun to learn. FLUX, whose base was trained
+for hours, is what `make demo` shows ([its report](report.png)). Figures, pictures and this page are written by
+`benchmarks/gallery.py`."""
 ADAPT = 1000
 STEPS, CFG, PROMPTS, SHOWN, SHOWN_SIDE, FPS = 25, 2.0, 48, 8, 96, 6
 STATIC = ["model.from_scratch=true", "dynamic=null", "cost.target=1", "engine.name=single", "train.ema=0.995"]
