@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dydit_scale.workflows.exports.card import write_card
+from dydit_scale.workflows.exports.card import card_place, write_card
 from dydit_scale.workflows.exports.common import LARGEST_ERROR, Errors, ExportOptions, ExportRow
 from dydit_scale.workflows.exports.loras import (
     write_diffusers,
@@ -82,6 +82,7 @@ def export_run(
     for name in formats:
         if (target := out / FORMATS[name].file).exists() and target.resolve() not in ours:
             raise ValueError(f"{target} exists and is no export of this run; move it away, or choose another --out")
+    card_place(out)
     out.mkdir(parents=True, exist_ok=True)
     options = ExportOptions(steps=steps, ranges=ranges, force=force, license=license)
     rows = []

@@ -146,7 +146,11 @@ def test_exports_replace_their_own_alone_and_only_once_verified(
     name, folder = family
     run, log = trained(folder, name, "td_lora"), folder / "run-td_lora" / "export" / "export.json"
     (tmp_path / "peft").mkdir()
-    (tmp_path / "README.md").write_text("my own words")
+    for name in ("README.md", "MODEL_CARD.md"):
+        (tmp_path / name).write_text("my own words")
+    with pytest.raises(ValueError, match="that no export wrote; choose another --out"):
+        export_run(run, ["td-lora"], out=tmp_path)
+    (tmp_path / "MODEL_CARD.md").unlink()
     with pytest.raises(ValueError, match="peft exists and is no export of this run"):
         export_run(run, ["td-lora", "peft"], out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "peft"], "nothing was written"
@@ -166,7 +170,7 @@ def test_exports_replace_their_own_alone_and_only_once_verified(
     with pytest.raises(ValueError, match="nan off the model in memory"):
         export_run(run, ["peft"], out=tmp_path, force=True)
     assert (tmp_path / "peft" / "adapter_model.safetensors").read_bytes() == weights
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["MODEL_CARD.md", "README.md", "peft", "samples.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["MODEL_CARD.md", "README.md", "dydit_samples.png", "peft"]
     monkeypatch.undo()
     export_run(run, ["peft", "kohya"], out=tmp_path, force=True)
     card = (tmp_path / "MODEL_CARD.md").read_text()

@@ -16,22 +16,20 @@ from dydit_scale.train.metrics import read_metrics
 from dydit_scale.workflows.exports.common import ExportRow
 from dydit_scale.workflows.runs import LoadedRun
 
-CARD, ELSE, SAMPLES = "README.md", "MODEL_CARD.md", "samples.png"
+NAMES, SAMPLES = ("README.md", "MODEL_CARD.md"), "dydit_samples.png"
 MARK = "<!-- written by dydit export, and written anew by the next one -->"
 
 
 def write_card(run: LoadedRun, out: Path, rows: Sequence[ExportRow], license: str | None) -> Path:
     """Write ``README.md`` (with the front matter that huggingface.co reads) and the run's last samples to ``out``.
 
-    A ``README.md`` that this function did not write stays; the card is then ``MODEL_CARD.md``.
+    Where a ``README.md`` of other origin is, the card is ``MODEL_CARD.md``; see ``card_place``.
 
     Args:
         rows: Of the files in ``out``, their paths as seen from the run.
         license: Of the weights, as the hub names it; None for that of the card that is replaced, or "other".
     """
-    card = out / CARD
-    if card.exists() and MARK not in card.read_text(encoding="utf-8"):
-        card = out / ELSE
+    card = card_place(out)
     files = [
         {**row, "file": (run.folder / row["path"]).resolve().relative_to(out.resolve()).as_posix()} for row in rows
     ]
@@ -40,6 +38,14 @@ def write_card(run: LoadedRun, out: Path, rows: Sequence[ExportRow], license: st
     parts += ["## Files", _table(run, files), "## Training", _recipe(run)]
     card.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return card
+
+
+def card_place(out: Path) -> Path:
+    """The first name for the card that is free, or that an earlier card has. Raises ValueError if there is none."""
+    for card in (out / name for name in NAMES):
+        if not card.exists() or MARK in card.read_text(encoding="utf-8"):
+            return card
+    raise ValueError(f"{out} holds {' and '.join(NAMES)} that no export wrote; choose another --out")
 
 
 _USE = "In the folder of these files:"
@@ -114,8 +120,10 @@ def _use(run: LoadedRun, row: dict[str, Any]) -> str:
         foreign = home == "diffusers" and row["routers"]
         ours = ["import dydit_scale  # for the class of the transformer"] if foreign else []
         lines = [*ours, start[0], "", f'pipe = {cls}.from_pretrained("{file}")']
-    else:
+    elif kind == "comfyui":
         return f"**{kind}**: put `{file}` into ComfyUI's `models/loras` and choose it in a LoRA loader."
+    else:
+        raise ValueError(f"model card: no example for format {kind!r}")
     return f"**{kind}**\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
