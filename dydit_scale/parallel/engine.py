@@ -30,7 +30,7 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the forward runs under autocast; parameters and moments stay fp32."""
     zero_stage: int = 2
-    """1 shards the moments, 2 the gradients too. Only for zero."""
+    """1 shards the moments, 2 the gradients too, 3 the weights as well. Only for zero."""
     clip_norm: float = 1.0
     """Largest L2 norm of the gradient over all trainable parameters; 0 clips nothing."""
     compile: bool = False
@@ -40,8 +40,8 @@ class EngineConfig:
         for field, allowed in (("name", ("single", "zero", "fsdp")), ("precision", ("fp32", "bf16"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"engine.{field}: expected one of {allowed}, got {getattr(self, field)!r}")
-        if self.zero_stage not in (1, 2):
-            raise ValueError(f"engine.zero_stage: expected 1 or 2, got {self.zero_stage}; use fsdp to shard parameters")
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"engine.zero_stage: expected 1, 2 or 3, got {self.zero_stage}")
         if not 0 <= self.clip_norm < float("inf"):
             raise ValueError(f"engine.clip_norm: expected a finite number >= 0, got {self.clip_norm}")
 
@@ -75,6 +75,13 @@ class AdamWConfig(NamedTuple):
 
 
 ADAMW = AdamWConfig()
+
+
+class Piece(NamedTuple):
+    """Where a rank's part of a parameter lies in the flattened parameter."""
+
+    start: int
+    numel: int
 
 
 class StepResult(NamedTuple):
@@ -135,6 +142,17 @@ class Engine(ABC):
     @abstractmethod
     def local_moments(self) -> dict[str, dict[str, Tensor]]:
         """This rank's live pieces of exp_avg and exp_avg_sq, in the layout of ``local_parameters``."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> dict[str, Piece]:
+        """Of each of ``local_parameters``, which elements of the flattened parameter it holds, in order. The pieces of
+        all ranks for which ``owns_pieces`` holds cover every parameter exactly once."""
+
+    @property
+    def owns_pieces(self) -> bool:
+        """False where another rank holds the same pieces: whoever saves them leaves out such a rank."""
+        return True
 
     @abstractmethod
     def refresh(self) -> None:
@@ -237,9 +255,10 @@ def make_engine(
 
         return SingleEngine(config, module, groups, world, adamw)
     if config.name == "zero":
-        from dydit_scale.parallel.zero import ZeroEngine  # here, for deepspeed takes seconds to import
+        from dydit_scale.parallel.zero import Zero3Engine, ZeroEngine  # here, for deepspeed takes seconds to import
 
-        return ZeroEngine(config, module, groups, world, adamw, accumulation)
+        engine = Zero3Engine if config.zero_stage == 3 else ZeroEngine
+        return engine(config, module, groups, world, adamw, accumulation)
     if config.name == "fsdp":
         from dydit_scale.parallel.fsdp import FsdpEngine
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dydit_scale.parallel.engine import AdamWConfig, EngineConfig, ParamGroup
+from dydit_scale.parallel.engine import AdamWConfig, EngineConfig, ParamGroup, Piece
 from dydit_scale.parallel.reduce import sum_tensor
 from dydit_scale.parallel.single import SingleEngine
 from dydit_scale.parallel.world import World, ensure_group
@@ -39,6 +39,17 @@ class FsdpEngine(SingleEngine):
             fully_shard(unit, mesh=mesh)
         fully_shard(network, mesh=mesh)
         super().__init__(config, network, _sharded(network, groups), world, adamw)
+
+    @property
+    def pieces(self) -> dict[str, Piece]:
+        pieces = {}
+        for name in self.params:
+            like, local = self._param(name), self._param(name).to_local()
+            # shards along the first dimension, as torch.chunk cuts it: each is one run of elements
+            rows = -(-like.shape[0] // like.device_mesh.size(-1))
+            start = min(rows * like.device_mesh.get_local_rank(-1), like.shape[0])
+            pieces[name] = Piece(start * like.shape[1:].numel(), local.numel())
+        return pieces
 
     def refresh(self) -> None:
         # a forward without backward leaves the root gathered, and the next forward would use it as it is

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, StepResult
+from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, Piece, StepResult
 from dydit_scale.parallel.world import World
 
 
@@ -54,6 +54,10 @@ class SingleEngine(Engine):
     def local_moments(self) -> dict[str, dict[str, Tensor]]:
         state = self.optimizer.state
         return {kind: {name: _local(state[param][kind]) for name, param in self.params.items()} for kind in MOMENTS}
+
+    @property
+    def pieces(self) -> dict[str, Piece]:
+        return {name: Piece(0, param.numel()) for name, param in self.params.items()}
 
     def refresh(self) -> None:
         """The forward reads the parameters themselves."""

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 1 and 2: every rank has all weights; moments (and gradients) are shared out."""
+"""DeepSpeed ZeRO: the moments are shared out over the ranks; from stage 2 the gradients too; in stage 3 the weights."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, StepResult
+from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, Piece, StepResult
 from dydit_scale.parallel.reduce import sum_tensor
 from dydit_scale.parallel.single import build_adamw, start_moments
 from dydit_scale.parallel.world import World, ensure_group
 
 
-class Piece(NamedTuple):
-    """The part of one parameter that lies in this rank's flat fp32 buffer of one group."""
+class Place(NamedTuple):
+    """Where this rank's piece of one parameter lies in its flat fp32 buffers."""
 
     group: int
-    flat_start: int  # in the flat buffer
-    param_start: int  # in the flattened parameter
-    numel: int
+    start: int
+    piece: Piece
 
 
 class ZeroEngine(Engine):
@@ -50,14 +49,24 @@ class ZeroEngine(Engine):
         )
         self.module = self.deepspeed
         self.optimizer.state.clear()  # the moments of the parameters; from here on it steps flat buffers
-        self.flat: list[Tensor] = [settings["params"][0] for settings in self.optimizer.param_groups]
+        self.flat = self._flat_buffers()
         for flat in self.flat:
             start_moments(self.optimizer, flat)
-        self.pieces = {name: piece for name, param in self._params() if (piece := _piece(param)) is not None}
+        places = ((name, self._place(param)) for group in self.groups for name, param in group.params.items())
+        self.places = {name: place for name, place in places if place is not None and place.piece.numel}
         self._ready = False
 
-    def _params(self) -> list[tuple[str, nn.Parameter]]:
-        return [item for group in self.groups for item in group.params.items()]
+    def _flat_buffers(self) -> list[Tensor]:
+        """What AdamW steps on this rank, in fp32."""
+        return [settings["params"][0] for settings in self.optimizer.param_groups]
+
+    def _place(self, param: nn.Parameter) -> Place | None:
+        """Where this rank holds ``param``, by DeepSpeed's own map; None if it lies with the others."""
+        mapping = param._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        whole = mapping.lp_fragment_address
+        return Place(mapping.param_group_index, mapping.hp_fragment_address.start, Piece(whole.start, whole.numel))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(last)
@@ -80,7 +89,11 @@ class ZeroEngine(Engine):
         return {kind: self._views([self.optimizer.state[flat][kind] for flat in self.flat]) for kind in MOMENTS}
 
     def _views(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {name: flats[p.group].narrow(0, p.flat_start, p.numel) for name, p in self.pieces.items()}
+        return {name: flats[p.group].narrow(0, p.start, p.piece.numel) for name, p in self.places.items()}
+
+    @property
+    def pieces(self) -> dict[str, Piece]:
+        return {name: place.piece for name, place in self.places.items()}
 
     def refresh(self) -> None:
         self.deepspeed.optimizer.update_lp_params()
@@ -91,8 +104,7 @@ class ZeroEngine(Engine):
             shape = self.shapes[name]
             flat = torch.zeros(shape.numel(), device=self.world.device)
             if name in local:
-                piece = self.pieces[name]
-                flat.narrow(0, piece.param_start, piece.numel).copy_(local[name])
+                flat.narrow(0, *self.places[name].piece).copy_(local[name])
             sum_tensor(flat)
             if self.world.is_main:
                 full[name] = flat.view(shape).cpu()
@@ -100,8 +112,8 @@ class ZeroEngine(Engine):
 
     def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name: full[name].reshape(-1).narrow(0, piece.param_start, piece.numel).to(self.world.device, torch.float32)
-            for name, piece in self.pieces.items()
+            name: full[name].reshape(-1).narrow(0, *place.piece).to(self.flat[0].device, torch.float32)
+            for name, place in self.places.items()
         }
 
     @property
@@ -112,6 +124,27 @@ class ZeroEngine(Engine):
     def updates(self, value: int) -> None:
         for flat in self.flat:
             self.optimizer.state[flat]["step"].fill_(value)
+
+
+class Zero3Engine(ZeroEngine):
+    """Stage 3: a parameter is cut into equal pieces, one per rank, the last ones padded."""
+
+    def _flat_buffers(self) -> list[Tensor]:
+        return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+
+    def _place(self, param: nn.Parameter) -> Place | None:
+        stage3, of_rank = self.deepspeed.optimizer, param.partition_numel()  # type: ignore[attr-defined]
+        group, start, _ = stage3.grad_position[stage3.get_param_id(param)]
+        first = of_rank * self.world.rank
+        return Place(group, start, Piece(first, max(0, min(of_rank, param.ds_numel - first))))  # type: ignore[attr-defined]
+
+    def refresh(self) -> None:
+        stage3 = self.deepspeed.optimizer
+        stage3._partition_all_parameters()  # a forward without backward leaves some of them gathered
+        for group in range(len(self.flat)):
+            stage3._reassign_or_swap_out_partitioned_parameters(group)
+        if small := stage3.persistent_parameters:
+            small[0].all_gather(small)
 
 
 def _import_deepspeed(world: World) -> Any:
@@ -129,20 +162,6 @@ def _import_deepspeed(world: World) -> Any:
         # could. None of them is used here and gloo reduces as well, so it is told beforehand that none will work.
         vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _piece(param: nn.Parameter) -> Piece | None:
-    """Where this rank holds ``param``, by DeepSpeed's own map; None if it lies with the others."""
-    mapping = param._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:
-        return None
-    piece = Piece(
-        mapping.param_group_index,
-        mapping.hp_fragment_address.start,
-        mapping.lp_fragment_address.start,
-        mapping.lp_fragment_address.numel,
-    )
-    return piece if piece.numel else None
 
 
 def deepspeed_config(config: EngineConfig, world: World, accumulation: int) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.world import World, close, init_world
 from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, toy_engine
 
-SOURCES = ("zero1", "zero2", "fsdp")
-TARGETS = ("zero2", "fsdp")
+SOURCES = ("zero1", "zero2", "zero3", "fsdp")
+TARGETS = ("zero2", "zero3", "fsdp")
 HALF, STEPS = 3, 6
 
 

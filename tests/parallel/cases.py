@@ -20,11 +20,12 @@ from dydit_scale.parallel.engine import Engine, ParamGroup, make_engine
 from dydit_scale.parallel.fsdp import FsdpEngine
 from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values
 from dydit_scale.parallel.world import World, barrier, broadcast_object, close, init_world
+from dydit_scale.parallel.zero import Zero3Engine
 from tests.adapters.tiny import flux_config
 from tests.models.tiny import tiny_dynamic
 from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, one_step, toy_engine
 
-SHARDED = ("zero1", "zero2", "fsdp")
+SHARDED = ("zero1", "zero2", "zero3", "fsdp")
 STEPS = 6
 DECAY = 0.15
 PROBE = torch.linspace(-1, 1, 15).reshape(3, 5)
@@ -59,7 +60,7 @@ def guard(world: World, name: str, spoil: float) -> dict[str, Any]:
 def _snapshot(engine: Engine) -> list[Tensor]:
     moments = [tensor for kind in engine.local_moments().values() for tensor in kind.values()]
     live = [*engine.local_parameters().values(), *moments]
-    if not isinstance(engine, FsdpEngine):  # whose root may be gathered or not
+    if not isinstance(engine, (FsdpEngine, Zero3Engine)):  # whose weights may be gathered or not
         live += engine.network.parameters()
     return [tensor.detach().clone() for tensor in live] + [torch.tensor(engine.updates)]
 

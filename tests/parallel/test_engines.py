@@ -196,7 +196,7 @@ def test_groups_that_do_not_fit_are_named() -> None:
 
 
 def test_settings_are_checked() -> None:
-    for wrong in ({"name": "ddp"}, {"precision": "fp16"}, {"zero_stage": 3}, {"clip_norm": float("nan")}):
+    for wrong in ({"name": "ddp"}, {"precision": "fp16"}, {"zero_stage": 4}, {"clip_norm": float("nan")}):
         with pytest.raises(ValueError, match=f"engine.{next(iter(wrong))}"):
             EngineConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected parameters"):

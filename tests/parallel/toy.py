@@ -80,8 +80,8 @@ def groups_of(toy: Toy) -> list[ParamGroup]:
 
 
 def config_of(name: str, *, precision: Literal["fp32", "bf16"] = "fp32") -> EngineConfig:
-    """single, fsdp, zero1 or zero2, with a limit that clips some steps of the toy and not others."""
-    if name in ("zero1", "zero2"):
+    """single, fsdp, zero1, zero2 or zero3, with a limit that clips some steps of the toy and not others."""
+    if name in ("zero1", "zero2", "zero3"):
         return EngineConfig(name="zero", zero_stage=int(name[-1]), clip_norm=CLIP, precision=precision)
     return EngineConfig(name=cast(Any, name), clip_norm=CLIP, precision=precision)
 
