@@ -27,6 +27,7 @@ from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, is_dynamic_n
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.encoders import image_ids
 from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.parallel.engine import EngineConfig, ParamGroup, make_engine
 from dydit_scale.parallel.world import World, close, init_world
 from dydit_scale.parallel.zero import load_deepspeed
@@ -87,6 +88,7 @@ def launch(engine: str, learn: str, quick: Path | None) -> dict[str, Any]:
 
 def measure(engine_name: str, learn: str, out: Path, *, quick: bool) -> None:
     """Train a few steps as one rank; seconds are the median, bytes what this process holds at most."""
+    quiet_libraries()
     world = init_world()
     if ENGINES[engine_name]["name"] == "zero":
         load_deepspeed(world)  # its libraries are not what is measured
