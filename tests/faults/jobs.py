@@ -5,14 +5,14 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from dydit_scale.checkpoint.store import list_checkpoints, load_checkpoint
+from dydit_scale.checkpoint.store import load_checkpoint
 from dydit_scale.train.metrics import read_metrics
 from tests.faults.processes import VARIABLE, Process, kill, processes, wait_until
 from tests.parallel.launch import ROOT, child_environment, free_port
@@ -87,14 +87,15 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 def commits_of(run: Path) -> list[int]:
     """The steps of the committed checkpoints."""
-    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run / "checkpoints")]
+    names = sorted(path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
+    return [int(name) for name in names if name.isdigit()]
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
     """Weights, moments, average and counters of the newest checkpoint."""
     checkpoint = load_checkpoint(run / "checkpoints")
     assert checkpoint is not None, f"{run}: no checkpoint"
-    return checkpoint.tensors
+    return dict(checkpoint.tensors)
 
 
 def differences(run: Path, whole: Path, steps: int) -> list[str]:
@@ -105,17 +106,9 @@ def differences(run: Path, whole: Path, steps: int) -> list[str]:
     assert [step for step, *_ in b] == list(range(steps)), f"{whole}: not all of {steps} steps"
     if [step for step, *_ in a] != list(range(steps)):
         found.append(f"steps {[step for step, *_ in a]}, not each of {steps} once")
-    found += [
-        f"step {one[0]}: loss or norm {one[1:]}, not {other[1:]}"
-        for one, other in zip(a, b, strict=False)
-        if one != other
-    ]
+    pairs = zip(a, b, strict=False)
+    found += [f"step {one[0]}: loss and norm {one[1:]}, not {other[1:]}" for one, other in pairs if one != other]
     left, right = final_state(run), final_state(whole)
     found += [f"{name} is in one of them only" for name in sorted(left.keys() ^ right.keys())]
-    found += [f"{name} differs" for name in unequal(left, right)]
-    return found
-
-
-def unequal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> Iterable[str]:
-    """Names in both whose tensors are not the same, bit for bit."""
-    return [name for name in sorted(left.keys() & right.keys()) if not torch.equal(left[name], right[name])]
+    common = sorted(left.keys() & right.keys())
+    return found + [f"{name} differs" for name in common if not torch.equal(left[name], right[name])]

@@ -141,6 +141,7 @@ def test_a_cut_cable_then_a_lost_node_cost_no_step(nodes: Nodes, recipe: Path, t
 
     cut = TwoNodeJob(nodes, recipe, run, "fsdp", hold=HELD - 3)
     cut.wait_until_held()
+    wait_until(lambda: commits_of(run) == [3], "committed")
     nodes.cut()
     cut.release()
     codes = cut.wait_until_gone(LIMIT + 60)
@@ -150,6 +151,7 @@ def test_a_cut_cable_then_a_lost_node_cost_no_step(nodes: Nodes, recipe: Path, t
 
     lost = TwoNodeJob(nodes, recipe, run, "fsdp", "--resume", hold=HELD)
     lost.wait_until_held()
+    wait_until(lambda: commits_of(run) == [3, 6], "committed")
     nodes.kill(0)
     lost.release()
     codes = lost.wait_until_gone(LIMIT + 60)
