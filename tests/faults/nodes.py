@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -19,17 +20,18 @@ CABLE = "dydit0"
 class Nodes:
     """Two nodes, 0 and 1, that see this file system, and each other through the cable only.
 
-    At the end of the ``with`` no process that runs on them and nothing of the network is left.
+    At the end of the ``with`` no process that runs on them and nothing of the network is left. If this process is
+    killed before, the next one that makes nodes clears up.
     """
 
     addresses = ("10.77.0.1", "10.77.0.2")
 
     def __init__(self) -> None:
-        mark = secrets.token_hex(3)
-        self._names = [f"dydit-{mark}-{node}" for node in (0, 1)]
+        self._names = [f"dydit-{os.getpid()}-{secrets.token_hex(3)}-{node}" for node in (0, 1)]
         self._undo = ExitStack()
 
     def __enter__(self) -> Nodes:
+        _clear_up()
         with ExitStack() as undo:
             for name in self._names:
                 _ip("netns", "add", name)
@@ -62,16 +64,12 @@ class Nodes:
 
     def processes(self, node: int) -> list[int]:
         """The processes that run on ``node``; their launchers may have given them groups of their own."""
-        return [int(word) for word in _ip("netns", "pids", self._names[node]).split()]
+        return _processes(self._names[node])
 
     def kill(self, node: int) -> None:
         """SIGKILL everything on ``node``, as when the machine is reset."""
 
-        def dead() -> bool:
-            kill(self.processes(node))
-            return not self.processes(node)
-
-        wait_until(dead, f"node {node} empty", 20)
+        _kill_all(self._names[node])
 
     def cut(self) -> None:
         """From now on what a node sends is lost, and neither is told."""
@@ -80,6 +78,27 @@ class Nodes:
     def heal(self) -> None:
         """Join the nodes again."""
         _ip("-n", self._names[1], "link", "set", CABLE, "up")
+
+
+def _clear_up() -> None:
+    """Remove the nodes of test processes that are no more."""
+    for line in _ip("netns", "list").splitlines():
+        found = re.match(r"dydit-(\d+)-\S+", line)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            _kill_all(found[0])
+            _ip("netns", "delete", found[0])
+
+
+def _processes(name: str) -> list[int]:
+    return [int(word) for word in _ip("netns", "pids", name).split()]
+
+
+def _kill_all(name: str) -> None:
+    def dead() -> bool:
+        kill(_processes(name))
+        return not _processes(name)
+
+    wait_until(dead, f"namespace {name} empty", 20)
 
 
 def why_not() -> str | None:

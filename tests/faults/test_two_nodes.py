@@ -23,10 +23,12 @@ STEPS, HELD, LIMIT = 9, 7, 6
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=3", "train.evaluate_every=0", "supervision.kind=none")
 PORT = "29500"  # free, for the network is new
 
+PROBLEM = why_not()
+
 pytestmark = [
     pytest.mark.launch,
     pytest.mark.slow,
-    pytest.mark.skipif(why_not() is not None, reason=f"no two nodes: {why_not()}"),
+    pytest.mark.skipif(PROBLEM is not None, reason=f"no two nodes: {PROBLEM}"),
 ]
 
 
