@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dydit_scale.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint
+from dydit_scale.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from dydit_scale.cli.main import main as dydit
 from dydit_scale.train.__main__ import main
 from dydit_scale.train.attempt import ATTEMPT_FILE, Attempt, read_holder, take_folder
 from dydit_scale.train.exits import Exit
 from dydit_scale.train.metrics import read_metrics
-from dydit_scale.train.stopping import STOP_FILE, StopRequest
+from dydit_scale.train.stopping import SIGNALS, STOP_FILE, StopRequest
+from tests.parallel.launch import ROOT
 from tests.train.small_run import small_world
 
 
@@ -87,6 +89,25 @@ def test_a_stop_during_set_up_saves_nothing(
     early.reason = "SIGTERM"
     assert main([str(recipe), f"run={tmp_path / 'other'}"], stop=early) == Exit.STOPPED
     assert not (tmp_path / "other").exists()
+
+
+def test_a_second_signal_during_the_save_changes_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(folder: Path, step: int, *args: object, **kwargs: object) -> Path:
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        return save_checkpoint(folder, step, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("dydit_scale.train.loop.save_checkpoint", signalled)
+    monkeypatch.setenv("DYDIT_FAULT", "train.step=2:term")
+    assert start(recipe, tmp_path, "train.save_every=0") == Exit.STOPPED
+    assert newest(tmp_path).step == 3
+
+
+def test_the_readme_lists_the_exit_codes() -> None:
+    table = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [int(code) for code in table] == sorted(set(Exit) - {Exit.FAILED})
 
 
 def test_a_stop_in_the_last_step_is_a_run_that_is_done(
