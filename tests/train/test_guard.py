@@ -43,9 +43,8 @@ def test_a_step_that_is_not_finite_is_left_out(
 ) -> None:
     monkeypatch.setenv("DYDIT_FAULT", "train.loss=1:inf")
     assert start(recipe, tmp_path, "train.save_every=0") == Exit.DONE
-    assert (
-        "step 1: the gradients are not finite, the step is left out (1 in a row, limit 10)" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().out
+    assert "step 1: the gradients are not finite, the step is left out (1 in a row, limit 10)" in said
     checkpoint = newest(tmp_path)
     assert int(checkpoint.tensors["count.optimizer"]) == int(checkpoint.tensors["count.ema"]) == 3
     assert checkpoint.meta["consumed"] == 32
