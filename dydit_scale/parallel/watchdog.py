@@ -40,8 +40,9 @@ class LimitsConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) >= (0 if field.name == "takeover" else 1):
-                raise ValueError(f"limits.{field.name}: expected seconds, 1 or more; got {getattr(self, field.name)}")
+            least, seconds = 0 if field.name == "takeover" else 1, getattr(self, field.name)
+            if not seconds >= least:
+                raise ValueError(f"limits.{field.name}: expected seconds, {least} or more; got {seconds}")
 
     @property
     def collective(self) -> float:
