@@ -223,11 +223,25 @@ def _run_demo(args: argparse.Namespace) -> None:
     run_demo(args.out, args.recipes, args.name, strict=args.strict)
 
 
+def _stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.add_argument("--wait", action="store_true", help="return when the run has saved its state and left")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait; then the exit status is 1")
+    parser.set_defaults(run=_run_stop)
+
+
+def _run_stop(args: argparse.Namespace) -> int:
+    from dydit_scale.workflows.stop import stop_run
+
+    return 0 if stop_run(args.folder, wait=args.wait, timeout=args.timeout) else 1
+
+
 Add = Callable[[argparse.ArgumentParser], None]
 COMMANDS: dict[str, tuple[Add, str]] = {
     "demo": (_demo, "adapt the small base, sample, export, verify and report, all in minutes on two CPU cores"),
     "data": (_data, "make and index training data"),
     "base": (_base, "write a small pipeline with random weights, to be trained on the built-in data"),
+    "stop": (_stop, "ask a run to save its state and leave after its step; for people and for preStop hooks"),
     "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),
     "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
     "export": (_export, "write adapters or models, loaded back and verified"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +21,11 @@ from torch.utils.data import DataLoader
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.reader import BadSample, Batch, Failure, Reader
 
-__all__ = ["Batch", "DataConfig", "Loader", "make_loader"]
+__all__ = ["BadDataError", "Batch", "DataConfig", "Loader", "make_loader"]
+
+
+class BadDataError(ValueError):
+    """More unusable samples than the budget allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +93,8 @@ def make_loader(
         quarantine: a file that gets one JSON line for each bad sample met; give each rank its own.
 
     Raises ValueError when the batch does not divide, naming the nearest that do, the index has more bad samples than
-    ``config.bad_samples``, no clip has the frames asked for, or clips are to be read without PyAV. While iterating:
-    beyond that budget, or when a shard has vanished.
+    ``config.bad_samples`` (BadDataError), no clip has the frames asked for, or clips are to be read without PyAV.
+    While iterating: beyond that budget, or when a shard has vanished.
     """
     _check_split(rank, world_size, global_batch, micro_batch, consumed)
     log = _BadSampleLog(config.bad_samples, index, quarantine, rank)
@@ -120,6 +125,7 @@ class Loader:
             sampler=self._positions,
             num_workers=self._workers,
             collate_fn=_unchanged,
+            worker_init_fn=_outlive_stop_signals,
             # Its own, because a DataLoader draws a seed for its workers from the global generator otherwise.
             generator=torch.Generator(),
         )
@@ -171,7 +177,7 @@ class _BadSampleLog:
 
     def _check(self) -> None:
         if len(self._found) > self._budget:
-            raise ValueError(
+            raise BadDataError(
                 f"{self._folder}: {len(self._found)} bad samples, more than the budget of {self._budget} "
                 f"(data.bad_samples); first: {'; '.join(list(self._found.values())[:3])}. "
                 f"Repair the shards and run `dydit data index {self._folder}`, or raise data.bad_samples"
@@ -180,6 +186,12 @@ class _BadSampleLog:
 
 def _unchanged(result: Any) -> Any:
     return result
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    # Launchers signal whole process groups. The trainer stops in its own time and needs its workers until then.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_split(rank: int, world_size: int, global_batch: int, micro_batch: int, consumed: int) -> None:

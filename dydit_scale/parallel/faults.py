@@ -22,10 +22,11 @@ VARIABLE = "DYDIT_FAULT"
 POINTS = (
     "train.start",  # the run is built, nothing is trained yet
     "train.step",  # before the first micro-batch of a step
-    "train.loss",  # action nan or inf: the loss of this rank's first micro-batch
+    "train.loss",  # action nan, inf or spike (a thousandfold): the loss of this rank's first micro-batch
     "train.evaluate",
+    "data.next",  # before the data of a step are asked for
 )
-ACTIONS = ("kill", "stop", "term", "hang", "raise", "enospc", "nan", "inf")
+ACTIONS = ("kill", "stop", "term", "hang", "raise", "enospc", "nan", "inf", "spike")
 _FAULT = re.compile(
     r"(?P<point>[a-z_.]+)(=(?P<step>\d+))?(@rank(?P<rank>\d+))?(@attempt(?P<attempt>\d+))?:(?P<action>\w+)"
 )

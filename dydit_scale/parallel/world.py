@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -97,6 +99,29 @@ def broadcast_object(world: World, value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=world.device)
     return box[0]
+
+
+def gather_objects(world: World, value: T) -> list[T]:
+    """Every rank's ``value``, in the order of ranks, on every rank; pickled on the way as in ``broadcast_object``."""
+    if world.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * world.world_size
+    dist.all_gather_object(found, value)
+    return found
+
+
+def on_main(world: World, action: Callable[[], T]) -> T:
+    """The result of ``action``, run on rank 0, on every rank; what it raises is raised on every rank. Collective."""
+    result, problem = None, None
+    if world.is_main:
+        try:
+            result = action()
+        except Exception as error:  # of any kind: the other ranks wait for the verdict
+            problem = error
+    result, problem = broadcast_object(world, (result, problem))
+    if problem is not None:
+        raise problem
+    return result
 
 
 def barrier(world: World) -> None:

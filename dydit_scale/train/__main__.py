@@ -5,20 +5,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 from dydit_scale.checkpoint.store import CheckpointError
+from dydit_scale.data.loader import BadDataError
 from dydit_scale.models.quiet import quiet_libraries
-from dydit_scale.parallel.world import close, init_world
+from dydit_scale.parallel.world import ONE_PROCESS, close, init_world
+from dydit_scale.train.attempt import FolderInUseError
+from dydit_scale.train.exits import Exit
+from dydit_scale.train.guard import NotFiniteError
 from dydit_scale.train.loop import train
 from dydit_scale.train.recipe import load_recipe
+from dydit_scale.train.stopping import Stopped, StopRequest
 
-EXIT_BAD_CONFIG = 64
-EXIT_CHECKPOINT = 74
+CODES: dict[type[Exception], Exit] = {
+    CheckpointError: Exit.STUCK,
+    NotFiniteError: Exit.NOT_FINITE,
+    FolderInUseError: Exit.FAILED,
+    BadDataError: Exit.BAD_DATA,
+    ValueError: Exit.BAD_CONFIG,
+}
+"""The first that fits counts. What is not among them is raised, and Python exits with 1."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 64 for a mistake in the recipe, the data or the base, which a restart would not mend; 74 if no
-    checkpoint could be written or read."""
+def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Train, and return one of :class:`~dydit_scale.train.exits.Exit`."""
     parser = argparse.ArgumentParser(prog="python -m dydit_scale.train", description="Train as a recipe says.")
     parser.add_argument("recipe", help="YAML file, e.g. recipes/shapes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. train.lr=1e-4")
@@ -26,19 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_intermixed_args(argv)
     quiet_libraries()
+    world = ONE_PROCESS
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        world = init_world()
-        train(recipe, world, resume=args.resume)
-    except CheckpointError as error:
+        world = init_world(timedelta(seconds=recipe.limits.collective))
+        train(recipe, world, resume=args.resume, stop=stop)
+    except Stopped as stopped:
+        if world.is_main:
+            print(stopped, flush=True)
+        close(world)
+        return Exit.STOPPED
+    except tuple(CODES) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_CHECKPOINT
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_CONFIG
+        return next(code for kind, code in CODES.items() if isinstance(error, kind))
     close(world)
-    return 0
+    return Exit.DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(stop=StopRequest().catch_signals()))

@@ -5,39 +5,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dydit_scale.checkpoint.state import capture, restore
-from dydit_scale.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from dydit_scale.data.loader import Batch, make_loader
-from dydit_scale.data.shards import ShardIndex, load_index
+from dydit_scale.checkpoint.state import capture
+from dydit_scale.checkpoint.store import CheckpointError, save_checkpoint
+from dydit_scale.data.loader import BadDataError, Batch, make_loader
 from dydit_scale.dynamic.losses import cost_loss
-from dydit_scale.models.family import frozen_parts
-from dydit_scale.models.loading import base_digest
-from dydit_scale.models.registry import family_of
-from dydit_scale.parallel.ema import Ema
-from dydit_scale.parallel.engine import AdamWConfig, Engine, StepResult, make_engine
-from dydit_scale.parallel.reduce import global_mean, mean_values
-from dydit_scale.parallel.world import World, barrier, broadcast_object
-from dydit_scale.train.build import build_parts, param_groups, shard_units
-from dydit_scale.train.checks import check_batch, check_data, check_same
-from dydit_scale.train.gates import GateLog, make_gate_log
+from dydit_scale.parallel.faults import fail_point, strike
+from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values
+from dydit_scale.parallel.watchdog import Watchdog
+from dydit_scale.parallel.world import World, gather_objects, on_main
+from dydit_scale.train.attempt import Attempt
+from dydit_scale.train.exits import Exit
 from dydit_scale.train.metrics import Metrics
-from dydit_scale.train.objective import Objective, Terms, make_process
-from dydit_scale.train.recipe import Recipe, build, differences, save_recipe
-from dydit_scale.train.recompute import checkpoint_function
-from dydit_scale.train.validation import Validator
+from dydit_scale.train.objective import Terms
+from dydit_scale.train.recipe import Recipe
+from dydit_scale.train.rollback import go_back
+from dydit_scale.train.setup import Run, check_first, hold_folder, leave_if_asked, start
+from dydit_scale.train.stopping import Stopped, StopRequest
 
-MAX_REFUSED = 10
-"""Steps in a row whose gradients may be infinite or not a number before the run gives up."""
+_LOSS_FAULTS = {"nan": math.nan, "inf": math.inf, "spike": 1000.0}
 
 
 def lr_scale(step: int, *, steps: int, warmup: int, final: float) -> float:
@@ -48,122 +43,146 @@ def lr_scale(step: int, *, steps: int, warmup: int, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-@dataclass
-class Run:
-    """Everything alive in a run."""
-
-    recipe: Recipe
-    world: World
-    folder: Path
-    index: ShardIndex
-    engine: Engine
-    ema: Ema | None
-    objective: Objective
-    validator: Validator
-    gates: GateLog | None
-    metrics: Metrics | None
-    base: str
-    """Digest of the base's weights, which a checkpoint belongs to."""
-    start: tuple[int, int]
-    """Step and consumed samples at which this process took over."""
-    step: int
-    refused: int = 0
-
-    @property
-    def consumed(self) -> int:
-        """Samples that whole steps have used: the position in the data."""
-        step, consumed = self.start
-        return consumed + (self.step - step) * self.recipe.train.batch_size
-
-
-def train(recipe: Recipe, world: World, *, resume: bool = False) -> Path:
+def train(recipe: Recipe, world: World, *, resume: bool = False, stop: StopRequest | None = None) -> Path:
     """Train to the recipe's last step and return the run's folder. Collective: every rank calls it.
 
     Raises:
         ValueError: something in the recipe, the data or the base does not fit (before the first step), or the run's
             folder holds checkpoints and ``resume`` is false.
+        Stopped: ``stop`` was asked for, or the run's stop file was written; the state is saved.
+        NotFiniteError: going back to the last checkpoint did not help.
+        FolderInUseError: another process trains in the run's folder.
+        BadDataError: more unusable samples than the recipe allows.
+        CheckpointError: no checkpoint could be read, or the last one not be written.
     """
-    run = start(recipe, world, resume=resume)
-    batches = _batches(run)
-    while run.step < recipe.train.steps:
-        began = time.perf_counter()
-        record = train_step(run, list(islice(batches, recipe.train.accumulation)))
-        record["seconds"] = time.perf_counter() - began
-        record["samples_per_second"] = recipe.train.batch_size / record["seconds"]
-        if run.metrics:
-            run.metrics.step(record)
-        run.step += 1
-        _look(run)
-    if run.metrics:
-        run.metrics.close()
+    stop = stop or StopRequest()
+    with Watchdog(world, Path(recipe.run), recipe.limits, code=Exit.STUCK) as watchdog:
+        index = check_first(recipe, world, resume=resume)
+        leave_if_asked(stop)
+        with _held(recipe, world, stop, watchdog) as attempt:
+            run = start(recipe, index, world, stop=stop, watchdog=watchdog, attempt=attempt)
+            try:
+                _steps(run)
+            finally:
+                if run.metrics:
+                    run.metrics.close()
     return run.folder
 
 
-def train_step(run: Run, batches: list[Batch]) -> dict[str, Any]:
-    """One optimiser step over this rank's micro-batches; returns its record, averaged over ranks."""
+def _steps(run: Run) -> None:
+    fail_point("train.start")
+    leave_if_asked(run.stop)
+    batches = _batches(run)
+    began_at, train = run.step, run.recipe.train
+    try:
+        while run.step < train.steps:
+            if run.step > began_at:  # the first step compiles, and counts to the set-up
+                run.watchdog.enter("step")
+            fail_point("data.next", run.step)
+            began = time.perf_counter()
+            taken = train_step(run, list(islice(batches, train.accumulation)))
+            taken.record["seconds"] = time.perf_counter() - began
+            taken.record["samples_per_second"] = train.batch_size / taken.record["seconds"]
+            if run.metrics:
+                run.metrics.step(taken.record)
+            run.step += 1
+            run.consumed += train.batch_size
+            if taken.spike or run.guard.must_go_back:
+                go_back(run)
+            elif run.step == train.steps or not taken.stop:
+                _look(run)
+            if taken.stop and run.step < train.steps:
+                raise Stopped
+    except Stopped:
+        raise Stopped(_leave(run)) from None
+    except BadDataError:
+        raise
+    except ValueError as error:  # no mistake of the recipe, which would have been found before the first step
+        raise RuntimeError(f"step {run.step}: {error}") from error
+
+
+class Taken(NamedTuple):
+    """A step that was taken, equal on all ranks but for the times."""
+
+    record: dict[str, Any]
+    stop: bool
+    spike: bool
+
+
+def train_step(run: Run, batches: list[Batch]) -> Taken:
+    """One optimiser step over this rank's micro-batches; its record is averaged over ranks.
+
+    Raises Stopped, on every rank alike, if a stop is asked for between micro-batches: the step is left undone.
+    """
     recipe, engine, step = run.recipe, run.engine, run.step
+    fail_point("train.step", step)
     target = recipe.cost.schedule.at(step)
     engine.network.train()
     sums = {"loss": 0.0, "loss_flow": 0.0, "loss_supervision": 0.0, "loss_cost": 0.0, "ratio": 0.0}
+    fault = _LOSS_FAULTS.get(strike("train.loss", step) or "", 1.0)
     for n, batch in enumerate(batches):
+        if n and max_flag(run.stop.asked()):
+            raise Stopped
         with engine.forward_context():
             terms = _terms(run, batch)
             parts = _reduce(terms, recipe, target)
+        if n == 0 and fault != 1:
+            parts["loss"] = parts["loss"] * fault
         engine.backward(parts["loss"] / len(batches), last=n == len(batches) - 1)
         for key in sums:
             sums[key] += float(parts[key].detach()) / len(batches)
+    flags = {"stop": float(run.stop.asked()), "lost": float(run.world.is_main and run.attempt.lost())}
+    means = mean_values(sums | flags)
+    if means.pop("lost"):
+        on_main(run.world, run.attempt.still_ours)
+    stop = means.pop("stop") > 0
     scale = lr_scale(step, steps=recipe.train.steps, warmup=recipe.train.warmup_steps, final=recipe.train.final_lr)
-    result = engine.step(scale)
-    if run.ema is not None and result.applied:
-        run.ema.update()
-    _count_refused(run, result)
-    means = mean_values(sums)
-    return {"step": step, **means, "target": target, "lr": recipe.train.lr * scale, "grad_norm": result.grad_norm}
+    spike = run.saved is not None and run.guard.is_spike(means["loss"])
+    # the step of a spike only clears the gradients: the checkpoint that follows brings the old moments back
+    result = engine.step(0.0 if spike else scale)
+    if result.applied and not spike:
+        run.guard.went_well(means["loss"])
+        if run.ema is not None:
+            run.ema.update()
+    else:
+        run.guard.went_wrong(step, sums["loss"], batches, refused=not result.applied)
+        _tell(run, means["loss"], spike)
+    record = {"step": step, **means, "target": target, "lr": recipe.train.lr * scale, "grad_norm": result.grad_norm}
+    return Taken(record, stop, spike)
 
 
-def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
-    """Check everything that can be checked, then build the run and, on resume, restore its newest good checkpoint."""
-    folder = Path(recipe.run)
-    index = load_index(Path(recipe.data.path))
-    check_batch(recipe, world)
-    check_data(recipe, index)
-    checkpoint = _find_checkpoint(folder, recipe, world, resume=resume)
-    base = base_digest(recipe.model.base)
-    if checkpoint is not None:
-        check_same(checkpoint, folder, data=index.digest, base=base)
-    parts = build_parts(recipe)
-    if recipe.train.gradient_checkpointing != "none":
-        function = checkpoint_function(
-            parts.network, shard_units(parts.network), recipe.train.gradient_checkpointing,
-            recipe.train.checkpointed_blocks,
-            carry_timestep=recipe.dynamic is None and recipe.adapter.kind == "td_lora",
-        )  # fmt: skip
-        parts.network.enable_gradient_checkpointing(function)
-    gates = make_gate_log(parts.network, make_process(recipe, family_of(parts.pipeline)), folder)
-    groups = param_groups(recipe, parts.network)
-    adamw = AdamWConfig(betas=recipe.train.betas)
-    for part in frozen_parts(parts.pipeline):
-        part.to(world.device)
-    engine = make_engine(
-        recipe.engine, parts.network, groups, world,
-        shard_units=shard_units(parts.network), accumulation=recipe.train.accumulation, adamw=adamw,
-    )  # fmt: skip
-    ema = Ema(engine, recipe.train.ema) if recipe.train.ema is not None else None
-    step, consumed = 0, 0
-    if checkpoint is not None:
-        restore(checkpoint, engine, ema)
-        step, consumed = checkpoint.step, checkpoint.meta["consumed"]
-    objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device)
-    validator = Validator(recipe, index, objective, world)
-    metrics = None
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, folder / "recipe.yaml")
-        metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=step)
-        metrics.say(_summary(recipe, engine, groups, index, step))
-    barrier(world)
-    at = (step, consumed)
-    return Run(recipe, world, folder, index, engine, ema, objective, validator, gates, metrics, base, at, step)
+def _tell(run: Run, loss: float, spike: bool) -> None:
+    if spike:
+        return run.say(f"step {run.step}: the loss is {loss:.4g}, a spike (guard.spike)")
+    count, limit = run.guard.refused, run.recipe.guard.refused
+    run.say(f"step {run.step}: the gradients are not finite, the step is left out ({count} in a row, limit {limit})")
+
+
+def _leave(run: Run) -> str:
+    """Save once more, unless nothing was trained since the last time, and say who asked. Collective."""
+    reasons = gather_objects(run.world, run.stop.reason)
+    if run.step != (run.saved or 0):
+        _save(run, must=True)
+    if run.world.is_main:
+        run.stop.clear()
+    asked = ", ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason)
+    where = f"before step {run.step} of {run.recipe.train.steps}"
+    return f"stopped {where} by {asked}; the state is saved in {run.folder}, continue with --resume"
+
+
+@contextmanager
+def _held(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog) -> Iterator[Attempt]:
+    """The run's folder is this attempt's inside the ``with``."""
+    attempt, how = hold_folder(recipe, world, stop, watchdog), "done"
+    try:
+        yield attempt
+    except BaseException as error:
+        how = type(error).__name__
+        raise
+    finally:
+        watchdog.beat = None
+        if world.is_main:
+            attempt.end(how)
 
 
 def _terms(run: Run, batch: Batch) -> Terms:
@@ -183,24 +202,39 @@ def _reduce(terms: Terms, recipe: Recipe, target: float) -> dict[str, torch.Tens
 
 
 def _look(run: Run) -> None:
-    """After a step: evaluate, sample and save where the recipe says so, and at the end."""
+    """After a step: evaluate, sample and save where the recipe says so, and at the end.
+
+    Raises Stopped if a stop is asked for on the way and steps are left to train.
+    """
     train, last = run.recipe.train, run.step == run.recipe.train.steps
     due = {
         n: last or (every > 0 and run.step % every == 0)
         for n, every in (("eval", train.evaluate_every), ("save", train.save_every))
     }
+    # a checkpoint amid refused steps would be a place to go back to where nothing was learnt
+    due["save"] &= last or not run.guard.refused
     draw = bool(train.sample_prompts) and train.sample_every > 0 and (last or run.step % train.sample_every == 0)
     if due["save"]:
         _save(run, must=last)
     if due["eval"] or draw:
+        _leave_unless(last, run)
+        run.watchdog.enter("evaluation")
+        fail_point("train.evaluate", run.step - 1)
         run.engine.network.eval()
         with _averaged(run), torch.no_grad(), run.engine.forward_context():
             evaluation = _evaluate(run) if due["eval"] else None
+            _leave_unless(last, run)
             grid = run.validator.sample() if draw else None
         if run.metrics and grid is not None:
             _write_grid(run.metrics, run.folder / "samples" / f"step-{run.step:07d}.png", grid)
         if run.metrics and evaluation:
             run.metrics.evaluation({"step": run.step - 1, **evaluation})
+        _leave_unless(last, run)
+
+
+def _leave_unless(last: bool, run: Run) -> None:
+    if not last and max_flag(run.stop.asked()):
+        raise Stopped
 
 
 def _evaluate(run: Run) -> dict[str, float]:
@@ -226,18 +260,22 @@ def _write_grid(metrics: Metrics, path: Path, grid: np.ndarray) -> None:
 
 def _save(run: Run, *, must: bool) -> None:
     """Write a checkpoint; a failure (a full disk, say) is told and survived, unless it is the last one. Collective."""
+    run.watchdog.enter("checkpoint")
     meta = {
         "step": run.step,
         "consumed": run.consumed,
         "recipe": asdict(run.recipe),
         "data": run.index.digest,
         "base": run.base,
+        "guard": run.guard.state(),
     }
     tensors = capture(run.engine, run.ema)
+    on_main(run.world, run.attempt.still_ours)
     try:
         save_checkpoint(
             run.folder / "checkpoints", run.step, tensors, meta, keep=run.recipe.train.keep, world=run.world
         )
+        run.saved = run.step
     except CheckpointError as error:
         if must:
             raise
@@ -257,36 +295,3 @@ def _batches(run: Run) -> Iterator[Batch]:
         consumed=run.consumed, quarantine=run.folder / f"quarantine-{world.rank}.jsonl",
     )  # fmt: skip
     return iter(loader)
-
-
-def _find_checkpoint(folder: Path, recipe: Recipe, world: World, *, resume: bool) -> Checkpoint | None:
-    checkpoints = folder / "checkpoints"
-    exists = broadcast_object(world, checkpoints.is_dir() and any(checkpoints.glob("step-*")))
-    if exists and not resume:
-        raise ValueError(
-            f"run {folder} holds checkpoints already: continue it with --resume, or choose another run=FOLDER"
-        )
-    if not exists:
-        return None
-    checkpoint = load_checkpoint(checkpoints, world=world)
-    if checkpoint is not None and world.is_main:
-        for line in differences(build(Recipe, checkpoint.meta["recipe"], ""), recipe):
-            print(f"resume: the recipe differs in {line}", flush=True)
-    return checkpoint
-
-
-def _count_refused(run: Run, result: StepResult) -> None:
-    run.refused = 0 if result.applied else run.refused + 1
-    if run.refused == MAX_REFUSED:
-        raise RuntimeError(
-            f"step {run.step}: the gradient was not finite for {MAX_REFUSED} steps in a row; "
-            "the last checkpoint is intact. Lower train.lr, or look at the data and the base"
-        )
-
-
-def _summary(recipe: Recipe, engine: Engine, groups: list, index: ShardIndex, step: int) -> str:
-    counts = ", ".join(f"{sum(p.numel() for p in g.params.values()) / 1e6:.2f} M {g.name}" for g in groups)
-    total = engine.parameters / 1e6
-    where = f"{engine.config.name} x {engine.world.world_size} on {engine.world.device.type}, {engine.config.precision}"
-    start = f", from step {step}" if step else ""
-    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {index.num_samples} samples{start}"

@@ -34,6 +34,13 @@ class Metrics:
         self._write(record)
         self._shown |= {"eval ratio": f"{record['ratio_eval']:.3f}", "eval mse": f"{record['mse_eval']:.4f}"}
 
+    def back_to(self, step: int, record: dict[str, Any]) -> None:
+        """The run went back and trains ``step`` again; ``record`` says why. The records in between stay."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        self._bar.n = step
+        self._bar.refresh()
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         self._bar.write(text)

@@ -18,6 +18,8 @@ from dydit_scale.data.loader import DataConfig
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.losses import TargetSchedule
 from dydit_scale.parallel.engine import EngineConfig
+from dydit_scale.parallel.watchdog import LimitsConfig
+from dydit_scale.train.guard import GuardConfig
 
 T = TypeVar("T")
 
@@ -219,6 +221,8 @@ class Recipe:
     cost: CostConfig = field(default_factory=CostConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in a YAML file."""
@@ -265,8 +269,13 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lines ``key: old -> new`` for every value that differs."""
-    a, b = (_flat(r.as_dict()) for r in (old, new))
+    a, b = flat_values(old), flat_values(new)
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def flat_values(recipe: Recipe) -> dict[str, Any]:
+    """Its values under dotted keys."""
+    return _flat(recipe.as_dict())
 
 
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:

@@ -15,7 +15,8 @@ from dydit_scale.data.shapes.language import vocabulary
 from dydit_scale.models.small import small_flux_pipeline
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import generate, sampler_timesteps
-from dydit_scale.train.__main__ import EXIT_BAD_CONFIG, main
+from dydit_scale.train.__main__ import main
+from dydit_scale.train.exits import Exit
 from dydit_scale.train.loop import lr_scale, train
 from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import Recipe, load_recipe
@@ -155,7 +156,7 @@ def test_bad_input_is_told_before_any_work(
     world_folder: Path, tmp_path: Path, override: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main([str(world_folder / "recipe.yaml"), override, f"run={run}"]) == EXIT_BAD_CONFIG
+    assert main([str(world_folder / "recipe.yaml"), override, f"run={run}"]) == Exit.BAD_CONFIG
     assert BAD[override] in capsys.readouterr().err
     assert not (run / "checkpoints").exists()
 
@@ -172,7 +173,7 @@ def test_a_base_that_does_not_fit_names_the_key(
     ):
         (base / "transformer" / "config.json").write_text(json.dumps({**config, **changes}))
         code = main([str(world_folder / "recipe.yaml"), f"model.base={base}", f"run={tmp_path / 'run'}"])
-        assert code == EXIT_BAD_CONFIG and key in capsys.readouterr().err
+        assert code == Exit.BAD_CONFIG and key in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten(
@@ -180,7 +181,7 @@ def test_an_existing_run_is_not_overwritten(
 ) -> None:
     words = [str(world_folder / "recipe.yaml"), f"run={tmp_path / 'run'}", "train.steps=1", "train.save_every=1"]
     assert main(words) == 0
-    assert main(words) == EXIT_BAD_CONFIG
+    assert main(words) == Exit.BAD_CONFIG
     assert "continue it with --resume, or choose another" in capsys.readouterr().err
     assert main([*words, "--resume", "train.steps=2"]) == 0
     assert "train.steps: 1 -> 2" in capsys.readouterr().out
@@ -199,7 +200,7 @@ def test_a_resume_goes_on_in_the_data_where_it_was_and_refuses_other_data_or_ano
     small_flux_pipeline(vocabulary(), heads=4, head_dim=8, double_blocks=1, single_blocks=1, seed=1).save_pretrained(
         tmp_path / "base"
     )
-    assert main([*words, "--resume"]) == EXIT_BAD_CONFIG
+    assert main([*words, "--resume"]) == Exit.BAD_CONFIG
     assert "its base changed since step 3" in capsys.readouterr().err
     assert main([*words, f"model.base={world_folder / 'base'}", f"data.path={tmp_path / 'other'}", "--resume"]) != 0
 

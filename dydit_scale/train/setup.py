@@ -1,0 +1,180 @@
+"""From a recipe to a run that can take its first step: everything is checked, then built, then restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dydit_scale.checkpoint.state import restore
+from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
+from dydit_scale.data.shards import ShardIndex
+from dydit_scale.models.family import frozen_parts
+from dydit_scale.models.loading import base_digest
+from dydit_scale.models.registry import family_of
+from dydit_scale.parallel.ema import Ema
+from dydit_scale.parallel.engine import AdamWConfig, Engine, ParamGroup, make_engine
+from dydit_scale.parallel.reduce import max_flag
+from dydit_scale.parallel.watchdog import Watchdog
+from dydit_scale.parallel.world import World, barrier, broadcast_object, on_main
+from dydit_scale.train.attempt import Attempt, take_folder
+from dydit_scale.train.build import build_parts, param_groups, shard_units
+from dydit_scale.train.checks import check_batch, check_data, check_same
+from dydit_scale.train.gates import GateLog, make_gate_log
+from dydit_scale.train.guard import Guard
+from dydit_scale.train.metrics import Metrics
+from dydit_scale.train.objective import Objective, make_process
+from dydit_scale.train.preflight import check_agreement, check_disk, check_writing
+from dydit_scale.train.recipe import Recipe, build, differences, save_recipe
+from dydit_scale.train.recompute import checkpoint_function
+from dydit_scale.train.stopping import Stopped, StopRequest
+from dydit_scale.train.validation import Validator
+
+
+@dataclass
+class Run:
+    """Everything alive in a run."""
+
+    recipe: Recipe
+    world: World
+    folder: Path
+    index: ShardIndex
+    engine: Engine
+    ema: Ema | None
+    objective: Objective
+    validator: Validator
+    gates: GateLog | None
+    metrics: Metrics | None
+    base: str
+    """Digest of the base's weights, which a checkpoint belongs to."""
+    guard: Guard
+    stop: StopRequest
+    watchdog: Watchdog
+    attempt: Attempt
+    step: int = 0
+    """The next step to train."""
+    consumed: int = 0
+    """Position in the data of the next step's first sample. It grows with every step, also with those that are left
+    out or trained again."""
+    saved: int | None = None
+    """Step of the newest checkpoint; None before the first."""
+
+    def say(self, text: str) -> None:
+        """A line for people, from rank 0."""
+        if self.metrics:
+            self.metrics.say(text)
+
+
+def hold_folder(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog) -> Attempt:
+    """Take the run's folder for this attempt, with signs of life from here on. Collective.
+
+    Raises FolderInUseError on every rank if another process trains there, ValueError if it cannot be written.
+    """
+    folder = Path(recipe.run)
+
+    def take() -> Attempt:
+        try:
+            return take_folder(folder, wait=recipe.limits.takeover)
+        except OSError as error:
+            raise ValueError(f"run {folder}: cannot be written: {error}; choose another run=FOLDER") from error
+
+    attempt = on_main(world, take)
+    if world.is_main:
+        stop.watch(folder, attempt.token)
+        watchdog.beat = attempt.beat
+    return attempt
+
+
+def check_first(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex:
+    """What can be refused at once, before the run's folder is touched. Collective; ValueError on every rank."""
+    index = check_agreement(recipe, world, resume=resume)
+    check_batch(recipe, world)
+    check_data(recipe, index)
+    folder = Path(recipe.run)
+    if not resume and broadcast_object(world, _has_checkpoints(folder)):
+        raise ValueError(
+            f"run {folder} holds checkpoints already: continue it with --resume, or choose another run=FOLDER"
+        )
+    return index
+
+
+def start(
+    recipe: Recipe, index: ShardIndex, world: World, *, stop: StopRequest, watchdog: Watchdog, attempt: Attempt
+) -> Run:
+    """Build the run and restore its newest good checkpoint, if there is one. Collective.
+
+    Raises ValueError if something does not fit, Stopped if a stop was asked for on the way.
+    """
+    folder = Path(recipe.run)
+    check_writing(folder, attempt, world)
+    checkpoint = _find_checkpoint(folder, recipe, world)
+    base = base_digest(recipe.model.base)
+    if checkpoint is not None:
+        check_same(checkpoint, folder, data=index.digest, base=base)
+    leave_if_asked(stop)
+    parts = build_parts(recipe)
+    if recipe.train.gradient_checkpointing != "none":
+        function = checkpoint_function(
+            parts.network, shard_units(parts.network), recipe.train.gradient_checkpointing,
+            recipe.train.checkpointed_blocks,
+            carry_timestep=recipe.dynamic is None and recipe.adapter.kind == "td_lora",
+        )  # fmt: skip
+        parts.network.enable_gradient_checkpointing(function)
+    gates = make_gate_log(parts.network, make_process(recipe, family_of(parts.pipeline)), folder)
+    groups = param_groups(recipe, parts.network)
+    check_disk(recipe, folder, groups, world)
+    leave_if_asked(stop)
+    adamw = AdamWConfig(betas=recipe.train.betas)
+    for part in frozen_parts(parts.pipeline):
+        part.to(world.device)
+    engine = make_engine(
+        recipe.engine, parts.network, groups, world,
+        shard_units=shard_units(parts.network), accumulation=recipe.train.accumulation, adamw=adamw,
+    )  # fmt: skip
+    ema = Ema(engine, recipe.train.ema) if recipe.train.ema is not None else None
+    leave_if_asked(stop)
+    objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device)
+    run = Run(
+        recipe, world, folder, index, engine, ema, objective, Validator(recipe, index, objective, world), gates, None,
+        base, Guard(recipe.guard), stop, watchdog, attempt,
+    )  # fmt: skip
+    if checkpoint is not None:
+        restore(checkpoint, engine, ema)
+        run.step = run.saved = checkpoint.step
+        run.consumed = checkpoint.meta["consumed"]
+        run.guard.load(checkpoint.meta.get("guard"))
+    if world.is_main:
+        save_recipe(recipe, folder / "recipe.yaml")
+        run.metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=run.step)
+        run.say(_summary(recipe, engine, groups, index, run.step))
+    barrier(world)
+    return run
+
+
+def leave_if_asked(stop: StopRequest) -> None:
+    """Raise Stopped on every rank if any of them was asked to stop during set-up, where nothing is to be saved.
+    Collective."""
+    if max_flag(stop.asked()):
+        raise Stopped(f"stopped during set-up by {stop.reason or 'a request to another rank'}; no step was trained")
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("step-*"))
+
+
+def _find_checkpoint(folder: Path, recipe: Recipe, world: World) -> Checkpoint | None:
+    if not broadcast_object(world, _has_checkpoints(folder)):
+        return None
+    checkpoint = load_checkpoint(folder / "checkpoints", world=world)
+    if checkpoint is not None and world.is_main:
+        for line in differences(build(Recipe, checkpoint.meta["recipe"], ""), recipe):
+            print(f"resume: the recipe differs in {line}", flush=True)
+    return checkpoint
+
+
+def _summary(recipe: Recipe, engine: Engine, groups: Sequence[ParamGroup], index: ShardIndex, step: int) -> str:
+    counts = ", ".join(f"{sum(p.numel() for p in g.params.values()) / 1e6:.2f} M {g.name}" for g in groups)
+    total = engine.parameters / 1e6
+    where = f"{engine.config.name} x {engine.world.world_size} on {engine.world.device.type}, {engine.config.precision}"
+    begins = f", from step {step}" if step else ""
+    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {index.num_samples} samples{begins}"
