@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -90,6 +91,14 @@ def ensure_group(world: World) -> None:
         return
     assert world.world_size == 1, "several processes meet in init_world"
     dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def same_timeout() -> None:
+    """Give every process group of this process, whoever made it, the timeout of the first."""
+    assert dist.group.WORLD is not None
+    backend = dist.group.WORLD._get_backend(torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(backend.options._timeout, group)
 
 
 def broadcast_object(world: World, value: Any) -> Any:

@@ -15,7 +15,7 @@ from dydit_scale.parallel.deepspeed_config import deepspeed_config
 from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, Piece, StepResult
 from dydit_scale.parallel.reduce import sum_tensor
 from dydit_scale.parallel.single import build_adamw, start_moments
-from dydit_scale.parallel.world import World, ensure_group
+from dydit_scale.parallel.world import World, ensure_group, same_timeout
 
 
 class Place(NamedTuple):
@@ -48,6 +48,7 @@ class ZeroEngine(Engine):
             config=deepspeed_config(config, world, accumulation),
             dist_init_required=False,
         )
+        same_timeout()  # DeepSpeed's groups would wait half an hour for a lost peer
         self.module = self.deepspeed
         self.optimizer.state.clear()  # the moments of the parameters; from here on it steps flat buffers
         self.flat = self._flat_buffers()

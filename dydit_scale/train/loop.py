@@ -72,6 +72,8 @@ def train(recipe: Recipe, world: World, *, resume: bool = False, stop: StopReque
 def _steps(run: Run) -> None:
     fail_point("train.start")
     leave_if_asked(run.stop)
+    if run.step and not on_main(run.world, lambda: run.metrics is None or run.metrics.evaluated):
+        _look(run, saved=True)  # killed after the save
     batches = _batches(run)
     began_at, train = run.step, run.recipe.train
     try:
@@ -201,8 +203,8 @@ def _reduce(terms: Terms, recipe: Recipe, target: float) -> dict[str, torch.Tens
     return {"loss": loss, "loss_flow": flow, "loss_supervision": supervision, "loss_cost": cost, "ratio": ratio}
 
 
-def _look(run: Run) -> None:
-    """After a step: evaluate, sample and save where the recipe says so, and at the end.
+def _look(run: Run, *, saved: bool = False) -> None:
+    """After a step: save (unless ``saved``), evaluate and sample where the recipe says so, and at the end.
 
     Raises Stopped if a stop is asked for on the way and steps are left to train.
     """
@@ -212,7 +214,7 @@ def _look(run: Run) -> None:
         for n, every in (("eval", train.evaluate_every), ("save", train.save_every))
     }
     # a checkpoint amid refused steps would be a place to go back to where nothing was learnt
-    due["save"] &= last or not run.guard.refused
+    due["save"] &= not saved and (last or not run.guard.refused)
     draw = bool(train.sample_prompts) and train.sample_every > 0 and (last or run.step % train.sample_every == 0)
     if due["save"]:
         _save(run, must=last)

@@ -15,7 +15,9 @@ class Metrics:
 
     def __init__(self, run: Path, *, name: str, steps: int, first_step: int) -> None:
         self._path = run / "metrics.jsonl"
-        _drop_from(self._path, first_step)
+        last = _drop_from(self._path, first_step)
+        self.evaluated = any("mse_eval" in record for record in last)
+        """Whether the step before the first one was evaluated."""
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -70,7 +72,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_from(path: Path, step: int) -> None:
-    """Forget the records that a resumed run will write again."""
+def _drop_from(path: Path, step: int) -> list[dict[str, Any]]:
+    """Forget the records that a resumed run will write again; returns those of the step before."""
     kept = [r for r in read_metrics(path) if r["step"] < step]
     path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    return [r for r in kept if r["step"] == step - 1]

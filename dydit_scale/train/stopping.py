@@ -1,12 +1,16 @@
-"""How a run is asked to stop: by SIGTERM or SIGUSR1 to any of its processes, or by a file in its folder."""
+"""How a run is asked to stop: by SIGTERM or SIGUSR1 to any of its processes, by a file in its folder, or by the end of
+its launcher, which would start another in its place."""
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "stop"
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""What torchrun and the deepspeed launcher set for the processes that they start."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -20,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
         self._file: Path | None = None
         self._token = ""
 
@@ -38,6 +43,8 @@ class StopRequest:
 
     def asked(self) -> bool:
         """True once somebody has asked."""
+        if self.reason is None and self._launcher not in (None, os.getppid()):
+            self.reason = "the end of its launcher"
         if self.reason is None and self._file is not None and _read(self._file) in ("", self._token):
             self.reason = f"the file {self._file}"
         return self.reason is not None

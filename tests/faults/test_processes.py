@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.launch
 @pytest.mark.slow
-@pytest.mark.xfail(raises=TimeoutError, strict=True, reason="ranks do not look whether their launcher lives")
 def test_ranks_leave_when_their_launcher_dies(tmp_path: Path) -> None:
     """Else the next start would find the old ranks at work in its folder."""
     recipe, run = small_world(tmp_path), tmp_path / "run"

@@ -132,7 +132,6 @@ def test_deepspeed_without_ssh_trains_like_one_process(zero: tuple[Path, Path], 
     assert [record["loss"] for record in steps_of(zero[0])] == pytest.approx(single, abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="DeepSpeed makes a group of its own, with torch's limit of 30 minutes")
 def test_no_group_of_deepspeed_waits_longer_for_a_lost_node_than_the_run(zero: tuple[Path, Path]) -> None:
     for rank in (0, 1):
         assert set(json.loads((zero[1] / f"limits-{rank}.json").read_text())) == {LIMIT}
