@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from dydit_scale.adapters.td_lora import checkpoint_with_timestep
-from dydit_scale.checkpoint.state import capture, restore
-from dydit_scale.checkpoint.store import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from dydit_scale.checkpoint.folder import has_checkpoints
+from dydit_scale.checkpoint.state import capture, engine_name, restore
+from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
+from dydit_scale.checkpoint.writer import CheckpointWriter
 from dydit_scale.data.loader import Batch, make_loader
 from dydit_scale.data.shards import ShardIndex, load_index
 from dydit_scale.dynamic.losses import cost_loss
@@ -27,7 +29,7 @@ from dydit_scale.models.registry import family_of
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import AdamWConfig, Engine, StepResult, make_engine
 from dydit_scale.parallel.reduce import global_mean, mean_values
-from dydit_scale.parallel.world import World, barrier, broadcast_object
+from dydit_scale.parallel.world import World, broadcast_object
 from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.checks import check_batch, check_data, check_same
 from dydit_scale.train.gates import GateLog, make_gate_log
@@ -62,6 +64,7 @@ class Run:
     validator: Validator
     gates: GateLog | None
     metrics: Metrics | None
+    writer: CheckpointWriter
     base: str
     """Digest of the base's weights, which a checkpoint belongs to."""
     start: tuple[int, int]
@@ -157,9 +160,19 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
         save_recipe(recipe, folder / "recipe.yaml")
         metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=step)
         metrics.say(_summary(recipe, engine, groups, index, step))
-    barrier(world)
+    writer = _writer(recipe, world, metrics)
+    writer.start()
     at = (step, consumed)
-    return Run(recipe, world, folder, index, engine, ema, objective, validator, gates, metrics, base, at, step)
+    return Run(recipe, world, folder, index, engine, ema, objective, validator, gates, metrics, writer, base, at, step)
+
+
+def _writer(recipe: Recipe, world: World, metrics: Metrics | None) -> CheckpointWriter:
+    train = recipe.train
+    return CheckpointWriter(
+        Path(recipe.run) / "checkpoints", world, engine=engine_name(recipe.engine), keep=train.keep,
+        keep_every=train.keep_every, failures=train.save_failures, asynchronous=train.async_save,
+        tell=metrics.checkpoint if metrics else lambda report: None,
+    )  # fmt: skip
 
 
 def _terms(run: Run, batch: Batch) -> Terms:
@@ -221,7 +234,10 @@ def _write_grid(metrics: Metrics, path: Path, grid: np.ndarray) -> None:
 
 
 def _save(run: Run, *, must: bool) -> None:
-    """Write a checkpoint; a failure (a full disk, say) is told and survived, unless it is the last one. Collective."""
+    """Start to write a checkpoint; a failure (a full disk, say) is told and survived, unless it is one too many.
+
+    ``must``: wait for it; a failure is an error. Collective.
+    """
     meta = {
         "step": run.step,
         "consumed": run.consumed,
@@ -229,16 +245,7 @@ def _save(run: Run, *, must: bool) -> None:
         "data": run.index.digest,
         "base": run.base,
     }
-    tensors = capture(run.engine, run.ema)
-    try:
-        save_checkpoint(
-            run.folder / "checkpoints", run.step, tensors, meta, keep=run.recipe.train.keep, world=run.world
-        )
-    except CheckpointError as error:
-        if must:
-            raise
-        if run.metrics:
-            run.metrics.say(f"warning: {error}; training goes on, the checkpoint before it is intact")
+    run.writer.save(run.step, capture(run.engine, run.ema), meta, must=must)
 
 
 def _averaged(run: Run) -> AbstractContextManager[None]:
@@ -257,7 +264,7 @@ def _batches(run: Run) -> Iterator[Batch]:
 
 def _find_checkpoint(folder: Path, recipe: Recipe, world: World, *, resume: bool) -> Checkpoint | None:
     checkpoints = folder / "checkpoints"
-    exists = broadcast_object(world, checkpoints.is_dir() and any(checkpoints.glob("step-*")))
+    exists = broadcast_object(world, has_checkpoints(checkpoints))
     if exists and not resume:
         raise ValueError(
             f"run {folder} holds checkpoints already: continue it with --resume, or choose another run=FOLDER"
