@@ -75,6 +75,14 @@ def _wanted(folder: Path, step: int, world: World) -> Checkpoint:
     return checkpoint
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that ``path`` itself is, under any name. CheckpointError if it is damaged."""
+    checkpoint, problem = _verify(path, ONE_PROCESS)
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: {problem}")
+    return checkpoint
+
+
 def _verify(path: Path, world: World) -> tuple[Checkpoint | None, str]:
     """A checkpoint, or what is wrong with it, alike on all ranks; rank 0's manifest holds for all. Collective.
 

@@ -23,17 +23,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 64 for a mistake in what was asked, told in one line; 130 when interrupted."""
+    """Exit status of the command; 64 for a mistake in what was asked, told in one line; 130 when interrupted."""
     args = make_parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], None] = args.run
+    run: Callable[[argparse.Namespace], int | None] = args.run
     try:
-        run(args)
+        return run(args) or 0
     except (ValueError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 64
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":
