@@ -35,7 +35,7 @@ class Part(NamedTuple):
     @property
     def bytes(self) -> int:
         """Size of the elements."""
-        return self.stored.bytes
+        return self.values.numel() * self.values.element_size()
 
 
 Parts = dict[str, Part]

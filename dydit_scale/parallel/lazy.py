@@ -20,6 +20,13 @@ class LazyTensors(Mapping[str, Tensor]):
     def flat(self, name: str, start: int, numel: int) -> Tensor:
         """``numel`` elements of the flattened tensor from ``start``, as a 1-d tensor; nothing else is read."""
 
+    def __contains__(self, name: object) -> bool:
+        try:
+            self.shape(str(name))
+        except KeyError:
+            return False
+        return True
+
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shape(name)
         return self.flat(name, 0, shape.numel()).view(shape)
