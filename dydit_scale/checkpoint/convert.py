@@ -154,6 +154,10 @@ def _deepspeed(source: Path) -> Source:
     assert folder is not None, f"{source}: layout_of found one"
     with contextlib.redirect_stdout(io.StringIO()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name, lazy_mode=True)
+    whole = folder / "mp_rank_00_model_states.pt"
+    if whole.is_file():  # of stage 1 DeepSpeed's own function leaves out the frozen weights
+        module = torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"]
+        state = {**{name: tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}, **state}
     kinds = {name: Kind(dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()}
     return Source(f"DeepSpeed, {folder.name}", kinds, lambda name: state[name].contiguous())
 

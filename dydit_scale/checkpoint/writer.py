@@ -119,6 +119,11 @@ class CheckpointWriter:
             self._may_commit()
             tidy(self.folder)
 
+    @property
+    def done(self) -> bool:
+        """True if nothing of a save is left to do on this rank but to agree on it in ``wait``."""
+        return self._save is None or self._save.thread is None or not self._save.thread.is_alive()
+
     def save(self, step: int, parts: Parts, meta: Mapping[str, Any], *, must: bool = False) -> None:
         """Save ``parts``, of which every rank passes its own, and rank 0's ``meta`` (JSON). Collective.
 
