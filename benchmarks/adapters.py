@@ -126,10 +126,20 @@ the static base, at full compute, has {found["static"]:.3f}.
 
 {chr(10).join(lines)}
 
+{_verdict(found["rows"])}
+
 Parameters are those of the adapter; the routers add {found["parameters"]["td_lora"]["routers"]:,} to each. The learning
 rate is the recipe's for both LoRAs and {FULL_LR} for all weights; none was searched for. {found["machine"]},
 {found["date"]}; `python benchmarks/adapters.py OUT` makes this page.
 """
+
+
+def _verdict(rows: Sequence[dict[str, Any]]) -> str:
+    scores = [[row["score"] for row in rows if row["adapter"] == kind] for kind in NAMES]
+    means, deviations = [float(np.mean(s)) for s in scores], [float(np.std(s, ddof=1)) for s in scores]
+    gap = max(means) - min(means)
+    said = "do not tell the three apart" if gap < max(deviations) else "differ by more than the seeds do"
+    return f"The scores {said}: the means lie {gap:.3f} apart, the seeds of one deviate by {max(deviations):.3f}."
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

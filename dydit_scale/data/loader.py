@@ -6,6 +6,7 @@ The state of reading is one integer, ``consumed``: prefetched batches that were 
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Iterator
@@ -79,8 +80,9 @@ def make_loader(
 ) -> Loader:
     """An endless iterable of this rank's micro-batches from position ``consumed`` on.
 
-    Step s reads the positions ``consumed + s * global_batch + [0, global_batch)``; rank r takes the r-th contiguous
-    part of them, cut in contiguous micro-batches. What is read at a position depends on (index, seed, position) alone.
+    Step s reads the positions ``consumed + s * global_batch + [0, global_batch)``. The n-th micro-batches of all ranks
+    are its n-th part, of which rank r takes the r-th: the same samples meet, however many ranks share the work. What is
+    read at a position depends on (index, seed, position) alone.
 
     Args:
         quarantine: a file that gets one JSON line for each bad sample met; give each rank its own.
@@ -91,8 +93,8 @@ def make_loader(
     """
     _check_split(rank, world_size, global_batch, micro_batch, consumed)
     log = _BadSampleLog(config.bad_samples, index, quarantine, rank)
-    share = global_batch // world_size
-    positions = _Positions(first=consumed + rank * share, stride=global_batch, share=share, micro_batch=micro_batch)
+    first = consumed + rank * micro_batch
+    positions = _Positions(first=first, stride=world_size * micro_batch, micro_batch=micro_batch)
     reader = Reader(
         index,
         seed=seed,
@@ -137,15 +139,10 @@ class _Positions:
 
     first: int
     stride: int
-    share: int
     micro_batch: int
 
     def __iter__(self) -> Iterator[range]:
-        start = self.first
-        while True:
-            for offset in range(start, start + self.share, self.micro_batch):
-                yield range(offset, offset + self.micro_batch)
-            start += self.stride
+        return (range(start, start + self.micro_batch) for start in itertools.count(self.first, self.stride))
 
 
 class _BadSampleLog:

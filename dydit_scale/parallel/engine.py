@@ -26,25 +26,50 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class EngineConfig:
     """How a run is spread over devices."""
 
-    name: Literal["single", "zero", "fsdp"] = "single"
-    """single: one process. zero: DeepSpeed ZeRO. fsdp: torch FSDP2."""
+    name: Literal["single", "ddp", "zero", "fsdp"] = "single"
+    """single: one process. ddp: every rank holds everything; for adapters. zero: DeepSpeed ZeRO. fsdp: torch FSDP2."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the forward runs under autocast; parameters and moments stay fp32."""
     zero_stage: int = 2
     """1 shards the moments, 2 the gradients too, 3 the weights as well. Only for zero."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What waits in the machine's memory while it is not used. optimizer: fp32 weights and moments, which are stepped
+    there (zero). parameters: all weights too (zero in stage 3, fsdp)."""
+    shard_ranks: int | None = None
+    """Hybrid sharding: this many ranks share one copy, other such groups hold the same; null for all. Only for fsdp."""
+    reshard: bool = True
+    """Let go of a block's weights after its forward and gather them anew in the backward; false saves that traffic and
+    costs the memory. Only for fsdp."""
+    deepspeed: str | None = None
+    """JSON file laid over the generated DeepSpeed configuration. Only for zero."""
     clip_norm: float = 1.0
     """Largest L2 norm of the gradient over all trainable parameters; 0 clips nothing."""
     compile: bool = False
     """Compile the shard units (the whole module, if there are none) with torch.compile."""
 
     def __post_init__(self) -> None:
-        for field, allowed in (("name", ("single", "zero", "fsdp")), ("precision", ("fp32", "bf16"))):
+        for field, allowed in (
+            ("name", ("single", "ddp", "zero", "fsdp")),
+            ("precision", ("fp32", "bf16")),
+            ("offload", ("none", "optimizer", "parameters")),
+            ("zero_stage", (1, 2, 3)),
+        ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"engine.{field}: expected one of {allowed}, got {getattr(self, field)!r}")
-        if self.zero_stage not in (1, 2, 3):
-            raise ValueError(f"engine.zero_stage: expected 1, 2 or 3, got {self.zero_stage}")
         if not 0 <= self.clip_norm < float("inf"):
             raise ValueError(f"engine.clip_norm: expected a finite number >= 0, got {self.clip_norm}")
+        whole = self.name == "zero" and self.zero_stage < 3
+        if (self.offload == "optimizer" and self.name != "zero") or (
+            self.offload == "parameters" and (whole or self.name not in ("zero", "fsdp"))
+        ):
+            raise ValueError(
+                f"engine.offload: {self.offload} is not for {self.name}{f' in stage {self.zero_stage}' * whole}; "
+                "zero offloads its optimizer, zero in stage 3 and fsdp their parameters"
+            )
+        if self.shard_ranks is not None and (self.name != "fsdp" or self.shard_ranks < 1):
+            raise ValueError(f"engine.shard_ranks: expected 1 or more, with fsdp; got {self.shard_ranks}, {self.name}")
+        if self.deepspeed is not None and self.name != "zero":
+            raise ValueError(f"engine.deepspeed: {self.deepspeed} is of no use to {self.name}; set engine.name: zero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +138,13 @@ class Engine(ABC):
     """What the trainer calls for the forward; never ask it for attributes."""
     network: nn.Module
     """The module that was given to ``make_engine``: attributes, config, train() and eval()."""
+    parameters: int
+    """Number of its elements, whole and frozen ones included."""
 
     def __init__(self, config: EngineConfig, network: nn.Module, groups: Sequence[ParamGroup], world: World) -> None:
         self.config, self.network, self.module, self.world = config, network, network, world
         self.groups = tuple(groups)
+        self.parameters = sum(param.numel() for param in network.parameters())
         self.shapes = {name: param.shape for group in groups for name, param in group.params.items()}
 
     def forward_context(self) -> AbstractContextManager[None]:
@@ -262,6 +290,10 @@ def make_engine(
         from dydit_scale.parallel.single import SingleEngine
 
         return SingleEngine(config, module, groups, world, adamw)
+    if config.name == "ddp":
+        from dydit_scale.parallel.ddp import DdpEngine
+
+        return DdpEngine(config, module, groups, world, adamw)
     if config.name == "zero":
         from dydit_scale.parallel.zero import Zero3Engine, ZeroEngine  # here, for deepspeed takes seconds to import
 

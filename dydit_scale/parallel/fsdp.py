@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from dydit_scale.parallel.engine import AdamWConfig, EngineConfig, ParamGroup, Piece
 from dydit_scale.parallel.reduce import sum_tensor
@@ -34,10 +35,17 @@ class FsdpEngine(SingleEngine):
         shard_units: Sequence[nn.Module],
     ) -> None:
         ensure_group(world)
-        mesh = init_device_mesh(world.device.type, (world.world_size,))
-        for unit in shard_units:
-            fully_shard(unit, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        ranks = config.shard_ranks or world.world_size
+        if world.world_size % ranks:
+            raise ValueError(f"engine.shard_ranks: {world.world_size} ranks make no groups of {ranks}")
+        self.copies = world.world_size // ranks
+        hybrid = {"mesh_shape": (self.copies, ranks), "mesh_dim_names": ("replicate", "shard")}
+        mesh = init_device_mesh(world.device.type, **(hybrid if self.copies > 1 else {"mesh_shape": (ranks,)}))
+        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard}
+        if config.offload == "parameters":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        for unit in (*shard_units, network):
+            fully_shard(unit, **options)
         super().__init__(config, network, _sharded(network, groups), world, adamw)
 
     @property
@@ -66,18 +74,22 @@ class FsdpEngine(SingleEngine):
         return full
 
     def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        local = {}
+        local, pieces = {}, self.pieces
         for name, tensor in full.items():
             like = self._param(name)
-            moved = tensor.to(self.world.device, torch.float32)
-            # no source rank: every rank has the tensor and cuts its own piece
-            local[name] = distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None).to_local()
+            piece = tensor.reshape(-1).narrow(0, *pieces[name])
+            local[name] = piece.view(like.to_local().shape).to(like.to_local().device, torch.float32)
         return local
 
     def _as_dtensor(self, name: str, shard: Tensor) -> DTensor:
         like = self._param(name)
         return DTensor.from_local(
-            shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            shard.to(self.world.device),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
         )
 
     def _param(self, name: str) -> DTensor:
@@ -85,8 +97,12 @@ class FsdpEngine(SingleEngine):
         assert isinstance(param, DTensor), f"{name} was not sharded"
         return param
 
+    @property
+    def owns_pieces(self) -> bool:
+        return self.copies == 1 or self._param(next(iter(self.params))).device_mesh.get_local_rank(0) == 0
+
     def _sum(self, x: Tensor) -> Tensor:
-        return sum_tensor(x)
+        return sum_tensor(x.to(self.world.device)) / self.copies
 
 
 def _sharded(network: nn.Module, groups: Sequence[ParamGroup]) -> list[ParamGroup]:

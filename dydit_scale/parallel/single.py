@@ -24,7 +24,7 @@ class SingleEngine(Engine):
         adamw: AdamWConfig,
     ) -> None:
         if config.name == "single" and world.world_size > 1:
-            raise ValueError(f"engine.name: single is for one process, got {world.world_size}; use zero or fsdp")
+            raise ValueError(f"engine.name: single is for one process, got {world.world_size}; use ddp, zero or fsdp")
         super().__init__(config, network, groups, world)
         self.params = {name: param for group in groups for name, param in group.params.items()}
         self.optimizer = build_adamw(groups, adamw)
@@ -38,7 +38,8 @@ class SingleEngine(Engine):
     def step(self, lr_scale: float) -> StepResult:
         assert self._ready, "step() before backward(last=True)"
         self._ready = False
-        grads = [_local(_grad(param)) for param in self.params.values()]
+        grads = [local_part(_grad(param)) for param in self.params.values()]
+        self._complete(grads)
         norm = math.sqrt(float(self._sum(_square_sum(grads))))
         if applied := math.isfinite(norm):
             clip_(grads, norm, self.config.clip_norm)
@@ -49,11 +50,11 @@ class SingleEngine(Engine):
         return StepResult(norm, applied)
 
     def local_parameters(self) -> dict[str, Tensor]:
-        return {name: _local(param.detach()) for name, param in self.params.items()}
+        return {name: local_part(param.detach()) for name, param in self.params.items()}
 
     def local_moments(self) -> dict[str, dict[str, Tensor]]:
         state = self.optimizer.state
-        return {kind: {name: _local(state[param][kind]) for name, param in self.params.items()} for kind in MOMENTS}
+        return {kind: {name: local_part(state[param][kind]) for name, param in self.params.items()} for kind in MOMENTS}
 
     @property
     def pieces(self) -> dict[str, Piece]:
@@ -77,6 +78,9 @@ class SingleEngine(Engine):
         for state in self.optimizer.state.values():
             state["step"].fill_(value)
 
+    def _complete(self, grads: Sequence[Tensor]) -> None:
+        """Average this rank's gradients, if the backward has not."""
+
     def _sum(self, x: Tensor) -> Tensor:
         """``x`` summed over the owners of distinct pieces."""
         return x
@@ -88,6 +92,7 @@ def build_adamw(groups: Sequence[ParamGroup], adamw: AdamWConfig) -> torch.optim
         [{"params": list(g.params.values()), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups],
         betas=adamw.betas,
         eps=adamw.eps,
+        fused=True,
     )
     for group in groups:
         for param in group.params.values():
@@ -98,7 +103,7 @@ def build_adamw(groups: Sequence[ParamGroup], adamw: AdamWConfig) -> torch.optim
 def start_moments(optimizer: torch.optim.AdamW, param: Tensor) -> None:
     """Give ``param`` the state that AdamW itself would make in its first step."""
     zeros = {kind: torch.zeros_like(param, requires_grad=False) for kind in MOMENTS}
-    optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
+    optimizer.state[param] = {"step": torch.zeros((), device=param.device), **zeros}
 
 
 def clip_(grads: Sequence[Tensor], norm: float, limit: float) -> None:
@@ -119,5 +124,6 @@ def _grad(param: nn.Parameter) -> Tensor:
     return param.grad
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor that this rank holds; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dydit_scale.parallel.deepspeed_config import deepspeed_config
 from dydit_scale.parallel.engine import MOMENTS, AdamWConfig, Engine, EngineConfig, ParamGroup, Piece, StepResult
 from dydit_scale.parallel.reduce import sum_tensor
 from dydit_scale.parallel.single import build_adamw, start_moments
@@ -162,37 +163,3 @@ def _import_deepspeed(world: World) -> Any:
         # could. None of them is used here and gloo reduces as well, so it is told beforehand that none will work.
         vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def deepspeed_config(config: EngineConfig, world: World, accumulation: int) -> dict[str, Any]:
-    """Every value that touches the numbers, written out: DeepSpeed's own defaults clip at 1.0 and change over time."""
-    return {
-        # the engine never sees a batch; these three only have to agree with each other
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": accumulation * world.world_size,
-        "gradient_clipping": config.clip_norm,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "fp16": {"enabled": False},
-        "bf16": {"enabled": False},
-        # no lower-precision module: DeepSpeed would reduce the gradients of those in bf16
-        "torch_autocast": {
-            "enabled": config.precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        },
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            "reduce_scatter": True,
-            "round_robin_gradients": False,
-            "ignore_unused_parameters": True,
-        },
-        "zero_allow_untested_optimizer": True,
-        "wall_clock_breakdown": False,
-        "steps_per_print": None,
-    }

@@ -40,6 +40,7 @@ def build_parts(recipe: Recipe) -> Parts:
     if recipe.dynamic is not None:
         network = family.dynamic_class.from_static(network, recipe.dynamic, seed=recipe.seed)
         if recipe.supervision.kind == "distill" and recipe.adapter.kind == "none":
+            # of an adapter, or of routers alone, the network itself is the teacher
             teacher = load_transformer(recipe.model.base, family).requires_grad_(False).eval().to(dtype)
     network.requires_grad_(recipe.adapter.kind == "none")
     for name, parameter in network.named_parameters():

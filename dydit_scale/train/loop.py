@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dydit_scale.adapters.td_lora import checkpoint_with_timestep
 from dydit_scale.checkpoint.folder import has_checkpoints
 from dydit_scale.checkpoint.state import capture, engine_name, restore
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
@@ -36,6 +35,7 @@ from dydit_scale.train.gates import GateLog, make_gate_log
 from dydit_scale.train.metrics import Metrics
 from dydit_scale.train.objective import Objective, Terms, make_process
 from dydit_scale.train.recipe import Recipe, build, differences, save_recipe
+from dydit_scale.train.recompute import checkpoint_function
 from dydit_scale.train.validation import Validator
 
 MAX_REFUSED = 10
@@ -135,9 +135,13 @@ def start(recipe: Recipe, world: World, *, resume: bool) -> Run:
     if checkpoint is not None:
         check_same(checkpoint, folder, data=index.digest, base=base)
     parts = build_parts(recipe)
-    if recipe.train.gradient_checkpointing:
-        of_static_td = recipe.dynamic is None and recipe.adapter.kind == "td_lora"
-        parts.network.enable_gradient_checkpointing(checkpoint_with_timestep(parts.network) if of_static_td else None)
+    if recipe.train.gradient_checkpointing != "none":
+        function = checkpoint_function(
+            parts.network, shard_units(parts.network), recipe.train.gradient_checkpointing,
+            recipe.train.checkpointed_blocks,
+            carry_timestep=recipe.dynamic is None and recipe.adapter.kind == "td_lora",
+        )  # fmt: skip
+        parts.network.enable_gradient_checkpointing(function)
     gates = make_gate_log(parts.network, make_process(recipe, family_of(parts.pipeline)), folder)
     groups = param_groups(recipe, parts.network)
     adamw = AdamWConfig(betas=recipe.train.betas)
@@ -289,7 +293,7 @@ def _count_refused(run: Run, result: StepResult) -> None:
 
 def _summary(recipe: Recipe, engine: Engine, groups: list, index: ShardIndex, step: int) -> str:
     counts = ", ".join(f"{sum(p.numel() for p in g.params.values()) / 1e6:.2f} M {g.name}" for g in groups)
-    total = sum(p.numel() for p in engine.network.parameters()) / 1e6
+    total = engine.parameters / 1e6
     where = f"{engine.config.name} x {engine.world.world_size} on {engine.world.device.type}, {engine.config.precision}"
     start = f", from step {step}" if step else ""
     return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {index.num_samples} samples{start}"

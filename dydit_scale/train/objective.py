@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -177,7 +178,7 @@ class Objective:
     def _teach(self, module: nn.Module, inputs: Inputs) -> Tensor:
         if self.teacher is not None:
             return self._forward(self.teacher, inputs)
-        with adapters_off(self.network):
+        with adapters_off(self.network) if self.recipe.adapter.is_lora else nullcontext():
             return self._forward(module, inputs, gates="open")
 
     def _forward(self, module: nn.Module, inputs: Inputs, **options: Any) -> Tensor:

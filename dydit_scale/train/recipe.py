@@ -40,8 +40,8 @@ class ModelConfig:
 class AdapterConfig:
     """Which weights learn, besides the routers."""
 
-    kind: Literal["none", "lora", "td_lora"] = "none"
-    """``none``: all weights (full fine-tuning)."""
+    kind: Literal["none", "routers", "lora", "td_lora"] = "none"
+    """``none``: all weights (full fine-tuning). ``routers``: nothing else, the base stays as it is."""
     rank: int = 16
     """Rank of the update; for td_lora that of the shared down-projection."""
     alpha: float | None = None
@@ -58,6 +58,11 @@ class AdapterConfig:
         r"(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out)"
     )
     """Regular expression on the names of linear layers."""
+
+    @property
+    def is_lora(self) -> bool:
+        """True if there are weights of an adapter."""
+        return self.kind in ("lora", "td_lora")
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.experts < 1:
@@ -158,8 +163,11 @@ class TrainConfig:
     """Learning rate at the end of the cosine, as a share of the peak."""
     ema: float | None = 0.999
     """Decay of the averaged weights, which are the ones evaluated and exported; null for none."""
-    gradient_checkpointing: bool = False
-    """Recompute blocks in the backward pass."""
+    gradient_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute blocks in the backward pass, for memory. ``selective`` keeps attention and every second product of
+    matrices, which are what costs time to make."""
+    checkpointed_blocks: int = 1
+    """Only every n-th block is recomputed."""
     evaluate_every: int = 50
     """Steps between evaluations on fixed noise; 0 for only at the end."""
     evaluate_samples: int = 256
@@ -185,7 +193,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "evaluate_samples", "sample_steps", "keep", "save_failures")
-        for name in counts:
+        for name in (*counts, "checkpointed_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: expected 1 or more; got {getattr(self, name)}")
         if self.keep_every < 0:
@@ -227,6 +235,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dynamic is None and self.cost.target < 1:
             raise ValueError(f"cost.target is {self.cost.target}, but dynamic is null: a static model always costs 1")
+        if self.dynamic is None and self.adapter.kind == "routers":
+            raise ValueError("adapter.kind is routers, but dynamic is null: there are none, and nothing would learn")
         if self.dynamic is None and self.supervision.kind != "none":
             raise ValueError(
                 f"supervision.kind is {self.supervision.kind!r}, but dynamic is null: there is nothing to supervise"
@@ -291,6 +301,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return None
         return _convert(value, next(a for a in args if a is not type(None)), where)
     if origin is Literal:
+        if isinstance(value, bool):  # YAML reads off and on so, and earlier recipes had nothing else
+            value = next((word for word in ("full" if value else "none",) if word in args), value)
         if value not in args:
             raise ValueError(f"recipe: {where}: expected one of {', '.join(map(str, args))}; got {value!r}")
         return value

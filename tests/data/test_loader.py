@@ -141,7 +141,7 @@ def test_two_ranks_read_what_one_reads(index: ShardIndex, workers: int) -> None:
         take(loader(index, rank=rank, world_size=2, micro_batch=2, caption_dropout=0.3, workers=workers), 2 * steps)
         for rank in range(2)
     ]
-    in_order = [batch for step in range(steps) for rank in ranks for batch in rank[2 * step : 2 * step + 2]]
+    in_order = [batch for together in zip(*ranks, strict=True) for batch in together]
     assert_same(joined(in_order), reference)
     assert len(reference.keys) == 80 > 2 * COUNT
 
@@ -174,8 +174,7 @@ def test_random_plans_of_stops_and_world_sizes_give_one_order(index: ShardIndex)
                 for rank in range(world_size)
             ]
             kept = steps - min(lost, steps - 1)
-            share = 8 // world_size
-            read += [batch for s in range(kept) for rank in ranks for batch in rank[s * share : (s + 1) * share]]
+            read += [batch for together in zip(*ranks, strict=True) for batch in together][: 8 * kept]
             consumed += 8 * kept
         got = joined(read)
         assert got.positions.tolist() == list(range(consumed))

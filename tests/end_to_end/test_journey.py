@@ -135,7 +135,7 @@ def test_mistakes_are_told_in_one_line(folder: Path, tmp_path: Path, capsys: pyt
         (["sample", str(folder / "dynamic")], "nothing to draw"),
         (["sample", str(folder / "dynamic"), "--prompts", str(tmp_path / "none.txt")], "no such file"),
         (["export", str(folder / "control"), "--format", "td-lora"], "has adapter.kind 'lora'"),
-        (["export", str(folder / "full"), "--format", "diffusers"], "trained all weights"),
+        (["export", str(folder / "full"), "--format", "diffusers"], "adapter.kind none; there is no LoRA in it"),
         (["base", str(folder / "base")], "holds a pipeline already"),
         (["data", "index", str(tmp_path / "nothing")], "nothing"),
     ]

@@ -18,7 +18,7 @@ from dydit_scale.adapters.td_lora import add_td_lora, is_dynamic_name
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import Engine, ParamGroup, make_engine
 from dydit_scale.parallel.fsdp import FsdpEngine
-from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values
+from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values, sum_tensor
 from dydit_scale.parallel.world import World, barrier, broadcast_object, close, init_world
 from dydit_scale.parallel.zero import Zero3Engine
 from tests.adapters.tiny import flux_config
@@ -26,6 +26,8 @@ from tests.models.tiny import tiny_dynamic
 from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, one_step, toy_engine
 
 SHARDED = ("zero1", "zero2", "zero3", "fsdp")
+MORE = ("ddp", "zero1-offload", "zero2-offload", "zero3-offload", "zero3-offloaded", "fsdp-offloaded", "fsdp-kept",
+        "fsdp-hybrid")  # fmt: skip
 STEPS = 6
 DECAY = 0.15
 PROBE = torch.linspace(-1, 1, 15).reshape(3, 5)
@@ -145,8 +147,29 @@ def reductions(world: World) -> dict[str, Any]:
     }
 
 
+def covered(world: World, name: str) -> dict[str, Any]:
+    """How often each element of each parameter is among the pieces that are saved, summed over the ranks."""
+    engine = toy_engine(config_of(name), world)
+    counts = {}
+    for parameter, shape in engine.shapes.items():
+        count = torch.zeros(shape.numel())
+        if engine.owns_pieces and parameter in engine.pieces:
+            count.narrow(0, *engine.pieces[parameter]).add_(1)
+        counts[parameter] = sum_tensor(count).tolist()
+    local = engine.local_parameters()
+    return {"counts": counts, "fits": {n: t.numel() for n, t in local.items()} == _sizes(engine)}
+
+
+def _sizes(engine: Engine) -> dict[str, int]:
+    return {name: piece.numel for name, piece in engine.pieces.items()}
+
+
 def run_all(world: World, names: tuple[str, ...]) -> dict[str, Any]:
     results: dict[str, Any] = {"reductions": reductions(world)}
+    for name in MORE:
+        results[f"parity/{name}/2"] = parity(world, name, 2)
+        results[f"average/{name}"] = average(world, name)
+        results[f"covered/{name}"] = covered(world, name)
     for name in names:
         for accumulation in (1, 2):
             results[f"parity/{name}/{accumulation}"] = parity(world, name, accumulation)
@@ -156,6 +179,7 @@ def run_all(world: World, names: tuple[str, ...]) -> dict[str, Any]:
         results[f"average/{name}"] = average(world, name)
         results[f"half/{name}"] = half(world, name)
         results[f"adapter/{name}"] = adapter(world, name)
+        results[f"covered/{name}"] = covered(world, name)
     return results
 
 

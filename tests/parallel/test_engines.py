@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import EngineConfig, ParamGroup, make_engine
 from dydit_scale.parallel.world import ONE_PROCESS, World, close, init_world
-from tests.parallel.cases import DECAY, PROBE, SHARDED, parity, run_all
+from tests.parallel.cases import DECAY, MORE, PROBE, SHARDED, parity, run_all
 from tests.parallel.launch import ROOT, Ranks, child_environment, free_port
 from tests.parallel.toy import CLIP, config_of, groups_of, losses_of, make_toy, toy_engine
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
 RUNS = ["single@1"] + [f"{name}@{ranks}" for ranks in (1, 2) for name in SHARDED]
+MORE_RUNS = [f"{name}@{ranks}" for ranks in (1, 2) for name in MORE]
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -33,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         alone = json.loads(json.dumps(run_all(ONE_PROCESS, ("single", *SHARDED))))
         ranks.wait()
     both = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return {run: [alone] if run.endswith("@1") else both for run in RUNS}
+    return {run: [alone] if run.endswith("@1") else both for run in RUNS + MORE_RUNS}
 
 
 def case(results: Results, run: str, kind: str, *more: object) -> list[dict[str, Any]]:
@@ -47,8 +49,7 @@ def assert_close(got: dict[str, list[float]], expected: dict[str, list[float]], 
         assert got[name] == pytest.approx(values, rel=tolerance, abs=tolerance), name
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, "tuple"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "accumulation"), [*product(RUNS, [1, 2, "tuple"]), *product(MORE_RUNS, [2])])
 def test_same_training_as_one_process(results: Results, run: str, accumulation: int | str) -> None:
     reference = case(results, "single@1", "parity", 2 if accumulation == "tuple" else accumulation)[0]
     assert min(reference["norms"]) < CLIP < max(reference["norms"]), "the limit must clip some steps and not others"
@@ -74,7 +75,14 @@ def test_step_without_finite_gradients_changes_nothing_on_any_rank(results: Resu
         assert got["losses"] == pytest.approx(reference["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", RUNS + MORE_RUNS)
+def test_the_pieces_that_are_saved_are_everything_once(results: Results, run: str) -> None:
+    for got in case(results, run, "covered"):
+        assert got["fits"] and len(got["counts"]) > 10
+        assert {count for counts in got["counts"].values() for count in counts} == {1.0}
+
+
+@pytest.mark.parametrize("run", RUNS + MORE_RUNS)
 def test_average(results: Results, run: str) -> None:
     expected, outside = _average_by_hand()
     toy = make_toy()
@@ -196,9 +204,16 @@ def test_groups_that_do_not_fit_are_named() -> None:
 
 
 def test_settings_are_checked() -> None:
-    for wrong in ({"name": "ddp"}, {"precision": "fp16"}, {"zero_stage": 4}, {"clip_norm": float("nan")}):
+    for wrong in ({"name": "mpi"}, {"precision": "fp16"}, {"zero_stage": 4}, {"clip_norm": float("nan")}):
         with pytest.raises(ValueError, match=f"engine.{next(iter(wrong))}"):
             EngineConfig(**wrong)  # type: ignore[arg-type]
+    for offload in ({"name": "fsdp", "offload": "optimizer"}, {"name": "zero", "offload": "parameters"}):
+        with pytest.raises(ValueError, match=r"engine\.offload: .* is not for"):
+            EngineConfig(**offload)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shard_ranks: expected 1 or more, with fsdp; got 2, zero"):
+        EngineConfig(name="zero", shard_ranks=2)
+    with pytest.raises(ValueError, match=r"shard_ranks: 1 ranks make no groups of 2"):
+        toy_engine(EngineConfig(name="fsdp", shard_ranks=2), ONE_PROCESS)
     with pytest.raises(ValueError, match="expected parameters"):
         ParamGroup(name="none", params={}, lr=1.0)
     with pytest.raises(ValueError, match="single is for one process"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from dydit_scale.parallel.world import World
 
 BATCH, WIDTH, OUT = 8, 7, 3
 CLIP = 1.0
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "offload": {"offload": "optimizer"},
+    "offloaded": {"offload": "parameters"},
+    "kept": {"reshard": False},
+    "hybrid": {"shard_ranks": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,12 @@ def groups_of(toy: Toy) -> list[ParamGroup]:
 
 
 def config_of(name: str, *, precision: Literal["fp32", "bf16"] = "fp32") -> EngineConfig:
-    """single, fsdp, zero1, zero2 or zero3, with a limit that clips some steps of the toy and not others."""
-    if name in ("zero1", "zero2", "zero3"):
-        return EngineConfig(name="zero", zero_stage=int(name[-1]), clip_norm=CLIP, precision=precision)
-    return EngineConfig(name=cast(Any, name), clip_norm=CLIP, precision=precision)
+    """An engine by its short name, with a limit that clips some steps of the toy and not others."""
+    kind, _, option = name.partition("-")
+    settings: dict[str, Any] = {"name": kind}
+    if kind.startswith("zero"):
+        settings = {"name": "zero", "zero_stage": int(kind[-1])}
+    return EngineConfig(**settings, **OPTIONS[option], clip_norm=CLIP, precision=precision)
 
 
 def toy_engine(config: EngineConfig, world: World, *, accumulation: int = 1, toy: Toy | None = None) -> Engine:

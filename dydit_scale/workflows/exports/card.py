@@ -66,7 +66,7 @@ def _front_matter(run: LoadedRun, license: str) -> str:
         fields["base_model"] = run.recipe.model.base
     if family.reads_text:
         fields["pipeline_tag"] = "text-to-video" if family.makes_videos else "text-to-image"
-    tags = {"none": [], "lora": ["lora"], "td_lora": ["lora", "td-lora"]}[adapter]
+    tags = {"none": [], "routers": [], "lora": ["lora"], "td_lora": ["lora", "td-lora"]}[adapter]
     fields["tags"] = ["dydit-scale", *(["dynamic"] if run.recipe.dynamic is not None else []), *tags]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False).strip()}\n---"
 
@@ -75,6 +75,7 @@ def _summary(run: LoadedRun) -> str:
     recipe = run.recipe
     kind = {
         "none": "All weights of",
+        "routers": "Routers for",
         "lora": f"A LoRA of rank {recipe.adapter.rank} for",
         "td_lora": f"A TD-LoRA of rank {recipe.adapter.rank} with {recipe.adapter.experts} experts for",
     }[recipe.adapter.kind]
@@ -147,7 +148,7 @@ def _table(run: LoadedRun, files: Sequence[dict[str, Any]]) -> str:
         for row in files
     ]
     notes = ["Each was read back and compared with the run."]
-    if run.recipe.adapter.kind == "none":
+    if not run.recipe.adapter.is_lora:
         notes.append("Errors are shares of the output, from rounding to fp16.")
     else:
         notes.append("Errors are shares of what the adapter does: a plain LoRA cannot vary with the timestep.")

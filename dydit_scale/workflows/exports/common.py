@@ -89,7 +89,7 @@ def plain_lora_of(run: LoadedRun, options: ExportOptions) -> PlainLora:
     if kind == "lora":
         return PlainLora(plain_lora(run.network), None)
     if kind != "td_lora":
-        raise ValueError(f"run {run.folder} trained all weights; there is no LoRA in it (use --format pipeline)")
+        raise ValueError(f"run {run.folder} has adapter.kind {kind}; there is no LoRA in it (use --format pipeline)")
     t_embs = timestep_embeddings(run.network, timesteps_of(run, options))
     error = mean_error(run.network, t_embs)
     if error.total > LARGEST_ERROR and not options.force:

@@ -33,7 +33,7 @@ LARGEST_ROUNDING = 0.02
 
 def write_pipeline(run: LoadedRun, path: Path, options: ExportOptions) -> Errors:
     """The whole pipeline with the trained transformer, its adapter merged in and its routers at work."""
-    if run.recipe.adapter.kind == "none":
+    if not run.recipe.adapter.is_lora:
         return Errors(*EXACT, _save(run, path, run.network))
     merged, lost = _merged(run, options)
     if run.recipe.dynamic is not None:
@@ -46,7 +46,7 @@ def write_pipeline(run: LoadedRun, path: Path, options: ExportOptions) -> Errors
 
 def write_static(run: LoadedRun, path: Path, options: ExportOptions) -> Errors:
     """The whole pipeline with the complete transformer: the adapter is merged in, the routers are dropped."""
-    if run.recipe.adapter.kind != "none":
+    if run.recipe.adapter.is_lora:
         merged, lost = _merged(run, options)
         return _with_adapter(run, path, merged, complete(run), lost)
     static = fresh_base(run)  # of the class that the family trains and samples without routers
