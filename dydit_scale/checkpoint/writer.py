@@ -35,6 +35,8 @@ class SaveReport(NamedTuple):
     """Why it failed; empty if it did not."""
     failures: int
     """Failed saves in a row, up to this one."""
+    fatal: bool
+    """It failed and ends the run."""
     blocked_seconds: float
     """Time that training on this rank stood still for it."""
     total_seconds: float
@@ -62,6 +64,12 @@ class _Save:
     written: threading.Event = field(default_factory=threading.Event)
     abort: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
+
+    def ended(self, seconds: float) -> bool:
+        """True if nothing is left to do on this rank; waits for that no longer than ``seconds``."""
+        if self.thread is not None:
+            self.thread.join(seconds)
+        return self.thread is None or not self.thread.is_alive()
 
 
 class CheckpointWriter:
@@ -122,7 +130,7 @@ class CheckpointWriter:
     @property
     def done(self) -> bool:
         """True if nothing of a save is left to do on this rank but to agree on it in ``wait``."""
-        return self._save is None or self._save.thread is None or not self._save.thread.is_alive()
+        return self._save is None or self._save.ended(0.0)
 
     def save(self, step: int, parts: Parts, meta: Mapping[str, Any], *, must: bool = False) -> None:
         """Save ``parts``, of which every rank passes its own, and rank 0's ``meta`` (JSON). Collective.
@@ -160,8 +168,9 @@ class CheckpointWriter:
         if problem is not None:
             text = f"checkpoint of step {step} was not written to {self.folder}: {problem}"
         path = None if text else save.target
-        self._tell(SaveReport(step, path, text, self._failures, blocked, save.seconds, save.bytes))
-        if text and (must or lost or self._failures >= self._allowed):
+        fatal = bool(text) and (must or lost or self._failures >= self._allowed)
+        self._tell(SaveReport(step, path, text, self._failures, fatal, blocked, save.seconds, save.bytes))
+        if fatal:
             raise CheckpointError(text)
 
     def _new_draft(self, target: Path, needed: int) -> tuple[Path, str | None, bool]:
@@ -229,37 +238,37 @@ class CheckpointWriter:
         end, pause = time.monotonic() + self.limit, 0.01
         while missing := missing_ranks(save.draft, self.world.world_size):
             if time.monotonic() > end or save.abort.wait(pause):
-                raise TimeoutError(f"rank {missing[0]} has not written its files within {self.limit:.0f} s")
+                raise TimeoutError(f"rank {missing[0]} has not written its files within {self.limit:g} s")
             pause = min(2 * pause, 1.0)
 
     def _finish(self, save: _Save) -> tuple[str | None, bool]:
         """The problem of a save, or None, and whether the run is lost, alike on all ranks. Collective."""
-        self._wait_for_files(save)
-        late = None if save.written.is_set() else f"not written within {self.limit:.0f} s; does the disk hang?"
+        in_time = self._meet(save.written.wait)
+        late = None if save.written.is_set() else f"not written within {self.limit:g} s; does the disk hang?"
         if late:
             self._stage = Stage()  # the thread still reads the old one
         problem = first_problem(self.world, None if save.committed else save.problem or late)
         if problem is not None:
             save.abort.set()
-        if self.world.is_main:
-            if save.thread is not None:
-                save.thread.join(self.limit)
-            if not save.committed:
-                save.abort.set()
-                problem = problem or save.problem or f"not committed within {self.limit:.0f} s; does the disk hang?"
-                save.seconds = time.perf_counter() - save.began
-                shutil.rmtree(save.draft, ignore_errors=True)
+        if in_time:
+            self._meet(save.ended)
+        if self.world.is_main and not save.committed:
+            save.abort.set()
+            problem = problem or save.problem or f"not committed within {self.limit:g} s; does the disk hang?"
+            save.seconds = time.perf_counter() - save.began
+            shutil.rmtree(save.draft, ignore_errors=True)
         problem, lost, save.seconds = broadcast_object(self.world, (problem, save.lost, save.seconds))
         return problem, lost
 
-    def _wait_for_files(self, save: _Save) -> None:
-        """Return when every rank's files are written, or failed, or are late on any. Collective."""
+    def _meet(self, done: Callable[[float], bool]) -> bool:
+        """True when ``done``, which waits for some seconds, holds on every rank; False if one is late. Collective."""
         end = time.monotonic() + self.limit
         while True:
-            done = save.written.wait(min(_ROUND_SECONDS, self.limit))
-            ranks = gather(self.world, (done, time.monotonic() > end))
-            if all(done for done, _ in ranks) or any(late for _, late in ranks):
-                return
+            ranks = gather(self.world, (done(min(_ROUND_SECONDS, self.limit)), time.monotonic() > end))
+            if all(done for done, _ in ranks):
+                return True
+            if any(late for _, late in ranks):
+                return False
 
 
 def _words(error: Exception) -> str:

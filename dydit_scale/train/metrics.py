@@ -38,7 +38,7 @@ class Metrics:
 
     def checkpoint(self, report: SaveReport) -> None:
         """The record of a save, and a warning if it failed."""
-        if report.path is None:
+        if report.problem and not report.fatal:
             self.say(f"warning: {report.problem}; training goes on, the checkpoint before it is intact")
         self._write(
             {

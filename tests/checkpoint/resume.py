@@ -21,8 +21,8 @@ from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.world import World, close, init_world
 from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, toy_engine
 
-SOURCES = ("zero1", "zero2", "zero3", "fsdp")
-TARGETS = ("zero2", "zero3", "fsdp")
+SOURCES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+TARGETS = ("ddp", "zero2", "zero3", "fsdp")
 HALF, STEPS = 3, 6
 
 

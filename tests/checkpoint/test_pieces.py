@@ -18,7 +18,7 @@ from dydit_scale.checkpoint.parts import Part, Parts, Stage, whole
 from dydit_scale.checkpoint.state import capture, of_kind, restore
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint, open_checkpoint
 from dydit_scale.checkpoint.tensor_file import DTYPES, TensorFile
-from dydit_scale.checkpoint.writer import CheckpointWriter, save_checkpoint
+from dydit_scale.checkpoint.writer import CheckpointWriter, SaveReport, save_checkpoint
 from dydit_scale.parallel.lazy import Renamed
 from dydit_scale.parallel.world import ONE_PROCESS
 from tests.checkpoint.resume import gathered, go, start
@@ -212,6 +212,32 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoint = load_checkpoint(tmp_path, step)
         assert checkpoint is not None and checkpoint.tensors["param.x"].unique().tolist() == [step]
+
+
+def test_a_disk_that_hangs_fails_the_save_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYDIT_FAULT", "checkpoint.writing=2:hang,checkpoint.before_commit=3:hang")
+    reports: list[SaveReport] = []
+    writer = CheckpointWriter(tmp_path, tell=reports.append, limit=0.5)
+    for step in (1, 2, 3, 4):
+        writer.save(step, whole({"param.x": torch.full((9,), float(step))}), {})
+    writer.wait()
+    assert [report.problem == "" for report in reports] == [True, False, False, True]
+    assert "not written within 0.5 s; does the disk hang?" in reports[1].problem
+    assert "not committed within" in reports[2].problem and [report.failures for report in reports] == [0, 1, 2, 0]
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["1", "4"]
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.tensors["param.x"].unique().tolist() == [4]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_stage_for_cuda_is_pinned_and_reused() -> None:
+    stage, tensor = Stage(), torch.arange(1 << 20, device="cuda", dtype=torch.float32)
+    first = stage.copy(whole({"x": tensor}))["x"].values
+    tensor += 1
+    assert first.is_pinned() and torch.equal(first, (tensor - 1).cpu())
+    assert stage.copy(whole({"x": tensor}))["x"].values.data_ptr() == first.data_ptr()
 
 
 def test_every_nth_is_kept(tmp_path: Path) -> None:
