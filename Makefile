@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+FAULTS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,12 +10,13 @@ TORCH_PIN := $(VENV)/torch-constraint.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test demo clean distclean
+.PHONY: help install lint test faults demo clean distclean
 
 help:
 	@echo 'make install    make .venv with this project in it, editable, with its development tools'
 	@echo 'make test       check style, import floors and types, then run the tests'
 	@echo 'make lint       only the checks'
+	@echo 'make faults     kill training runs at random moments and compare their ends: most of an hour on two CPU cores'
 	@echo 'make demo       run the demonstration on the built-in data set'
 	@echo 'make clean      remove caches and build outputs; make distclean removes .venv too'
 	@echo
@@ -25,6 +27,7 @@ help:
 	@echo "               make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
 	@echo '               A torch of that version already in .venv stays, whatever its build.'
 	@echo "  PYTEST_ARGS  more arguments for pytest, e.g. PYTEST_ARGS='-m \"not slow\"'"
+	@echo "  FAULTS_ARGS  more arguments for make faults, e.g. FAULTS_ARGS='--seeds 4'"
 
 install: $(STAMP)
 
@@ -47,6 +50,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+faults: $(STAMP)
+	$(BIN)/python -m benchmarks.faults build/faults $(FAULTS_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/dydit demo

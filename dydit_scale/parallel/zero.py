@@ -40,7 +40,7 @@ class ZeroEngine(Engine):
     ) -> None:
         super().__init__(config, network, groups, world)
         ensure_group(world)
-        deepspeed = _import_deepspeed(world)
+        deepspeed = load_deepspeed(world)
         self.optimizer = build_adamw(groups, adamw)
         self.deepspeed, *_ = deepspeed.initialize(
             model=network,
@@ -148,7 +148,7 @@ class Zero3Engine(ZeroEngine):
             small[0].all_gather(small)
 
 
-def _import_deepspeed(world: World) -> Any:
+def load_deepspeed(world: World) -> Any:
     """The deepspeed module, set up for the device of ``world``; it chooses its accelerator when first imported."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
