@@ -178,6 +178,9 @@ class AtOnce:
 
     def join(self, timeout: float) -> None: ...
 
+    def is_alive(self) -> bool:
+        return False
+
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
 def test_killed_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
