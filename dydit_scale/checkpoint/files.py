@@ -6,22 +6,31 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_CHUNK = 1 << 22
+CHUNK = 1 << 22
+"""Bytes of one read or write."""
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` and force it to the disk. OSError says in words when the disk is full."""
+    with explain_full_disk(path, len(data)), path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def explain_full_disk(path: Path, needed: int) -> Iterator[None]:
+    """Turn the OSError of a full disk into one that says how many bytes are needed and free."""
     try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(error.errno, f"disk full while writing {_space(path.parent, len(data))}", str(path)) from error
+        raise OSError(error.errno, f"disk full while writing {_space(path.parent, needed)}", str(path)) from error
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -34,12 +43,13 @@ def _space(folder: Path, needed: int) -> str:
     return f"{needed / 2**20:.1f} MiB needed, {shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file, in hex."""
+def file_digest(path: Path, tell: Callable[[int], object] = lambda done: None) -> str:
+    """The sha256 of a file, in hex; ``tell`` hears how many bytes each read took."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
+            tell(len(chunk))
     return digest.hexdigest()
 
 

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
+from dydit_scale.checkpoint.parts import Part, Parts, whole
 from dydit_scale.checkpoint.store import Checkpoint
 from dydit_scale.parallel.ema import Ema
-from dydit_scale.parallel.engine import MOMENTS, Engine
+from dydit_scale.parallel.engine import MOMENTS, Engine, EngineConfig
+from dydit_scale.parallel.lazy import Renamed
 
 OPTIMIZER_UPDATES, EMA_UPDATES = "count.optimizer", "count.ema"
 
 
-def capture(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
-    """All tensors of a run (fp32, full, CPU) on rank 0, {} elsewhere. Collective.
+def capture(engine: Engine, ema: Ema | None) -> Parts:
+    """What this rank holds of a run: live fp32 pieces, not copied; no communication.
 
-    param.<name>, exp_avg.<name>, exp_avg_sq.<name>, ema.<name>, and the 0-d counts of applied steps count.optimizer
-    and count.ema. Frozen parameters are not among them: they come from the base model.
+    param.<name>, exp_avg.<name>, exp_avg_sq.<name>, ema.<name>, and from rank 0 the 0-d counts of applied steps
+    count.optimizer and count.ema. Frozen parameters are not among them: they come from the base model.
     """
-    tensors = {f"param.{name}": tensor for name, tensor in engine.trainable_state().items()}
-    for name, tensor in engine.optimizer_state().items():
-        tensors[OPTIMIZER_UPDATES if name == "step" else name] = tensor
-    if ema is not None:
-        averages = ema.state()
-        if engine.world.is_main:
-            tensors |= {f"ema.{name}": tensor for name, tensor in averages.items()}
-            tensors[EMA_UPDATES] = torch.tensor(ema.updates)
-    return tensors
+    parts: Parts = {}
+    if engine.owns_pieces:
+        kinds = {"param": engine.local_parameters(), **engine.local_moments()}
+        if ema is not None:
+            kinds["ema"] = ema.local
+        pieces = engine.pieces
+        for kind, local in kinds.items():
+            for name, tensor in local.items():
+                if tensor.numel() or not engine.shapes[name].numel():
+                    parts[f"{kind}.{name}"] = Part(tensor, engine.shapes[name], pieces[name].start)
+    if engine.world.is_main:
+        counts = {OPTIMIZER_UPDATES: engine.updates} | ({EMA_UPDATES: ema.updates} if ema is not None else {})
+        parts |= whole({name: torch.tensor(count) for name, count in counts.items()})
+    return parts
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema | None) -> None:
     """Put a run back where ``capture`` found it, under any engine and number of ranks. Collective.
 
-    Raises ValueError, naming the first tensor, if checkpoint and run do not hold the same names and shapes.
+    Each rank reads its own pieces, one at a time. Raises ValueError, naming the first tensor, if checkpoint and run do
+    not hold the same names and shapes.
     """
     tensors = checkpoint.tensors
     known = {"param", "ema", "count", *MOMENTS}
@@ -43,16 +48,23 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema | None) -> None:
     if (ema is not None) != (EMA_UPDATES in tensors):
         has = "an average" if EMA_UPDATES in tensors else "no average"
         raise ValueError(f"{checkpoint.path}: holds {has} of the weights, the run expects the opposite; change ema")
-    optimizer = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in MOMENTS}
+    optimizer = {name: name for name in tensors if name.partition(".")[0] in MOMENTS}
     if OPTIMIZER_UPDATES in tensors:
-        optimizer["step"] = tensors[OPTIMIZER_UPDATES]
+        optimizer["step"] = OPTIMIZER_UPDATES
     try:
-        engine.load(_named(tensors, "param."), optimizer)
+        engine.load(of_kind(checkpoint, "param"), Renamed(tensors, optimizer))
         if ema is not None:
-            ema.load(_named(tensors, "ema."), int(tensors[EMA_UPDATES]))
+            ema.load(of_kind(checkpoint, "ema"), int(tensors[EMA_UPDATES]))
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
 
 
-def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def of_kind(checkpoint: Checkpoint, kind: str) -> Renamed:
+    """The tensors ``kind``.<name> (param, ema, exp_avg, exp_avg_sq) as <name>; each is read when it is asked for."""
+    names = (name for name in checkpoint.tensors if name.startswith(f"{kind}."))
+    return Renamed(checkpoint.tensors, {name.removeprefix(f"{kind}."): name for name in names})
+
+
+def engine_name(config: EngineConfig) -> str:
+    """For the manifest: single, fsdp, zero1, zero2 or zero3."""
+    return f"zero{config.zero_stage}" if config.name == "zero" else config.name

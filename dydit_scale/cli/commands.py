@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from dydit_scale.cli.ckpt import add_ckpt
+
 EXPORT_FORMATS = (
     "td-lora", "diffusers", "peft", "kohya", "comfyui", "lora-ranges", "lora-experts", "pipeline", "static",
 )  # fmt: skip
@@ -246,5 +248,6 @@ COMMANDS: dict[str, tuple[Add, str]] = {
     "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
     "export": (_export, "write adapters or models, loaded back and verified"),
     "convert": (_convert, "turn DiT, SiT, Latte, FLUX, DyDiT and DyFLUX checkpoints into model folders, and back"),
+    "ckpt": (add_ckpt, "list, verify, convert and prune the checkpoints of a run"),
     "report": (_report, "write one HTML page about a run"),
 }

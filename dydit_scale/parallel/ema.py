@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dydit_scale.parallel.engine import Engine, check_state
+from dydit_scale.parallel.engine import Engine, check_state, copy_pieces
 
 
 class Ema:
@@ -38,7 +38,8 @@ class Ema:
     def load(self, full: Mapping[str, Tensor], updates: int) -> None:
         """Continue from a ``state`` of any engine; every rank passes the full tensors. ValueError if one differs."""
         check_state("ema state", full, self.engine.shapes)
-        self.local, self.updates = {k: v.clone() for k, v in self.engine.scatter(full).items()}, updates
+        copy_pieces(full, self.local, self.engine.pieces)
+        self.updates = updates
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dydit_scale.parallel.lazy import flat_of, shape_of
 from dydit_scale.parallel.reduce import broadcast_module
 from dydit_scale.parallel.world import World
 
@@ -218,26 +219,33 @@ class Engine(ABC):
     def load(self, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None) -> None:
         """Continue from states of any engine and any number of ranks; every rank passes the full tensors. Collective.
 
-        ``optimizer`` None starts AdamW afresh. Raises ValueError on the first name or shape that differs, before
-        anything is changed.
+        They may be lazy: then each rank reads its own pieces, one at a time. ``optimizer`` None starts AdamW afresh.
+        Raises ValueError on the first name or shape that differs, before anything is changed.
         """
         check_state("trainable state", trainable, self.shapes)
         if optimizer is not None:
             shapes = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in self.shapes.items()}
             check_state("optimizer state", optimizer, shapes | {"step": torch.Size([])})
-        _copy(self.local_parameters(), self.scatter(trainable))
+        copy_pieces(trainable, self.local_parameters(), self.pieces)
         for kind, local in self.local_moments().items():
             if optimizer is None:
-                _copy(local, {name: torch.zeros_like(tensor) for name, tensor in local.items()})
+                for tensor in local.values():
+                    tensor.zero_()
             else:
-                _copy(local, self.scatter({name: optimizer[f"{kind}.{name}"] for name in self.shapes}))
+                copy_pieces(optimizer, local, self.pieces, prefix=f"{kind}.")
         self.updates = 0 if optimizer is None else int(optimizer["step"])
         self.refresh()
 
 
-def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    for name, tensor in to.items():
-        tensor.copy_(source[name])
+def copy_pieces(
+    full: Mapping[str, Tensor], local: Mapping[str, Tensor], pieces: Mapping[str, Piece], *, prefix: str = ""
+) -> None:
+    """Write the elements that a rank holds of ``full[prefix + name]`` into ``local[name]``, one tensor at a time.
+
+    Of lazy tensors no more is read than these elements.
+    """
+    for name, tensor in local.items():
+        tensor.copy_(flat_of(full, prefix + name, *pieces[name]).view_as(tensor))
 
 
 def check_state(where: str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
@@ -245,8 +253,8 @@ def check_state(where: str, state: Mapping[str, Tensor], shapes: Mapping[str, to
     for name, shape in shapes.items():
         if name not in state:
             raise ValueError(f"{where}: {name} is missing ({len(shapes)} tensors expected, {len(state)} came)")
-        if state[name].shape != shape:
-            raise ValueError(f"{where}: {name}: expected shape {tuple(shape)}, got {tuple(state[name].shape)}")
+        if (found := shape_of(state, name)) != shape:
+            raise ValueError(f"{where}: {name}: expected shape {tuple(shape)}, got {tuple(found)}")
     for name in state:
         if name not in shapes:
             raise ValueError(f"{where}: {name} is not trainable here; load it into the model it was saved from")

@@ -25,6 +25,12 @@ POINTS = (
     "train.loss",  # action nan, inf or spike (a thousandfold): the loss of this rank's first micro-batch
     "train.evaluate",
     "data.next",  # before the data of a step are asked for
+    "checkpoint.staged",  # copied aside, nothing is written yet
+    "checkpoint.writing",  # the first part of a rank's bytes is written
+    "checkpoint.written",  # a rank's files are on the disk, which it has not said yet
+    "checkpoint.before_commit",  # rank 0 has all it needs
+    "checkpoint.after_rename",  # committed; the hint and old checkpoints are as they were
+    "checkpoint.pruning",  # an old checkpoint is renamed, not yet deleted
 )
 ACTIONS = ("kill", "stop", "term", "hang", "raise", "enospc", "nan", "inf", "spike")
 _FAULT = re.compile(

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from dydit_scale.checkpoint.state import capture
-from dydit_scale.checkpoint.store import CheckpointError, save_checkpoint
 from dydit_scale.data.loader import BadDataError, Batch, make_loader
 from dydit_scale.dynamic.losses import cost_loss
 from dydit_scale.parallel.faults import fail_point, strike
@@ -139,7 +138,7 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
         on_main(run.world, run.attempt.still_ours)
     stop = means.pop("stop") > 0
     scale = lr_scale(step, steps=recipe.train.steps, warmup=recipe.train.warmup_steps, final=recipe.train.final_lr)
-    spike = run.saved is not None and run.guard.is_spike(means["loss"])
+    spike = run.guard.is_spike(means["loss"]) and _can_go_back(run)
     # the step of a spike only clears the gradients: the checkpoint that follows brings the old moments back
     result = engine.step(0.0 if spike else scale)
     if result.applied and not spike:
@@ -153,6 +152,12 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
     return Taken(record, stop, spike)
 
 
+def _can_go_back(run: Run) -> bool:
+    if run.saved is None:
+        run.writer.wait()  # the first one may be under way
+    return run.saved is not None
+
+
 def _tell(run: Run, loss: float, spike: bool) -> None:
     if spike:
         return run.say(f"step {run.step}: the loss is {loss:.4g}, a spike (guard.spike)")
@@ -163,6 +168,8 @@ def _tell(run: Run, loss: float, spike: bool) -> None:
 def _leave(run: Run) -> str:
     """Save once more, unless nothing was trained since the last time, and say who asked. Collective."""
     reasons = gather_objects(run.world, run.stop.reason)
+    run.watchdog.enter("checkpoint")
+    run.writer.wait()
     if run.step != (run.saved or 0):
         _save(run, must=True)
     if run.world.is_main:
@@ -261,7 +268,10 @@ def _write_grid(metrics: Metrics, path: Path, grid: np.ndarray) -> None:
 
 
 def _save(run: Run, *, must: bool) -> None:
-    """Write a checkpoint; a failure (a full disk, say) is told and survived, unless it is the last one. Collective."""
+    """Start to write a checkpoint; a failure (a full disk, say) is told and survived, unless it is one too many.
+
+    ``must``: wait for it; a failure is an error. Collective.
+    """
     run.watchdog.enter("checkpoint")
     meta = {
         "step": run.step,
@@ -271,18 +281,8 @@ def _save(run: Run, *, must: bool) -> None:
         "base": run.base,
         "guard": run.guard.state(),
     }
-    tensors = capture(run.engine, run.ema)
     on_main(run.world, run.attempt.still_ours)
-    try:
-        save_checkpoint(
-            run.folder / "checkpoints", run.step, tensors, meta, keep=run.recipe.train.keep, world=run.world
-        )
-        run.saved = run.step
-    except CheckpointError as error:
-        if must:
-            raise
-        if run.metrics:
-            run.metrics.say(f"warning: {error}; training goes on, the checkpoint before it is intact")
+    run.writer.save(run.step, capture(run.engine, run.ema), meta, must=must)
 
 
 def _averaged(run: Run) -> AbstractContextManager[None]:

@@ -9,6 +9,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dydit_scale.checkpoint.writer import SaveReport
+
 
 class Metrics:
     """Writes one record per step. On other ranks than the first it is not made."""
@@ -42,6 +44,20 @@ class Metrics:
         self._file.flush()
         self._bar.n = step
         self._bar.refresh()
+
+    def checkpoint(self, report: SaveReport) -> None:
+        """The record of a save, and a warning if it failed."""
+        if report.problem and not report.fatal:
+            self.say(f"warning: {report.problem}; training goes on, the checkpoint before it is intact")
+        self._write(
+            {
+                "step": report.step - 1,
+                "checkpoint_blocked_seconds": report.blocked_seconds,
+                "checkpoint_seconds": report.total_seconds,
+                "checkpoint_bytes": report.bytes,
+                "checkpoint_failures": report.failures,
+            }
+        )
 
     def say(self, text: str) -> None:
         """A line above the bar."""

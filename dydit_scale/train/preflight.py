@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dydit_scale
-from dydit_scale.checkpoint.store import list_checkpoints
+from dydit_scale.checkpoint.folder import list_checkpoints
 from dydit_scale.data.shards import ShardIndex, load_index
 from dydit_scale.parallel.engine import ParamGroup
 from dydit_scale.parallel.world import World, gather_objects, on_main

@@ -178,6 +178,12 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """Verified checkpoints to keep."""
+    keep_every: int = 0
+    """Keep the checkpoints of every such step too; 0 for none."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in CPU memory; false stops training meanwhile."""
+    save_failures: int = 3
+    """So many failed saves in a row end the run; fewer are warned of."""
     sample_every: int = 0
     """Steps between grids of pictures; 0 for none."""
     sample_prompts: tuple[str, ...] = ()
@@ -188,10 +194,12 @@ class TrainConfig:
     """Classifier-free guidance of that grid, for undistilled models."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulation", "evaluate_samples", "sample_steps", "keep")
+        counts = ("steps", "batch_size", "accumulation", "evaluate_samples", "sample_steps", "keep", "save_failures")
         for name in (*counts, "checkpointed_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: expected 1 or more; got {getattr(self, name)}")
+        if self.keep_every < 0:
+            raise ValueError(f"train.keep_every: expected a number of steps, or 0 for none; got {self.keep_every}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"train.betas: expected two numbers in [0, 1); got {list(self.betas)}")
         if self.ema is not None and not 0 <= self.ema < 1:

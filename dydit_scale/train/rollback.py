@@ -19,6 +19,7 @@ def go_back(run: Run) -> None:
     Raises NotFiniteError if there is none, or if the run returned to this one already.
     """
     run.watchdog.enter("checkpoint")
+    run.writer.wait()
     at = run.step
     suspects = gather_objects(run.world, run.guard.suspects)
     path = run.folder / f"bad-batch-{at - 1:07d}-{len(run.guard.rollbacks) + 1}.json"

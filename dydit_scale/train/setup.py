@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dydit_scale.checkpoint.state import restore
+from dydit_scale.checkpoint.folder import has_checkpoints
+from dydit_scale.checkpoint.state import engine_name, restore
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
+from dydit_scale.checkpoint.writer import CheckpointWriter, SaveReport
 from dydit_scale.data.shards import ShardIndex
 from dydit_scale.models.family import frozen_parts
 from dydit_scale.models.loading import base_digest
@@ -16,7 +18,7 @@ from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import AdamWConfig, Engine, ParamGroup, make_engine
 from dydit_scale.parallel.reduce import max_flag
 from dydit_scale.parallel.watchdog import Watchdog
-from dydit_scale.parallel.world import World, barrier, broadcast_object, on_main
+from dydit_scale.parallel.world import World, broadcast_object, on_main
 from dydit_scale.train.attempt import Attempt, take_folder
 from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.checks import check_batch, check_data, check_same
@@ -51,13 +53,21 @@ class Run:
     stop: StopRequest
     watchdog: Watchdog
     attempt: Attempt
+    writer: CheckpointWriter
     step: int = 0
     """The next step to train."""
     consumed: int = 0
     """Position in the data of the next step's first sample. It grows with every step, also with those that are left
     out or trained again."""
     saved: int | None = None
-    """Step of the newest checkpoint; None before the first."""
+    """Step of the newest checkpoint that all ranks know of; None before the first."""
+
+    def told(self, report: SaveReport) -> None:
+        """What became of a save; on every rank alike."""
+        if report.path is not None:
+            self.saved = report.step
+        if self.metrics:
+            self.metrics.checkpoint(report)
 
     def say(self, text: str) -> None:
         """A line for people, from rank 0."""
@@ -91,7 +101,7 @@ def check_first(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex:
     check_batch(recipe, world)
     check_data(recipe, index)
     folder = Path(recipe.run)
-    if not resume and broadcast_object(world, _has_checkpoints(folder)):
+    if not resume and broadcast_object(world, has_checkpoints(folder / "checkpoints")):
         raise ValueError(
             f"run {folder} holds checkpoints already: continue it with --resume, or choose another run=FOLDER"
         )
@@ -137,6 +147,7 @@ def start(
     run = Run(
         recipe, world, folder, index, engine, ema, objective, Validator(recipe, index, objective, world), gates, None,
         base, Guard(recipe.guard), stop, watchdog, attempt,
+        _writer(recipe, world, attempt, lambda report: run.told(report)),
     )  # fmt: skip
     if checkpoint is not None:
         restore(checkpoint, engine, ema)
@@ -147,8 +158,17 @@ def start(
         save_recipe(recipe, folder / "recipe.yaml")
         run.metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=run.step)
         run.say(_summary(recipe, engine, groups, index, run.step))
-    barrier(world)
+    run.writer.start()
     return run
+
+
+def _writer(recipe: Recipe, world: World, attempt: Attempt, tell: Callable[[SaveReport], None]) -> CheckpointWriter:
+    train = recipe.train
+    return CheckpointWriter(
+        Path(recipe.run) / "checkpoints", world, engine=engine_name(recipe.engine), keep=train.keep,
+        keep_every=train.keep_every, failures=train.save_failures, asynchronous=train.async_save,
+        may_commit=attempt.still_ours, tell=tell, limit=recipe.limits.checkpoint,
+    )  # fmt: skip
 
 
 def leave_if_asked(stop: StopRequest) -> None:
@@ -158,12 +178,8 @@ def leave_if_asked(stop: StopRequest) -> None:
         raise Stopped(f"stopped during set-up by {stop.reason or 'a request to another rank'}; no step was trained")
 
 
-def _has_checkpoints(folder: Path) -> bool:
-    return (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("step-*"))
-
-
 def _find_checkpoint(folder: Path, recipe: Recipe, world: World) -> Checkpoint | None:
-    if not broadcast_object(world, _has_checkpoints(folder)):
+    if not broadcast_object(world, has_checkpoints(folder / "checkpoints")):
         return None
     checkpoint = load_checkpoint(folder / "checkpoints", world=world)
     if checkpoint is not None and world.is_main:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dydit_scale.adapters.td_lora import is_dynamic_name
+from dydit_scale.checkpoint.state import of_kind
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
 from dydit_scale.models.family import with_parts
 from dydit_scale.models.loading import base_digest, load_transformer
@@ -51,8 +52,7 @@ def load_run(folder: str | Path, *, device: str = "auto", fp32: bool = False) ->
     if fp32:
         recipe = replace(recipe, engine=replace(recipe.engine, precision="fp32"))
     parts = build_parts(recipe)
-    kind = "ema" if recipe.train.ema is not None else "param"
-    weights = {k.removeprefix(f"{kind}."): v for k, v in checkpoint.tensors.items() if k.startswith(f"{kind}.")}
+    weights = of_kind(checkpoint, "ema" if recipe.train.ema is not None else "param")
     parameters = {n: p for n, p in parts.network.named_parameters() if p.requires_grad}
     if differ := sorted(set(weights) ^ set(parameters)):
         raise ValueError(

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dydit_scale.checkpoint.state import capture, restore
-from dydit_scale.checkpoint.store import (
-    CheckpointError,
-    checkpoint_path,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dydit_scale.checkpoint.folder import checkpoint_path, list_checkpoints
+from dydit_scale.checkpoint.parts import Parts, whole
+from dydit_scale.checkpoint.state import EMA_UPDATES, OPTIMIZER_UPDATES, capture, restore
+from dydit_scale.checkpoint.store import CheckpointError, load_checkpoint
+from dydit_scale.checkpoint.writer import CheckpointWriter, save_checkpoint
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.world import World, close, init_world
 from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, toy_engine
 
-SOURCES = ("zero1", "zero2", "zero3", "fsdp")
-TARGETS = ("zero2", "zero3", "fsdp")
+SOURCES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+TARGETS = ("ddp", "zero2", "zero3", "fsdp")
 HALF, STEPS = 3, 6
 
 
@@ -50,9 +48,21 @@ def save(out: Path, world: World, name: str) -> dict[str, Any]:
     """Train half, save, and train the rest without interruption: the reference."""
     ema = start(world, name)
     go(ema, range(HALF))
-    folder = out / f"{name}@{world.world_size}"
-    save_checkpoint(folder, HALF, capture(ema.engine, ema), {"consumed": 24}, world=world)
-    return {"losses": go(ema, range(HALF, STEPS)), "end": as_lists(capture(ema.engine, ema))}
+    writer = CheckpointWriter(out / f"{name}@{world.world_size}", world, engine=name)
+    writer.save(HALF, capture(ema.engine, ema), {"consumed": 24})
+    losses = go(ema, range(HALF, STEPS))  # while it is written
+    writer.wait()
+    return {"losses": losses, "end": as_lists(gathered(ema))}
+
+
+def gathered(ema: Ema) -> dict[str, Tensor]:
+    """What a checkpoint holds, whole, on rank 0."""
+    state = {f"param.{name}": tensor for name, tensor in ema.engine.trainable_state().items()}
+    state |= {OPTIMIZER_UPDATES if k == "step" else k: v for k, v in ema.engine.optimizer_state().items()}
+    averages = ema.state()
+    if not ema.engine.world.is_main:
+        return {}
+    return state | {f"ema.{k}": v for k, v in averages.items()} | {EMA_UPDATES: torch.tensor(ema.updates)}
 
 
 def resume(out: Path, world: World, source: str, name: str) -> dict[str, Any]:
@@ -60,7 +70,11 @@ def resume(out: Path, world: World, source: str, name: str) -> dict[str, Any]:
     checkpoint = load_checkpoint(out / source, world=world)
     assert checkpoint is not None and checkpoint.step == HALF and checkpoint.meta == {"consumed": 24}
     restore(checkpoint, ema.engine, ema)
-    return {"losses": go(ema, range(HALF, STEPS)), "end": as_lists(capture(ema.engine, ema))}
+    return {"losses": go(ema, range(HALF, STEPS)), "end": as_lists(gathered(ema))}
+
+
+def on_main(world: World, tensors: dict[str, Tensor]) -> Parts:
+    return whole(tensors) if world.is_main else {}
 
 
 def together(out: Path, world: World) -> dict[str, Any]:
@@ -75,7 +89,7 @@ def together(out: Path, world: World) -> dict[str, Any]:
         refused = str(error)
     folder = out / "damaged"
     for step in (1, 2):
-        save_checkpoint(folder, step, {"x": torch.tensor(step)}, {}, world=world)
+        save_checkpoint(folder, step, on_main(world, {"x": torch.tensor(step)}), {}, world=world)
     if world.is_main:
         next(checkpoint_path(folder, 2).glob("*.safetensors")).write_bytes(b"")
     with warnings.catch_warnings():

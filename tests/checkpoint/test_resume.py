@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dydit_scale.checkpoint.state import capture, restore
+from dydit_scale.checkpoint.folder import checkpoint_path
+from dydit_scale.checkpoint.state import restore
 from dydit_scale.checkpoint.store import Checkpoint
 from dydit_scale.parallel.world import ONE_PROCESS
-from tests.checkpoint.resume import SOURCES, STEPS, TARGETS, go, resume, save, start
+from tests.checkpoint.resume import HALF, SOURCES, STEPS, TARGETS, gathered, go, resume, save, start
 from tests.parallel.launch import Ranks
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
@@ -35,6 +36,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         source, _, target = move.partition(" -> ")
         if target.endswith("@1"):
             both[0][move] = json.loads(json.dumps(resume(out, ONE_PROCESS, source, target.partition("@")[0])))
+    both[0]["manifests"] = {
+        folder: json.loads((checkpoint_path(out / folder, HALF) / "manifest.json").read_text()) for folder in FOLDERS
+    }
     return both
 
 
@@ -56,7 +60,7 @@ def test_resume_equals_the_uninterrupted_run(results: list[dict[str, Any]], move
 
 
 def test_all_moves_were_made(results: list[dict[str, Any]]) -> None:
-    assert len(MOVES) == 5 * 3 + 5 * 5
+    assert len(MOVES) == 6 * 4 + 6 * 6
     for folder in FOLDERS:
         assert results[0][folder]["losses"] == pytest.approx(results[0]["single@1"]["losses"], rel=1e-5)
 
@@ -71,7 +75,7 @@ def test_every_rank_sees_a_failure(results: list[dict[str, Any]]) -> None:
 def test_restore_refuses_what_does_not_fit() -> None:
     ema = start(ONE_PROCESS, "single")
     go(ema, range(1))
-    tensors = capture(ema.engine, ema)
+    tensors = gathered(ema)
     for change, message in (
         ({"param.scale": torch.zeros(3)}, r"scale: expected shape \(7,\), got \(3,\)"),
         ({"param.more": torch.zeros(3)}, "more is not trainable here"),
@@ -84,7 +88,21 @@ def test_restore_refuses_what_does_not_fit() -> None:
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         with pytest.raises(ValueError, match=message):
             restore(Checkpoint(1, changed, {}, Path("here")), start(ONE_PROCESS, "single").engine, ema)
-    without = capture(ema.engine, None)
+    without = {k: v for k, v in tensors.items() if not k.startswith("ema.") and k != "count.ema"}
     with pytest.raises(ValueError, match="holds an average"):
         restore(Checkpoint(1, tensors, {}, Path("here")), ema.engine, None)
     restore(Checkpoint(1, without, {}, Path("here")), ema.engine, None)
+
+
+def test_every_rank_writes_what_it_holds_and_nothing_twice(results: list[dict[str, Any]]) -> None:
+    for folder in FOLDERS:
+        name, _, ranks = folder.partition("@")
+        manifest = results[0]["manifests"][folder]
+        assert manifest["world_size"] == int(ranks) and manifest["engine"] == name
+        files = {file["name"]: file["bytes"] for file in manifest["files"]}
+        expected = ["rank-00000-00001.safetensors"]
+        if ranks == "2" and name != "ddp":
+            expected.append("rank-00001-00001.safetensors")
+        assert sorted(files) == expected
+        cut = [tensor for tensor in manifest["tensors"].values() if len(tensor["pieces"]) > 1]
+        assert bool(cut) == (len(files) > 1)

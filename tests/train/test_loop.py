@@ -10,9 +10,10 @@ import torch
 import yaml
 from peft.tuners.lora import LoraLayer
 
-from dydit_scale.checkpoint.store import CheckpointError, load_checkpoint, save_checkpoint
+from dydit_scale.checkpoint.store import CheckpointError, load_checkpoint
 from dydit_scale.data.shapes.language import vocabulary
 from dydit_scale.models.small import small_flux_pipeline
+from dydit_scale.parallel import faults
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import generate, sampler_timesteps
 from dydit_scale.train.__main__ import main
@@ -38,7 +39,8 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
 
 def curve(run: Path) -> list[dict]:
     timing = ("seconds", "samples_per_second")
-    return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(run / "metrics.jsonl")]
+    records = (r for r in read_metrics(run / "metrics.jsonl") if "checkpoint_seconds" not in r)
+    return [{k: v for k, v in r.items() if k not in timing} for r in records]
 
 
 @pytest.mark.parametrize("adapter", ["td_lora", "none"])
@@ -205,18 +207,37 @@ def test_a_resume_goes_on_in_the_data_where_it_was_and_refuses_other_data_or_ano
     assert main([*words, f"model.base={world_folder / 'base'}", f"data.path={tmp_path / 'other'}", "--resume"]) != 0
 
 
-def test_training_survives_a_save_that_fails(
-    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full_disk(folder: Path, step: int, *args: object, **kwargs: object) -> Path:
-        if step == 2:
-            raise CheckpointError("no space left on the device")
-        return save_checkpoint(folder, step, *args, **kwargs)  # type: ignore[arg-type]
+SAVES = ["train.save_every=1", "train.evaluate_every=0", "train.keep=9"]
 
-    monkeypatch.setattr("dydit_scale.train.loop.save_checkpoint", full_disk)
-    run = train(recipe_of(world_folder, f"run={tmp_path / 'run'}"), World())
-    assert "no space left on the device; training goes on" in "".join(capsys.readouterr())
-    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-0000000004"]
+
+@pytest.mark.parametrize("mode", ["true", "false"])
+def test_training_survives_a_save_that_fails(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    monkeypatch.setenv("DYDIT_FAULT", "checkpoint.writing=2:enospc,checkpoint.before_commit=3:raise")
+    faults._struck.clear()
+    run = train(recipe_of(world_folder, *SAVES, f"train.async_save={mode}", f"run={tmp_path / 'run'}"), World())
+    said = "".join(capsys.readouterr())
+    assert said.count("training goes on, the checkpoint before it is intact") == 2
+    assert "step 2 was not written" in said and "disk full" in said and "raised at checkpoint.before_commit" in said
+    assert sorted(p.name[-1] for p in (run / "checkpoints").glob("step-*")) == ["1", "4"]
+    assert not list((run / "checkpoints").glob(".tmp*"))
+    saves = [r for r in read_metrics(run / "metrics.jsonl") if "checkpoint_seconds" in r]
+    assert [(r["step"], r["checkpoint_failures"]) for r in saves] == [(0, 0), (1, 1), (2, 2), (3, 0)]
+    assert all(r["checkpoint_blocked_seconds"] > 0 and r["checkpoint_bytes"] > 1000 for r in saves)
+
+
+@pytest.mark.parametrize("last", [3, 4])
+def test_too_many_failed_saves_in_a_row_end_the_run_and_so_does_the_last_one(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    failing = range(1, 4) if last == 3 else range(4, 5)
+    monkeypatch.setenv("DYDIT_FAULT", ",".join(f"checkpoint.written={step}:enospc" for step in failing))
+    faults._struck.clear()
+    with pytest.raises(CheckpointError, match=f"step {last} was not written.*disk full"):
+        train(recipe_of(world_folder, *SAVES, f"run={tmp_path / 'run'}"), World())
+    written = len(list((tmp_path / "run" / "checkpoints").glob("step-*")))
+    assert written == (0 if last == 3 else 3)
 
 
 @pytest.mark.parametrize("static", [True, False])
