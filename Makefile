@@ -10,11 +10,12 @@ TORCH_PIN := $(VENV)/torch-constraint.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test faults demo clean distclean
+.PHONY: help install lint test test-slow faults demo clean distclean
 
 help:
 	@echo 'make install    make .venv with this project in it, editable, with its development tools'
 	@echo 'make test       check style, import floors and types, then run the tests'
+	@echo 'make test-slow  run the tests that make test leaves out: many processes, two nodes, a cable that is cut'
 	@echo 'make lint       only the checks'
 	@echo 'make faults     kill training runs at random moments and compare their ends: most of an hour on two CPU cores'
 	@echo 'make demo       run the demonstration on the built-in data set'
@@ -26,7 +27,7 @@ help:
 	@echo '               The default is the registry'"'"'s build: on Linux with CUDA, several GB. Without a GPU:'
 	@echo "               make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
 	@echo '               A torch of that version already in .venv stays, whatever its build.'
-	@echo "  PYTEST_ARGS  more arguments for pytest, e.g. PYTEST_ARGS='-m \"not slow\"'"
+	@echo "  PYTEST_ARGS  more arguments for pytest, e.g. PYTEST_ARGS='-k shapes'"
 	@echo "  FAULTS_ARGS  more arguments for make faults, e.g. FAULTS_ARGS='--seeds 4'"
 
 install: $(STAMP)
@@ -49,7 +50,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 faults: $(STAMP)
 	$(BIN)/python -m benchmarks.faults build/faults $(FAULTS_ARGS)

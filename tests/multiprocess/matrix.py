@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dydit_scale.parallel.engine import EngineConfig
-from dydit_scale.parallel.world import ONE_PROCESS, World, close, init_world
+from dydit_scale.parallel.world import World, close, init_world
 from dydit_scale.train.loop import train
 from tests.families.journey import family_recipe
 
@@ -24,9 +24,21 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"name": "fsdp"},
     "hybrid": {"name": "fsdp", "shard_ranks": 2, "reshard": False},
 }
-LEARN = {"flux": ("routers", "td_lora", "none"), "dit": ("none",), "latte-classes": ("td_lora",)}
-KINDS = [f"{family}/{learn}" for family, learns in LEARN.items() for learn in learns]
-AT = {1: ("single",), 2: ("ddp", "zero1", "zero2", "zero3", "fsdp"), 4: ("ddp", "zero3", "hybrid")}
+KINDS = ("flux/routers", "flux/td_lora", "flux/none", "dit/none", "latte-classes/td_lora")
+CASES: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {
+        kind: ("single",) for kind in ("flux/routers", "flux/td_lora", "flux/none", "dit/none", "latte-classes/td_lora")
+    },
+    2: {
+        "flux/routers": ("zero1", "fsdp"),
+        "flux/td_lora": ("ddp", "zero2", "zero3", "fsdp"),
+        "flux/none": ("zero2", "zero3", "fsdp"),
+        "dit/none": ("zero3",),
+        "latte-classes/td_lora": ("fsdp",),
+    },
+    4: {"flux/td_lora": ("ddp", "zero3"), "flux/none": ("zero3", "hybrid")},
+}
+"""Numbers of ranks, families and what learns there, engines."""
 RECOMPUTED = ("ddp", "zero3", "fsdp")
 
 
@@ -47,16 +59,14 @@ def first_steps(worlds: Path, out: Path, kind: str, engine: str, world: World) -
 
 def main(worlds: Path, out: Path) -> None:
     world = init_world(device="cpu")
-    for kind in KINDS if world.world_size < 4 else KINDS[1:4]:
-        for engine in AT[world.world_size]:
-            first_steps(worlds, out, kind, engine, world)
+    train_all(worlds, out, world)
     close(world)
 
 
-def alone(worlds: Path, out: Path) -> None:
-    """The runs of one process, to compare with."""
-    for kind in KINDS:
-        first_steps(worlds, out, kind, "single", ONE_PROCESS)
+def train_all(worlds: Path, out: Path, world: World) -> None:
+    for kind, engines in CASES[world.world_size].items():
+        for engine in engines:
+            first_steps(worlds, out, kind, engine, world)
 
 
 if __name__ == "__main__":

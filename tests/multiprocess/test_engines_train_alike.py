@@ -41,7 +41,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("adapter", ["td_lora", "none"])
+@pytest.mark.parametrize("adapter", ["td_lora", pytest.param("none", marks=pytest.mark.slow)])
 def test_same_losses_and_every_parameter_learns(recipe: Path, tmp_path: Path, adapter: str) -> None:
     records = {}
     for n, engine in enumerate(LAUNCHERS):

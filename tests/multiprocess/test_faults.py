@@ -88,7 +88,7 @@ def said(run: Path) -> str:
     return "\n".join((run.parent / f"{run.name}-{rank}.log").read_text(errors="replace") for rank in (0, 1))
 
 
-@pytest.mark.parametrize("engine", ["zero", "fsdp"])
+@pytest.mark.parametrize("engine", ["zero", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(recipe: Path, tmp_path: Path, engine: str) -> None:
     run = tmp_path / "run"
     codes = two_ranks(recipe, run, f"engine.name={engine}", *ENDLESS, fault="train.step=2@rank1:term")
@@ -123,7 +123,7 @@ def test_a_killed_rank_takes_the_other_with_it(recipe: Path, tmp_path: Path) -> 
     assert steps_of(run) == [0, 1]
 
 
-@pytest.mark.parametrize("engine", ["zero", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("zero", marks=pytest.mark.slow), "fsdp"])
 def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_by_both(recipe: Path, tmp_path: Path, engine: str) -> None:
     run = tmp_path / "run"
     fault = "train.loss=2@rank1:nan,train.loss=3@rank1:nan"
@@ -147,6 +147,7 @@ def test_ranks_that_disagree_are_refused_with_what_differs(recipe: Path, tmp_pat
     assert not run.exists()
 
 
+@pytest.mark.slow  # a launcher and its processes
 def test_torchrun_passes_a_signal_on_and_a_second_job_is_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +168,7 @@ def test_torchrun_passes_a_signal_on_and_a_second_job_is_refused(
     assert holder_of(run).ended == "Stopped"
 
 
+@pytest.mark.slow  # a launcher and its processes
 def test_the_deepspeed_runner_keeps_a_signal_to_itself_and_the_stop_file_helps(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
