@@ -46,7 +46,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "FSDP2, blocks kept": {"name": "fsdp", "reshard": False},
 }
 LEARN = ("all weights", "TD-LoRA")
-ROWS, SIDE, TEXT, STEPS = 2, 16, 16, 4
+ROWS, SIDE, TEXT, STEPS = 2, 8, 16, 3
 """Samples per rank and step, latent side, text tokens, measured steps."""
 
 
