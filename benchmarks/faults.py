@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.fault_rows import ROWS, Row
 from dydit_scale.sampling.speed import machine
 from tests.faults.jobs import ENGINES, Job, commits_of, differences, on_this_machine, steps_of
 from tests.faults.processes import Process, kill, wait_until
@@ -197,91 +198,13 @@ def finish(job: Job) -> None:
         raise RuntimeError(f"exit {job.launcher.returncode}: {job.tail()}")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of docs/faults.md."""
-
-    fault: str
-    how: str
-    expected: str
-    tests: tuple[str, ...] = ()
-    """Tests of `make test` that provoke it, as pytest names them, without parameters."""
-    loop: str | None = None
-    """The kill loop that provokes it: a way of continuing."""
-
-
-DATA, SHARDS = "tests/data/test_loader.py::test_", "tests/data/test_shards.py::test_"
-DECODE, ORDER = "tests/data/test_decode.py::test_", "tests/data/test_position.py::test_"
-NODES, PROCESSES = "tests/faults/test_two_nodes.py::test_", "tests/faults/test_processes.py::test_"
-STORE, RESUME = "tests/checkpoint/test_store.py::test_", "tests/checkpoint/test_resume.py::test_"
-ENGINE, LAUNCH = "tests/parallel/test_engines.py::test_", "tests/multiprocess/test_engines_train_alike.py::test_"
-LOOP = "tests/train/test_loop.py::test_"
-
-ROWS = (
-    Row("a rank, the launcher or all die", "kill -9 at random moments, then --resume",
-        "everything leaves within 10 s; the same end, bit for bit", loop="resume"),
-    Row("a rank dies under torchrun --max-restarts", "kill -9 at random moments",
-        "torchrun starts the ranks again in place; the same end, bit for bit", loop="restart"),
-    Row("the launcher alone dies", "kill -9", "its ranks leave too",
-        (PROCESSES + "ranks_leave_when_their_launcher_dies",)),
-    Row("the network between two nodes is cut", "network namespaces, the cable taken down in the middle of a step",
-        "both sides leave by the time-out, nothing is committed; after the repair the same end, bit for bit",
-        (NODES + "a_cut_cable_then_a_lost_node_cost_no_step",)),
-    Row("rank 0's node is lost", "kill -9 to all that runs in its namespace",
-        "the other node leaves; resumed from the last commit, the same end, bit for bit",
-        (NODES + "a_cut_cable_then_a_lost_node_cost_no_step",)),
-    Row("a node is lost while DeepSpeed talks in a group of its own", "the time-outs of all groups of a run",
-        "all are the run's", (NODES + "no_group_of_deepspeed_waits_longer_for_a_lost_node_than_the_run",)),
-    Row("another engine or number of ranks after a stop", "all pairs of single, ZeRO-1, 2, 3 and FSDP2; 1 and 2 ranks",
-        "the same losses and final state",
-        (RESUME + "resume_equals_the_uninterrupted_run", LAUNCH + "one_engine_continues_anothers_run")),
-    Row("other numbers of ranks after every stop", "random plans of stops and world sizes",
-        "one order of samples, each used floor or ceil(consumed / N) times",
-        (DATA + "random_plans_of_stops_and_world_sizes_give_one_order",)),
-    Row("batches that were prefetched, not trained on", "loaders with and without workers", "do not count",
-        (DATA + "resume_continues_exactly",)),
-    Row("fewer samples than a batch, fewer shards than ranks, an epoch that ends inside a batch", "tiny data",
-        "every sample once an epoch, in one order for any number of ranks",
-        (PROCESSES + "fewer_samples_than_a_batch_and_fewer_shards_than_ranks",)),
-    Row("a batch that the ranks cannot share", "7 samples on 2 ranks, and others",
-        "refused before the first step, with the nearest that fit",
-        (LAUNCH + "a_batch_that_two_ranks_cannot_share_is_refused_by_both",
-         DATA + "batches_that_do_not_divide_name_those_that_do")),
-    Row("other versions of Python and numpy, another hash seed",
-        "golden hashes; each test process has its own hash seed", "the order of samples never changes",
-        (ORDER + "order_never_drifts",)),
-    Row("a save that is killed", "before each of its writes, renames and syncs",
-        "the checkpoint before or the new one, never a mix", (STORE + "killed_anywhere",)),
-    Row("a file of a checkpoint that is damaged, cut, empty or missing", "bytes edited",
-        "named and set aside, the one before is taken; never a fresh start",
-        (STORE + "damage_falls_back_to_the_one_before", STORE + "no_fresh_start_over_damaged_checkpoints")),
-    Row("disk full during a save", "a small file system", "the save fails with a clear text, training goes on",
-        (STORE + "a_disk_that_is_full", LOOP + "training_survives_a_save_that_fails")),
-    Row("a gradient that is not finite, on one rank", "NaN and infinity put in", "the step changes nothing on any rank",
-        (ENGINE + "step_without_finite_gradients_changes_nothing_on_any_rank",)),
-    Row("other data or another base at a resume", "both replaced", "refused",
-        (LOOP + "a_resume_goes_on_in_the_data_where_it_was_and_refuses_other_data_or_another_base",)),
-    Row("a shard that is damaged before it is indexed", "bytes edited: every header, every length", "refused by name",
-        (SHARDS + "damage_is_named", SHARDS + "no_damage_to_a_header_goes_unseen",
-         SHARDS + "no_truncation_goes_unseen")),
-    Row("a sample that changes after it was indexed", "bytes edited",
-        "substituted alike for any number of ranks, counted, within a budget",
-        (DATA + "changed_bytes_are_substituted_counted_and_named", DATA + "beyond_the_budget_is_an_error")),
-    Row("members of a shard that are no sample files", "links, devices, pipes", "refused by name",
-        (SHARDS + "unfit_members_are_refused", SHARDS + "members_that_are_no_regular_files_are_refused")),
-    Row("pictures that are cut, too large or of another format", "crafted files", "bad samples, before memory is spent",
-        (DECODE + "cut_pictures_are_bad_samples", DECODE + "large_pictures_are_refused_before_they_are_loaded",
-         DECODE + "other_formats_are_refused")),
-)  # fmt: skip
-
-
 def page(results: dict[str, Any] | None) -> str:
     """docs/faults.md; ``results`` is what :func:`read_results` returns."""
     lines = [
         "# Faults, and what becomes of a run",
         "",
-        "Each of these faults is provoked. `make test` runs the named tests; those of two nodes need root and the `ip` "
-        "command, and are skipped without. `make faults` runs the kill loops: real launchers, two ranks, SIGKILL at "
+        "Each of these faults is provoked. `make test` and `make test-slow` run the named tests; those of "
+        "two nodes need root and the `ip` command, and are skipped without. `make faults` runs the kill loops: real launchers, two ranks, SIGKILL at "
         'random moments. "The same end, bit for bit" compares with an uninterrupted run of the same engine and number '
         "of ranks: each step counted once, with the same loss and gradient norm; equal weights, moments and average.",
         "",
