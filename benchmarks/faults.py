@@ -203,10 +203,11 @@ def page(results: dict[str, Any] | None) -> str:
     lines = [
         "# Faults, and what becomes of a run",
         "",
-        "Each of these faults is provoked. `make test` and `make test-slow` run the named tests; those of "
-        "two nodes need root and the `ip` command, and are skipped without. `make faults` runs the kill loops: real launchers, two ranks, SIGKILL at "
-        'random moments. "The same end, bit for bit" compares with an uninterrupted run of the same engine and number '
-        "of ranks: each step counted once, with the same loss and gradient norm; equal weights, moments and average.",
+        "Each of these faults is provoked. `make test` and `make test-slow` run the named tests; those of two nodes "
+        "need root and the `ip` command, and are skipped without. `make faults` runs the kill loops: real launchers, "
+        'two ranks, SIGKILL at random moments. "The same end, bit for bit" compares with an uninterrupted run of the '
+        "same engine and number of ranks: each step counted once, with the same loss and gradient norm; equal weights, "
+        "moments and average.",
         "",
         measured(results),
         "",
