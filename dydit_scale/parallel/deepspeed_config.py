@@ -108,11 +108,12 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any], path: str, where: 
         name, ours = f"{where}{key}", base.get(key)
         if _agrees(value, ours):
             continue
-        text, nvme = f"engine.deepspeed: {path}: {name} is {json.dumps(value)}", value == "nvme"
-        if nvme:
-            raise ValueError(
-                f"{text}: pieces on NVMe cannot be averaged and saved here; use engine.offload (CPU memory)"
-            )
+        text = f"engine.deepspeed: {path}: {name} is {json.dumps(value)}"
+        if name == "zero_optimization.offload_optimizer.device" and value == "nvme":
+            raise ValueError(f"{text}: what lies there cannot be averaged and saved; only parameters can go there")
+        if name == "zero_optimization.offload_param.device" and (value, ours) == ("nvme", "cpu"):
+            merged[key] = value
+            continue
         if name in _ELSEWHERE:
             said = "nothing" if key not in base else json.dumps(ours)
             raise ValueError(f"{text}, the recipe says {said}; take it out, and set {_ELSEWHERE[name]} in the recipe")

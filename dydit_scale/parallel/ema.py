@@ -49,13 +49,15 @@ class Ema:
         """
         kept = {name: tensor.clone() for name, tensor in self.engine.local_parameters().items()}
         self._write(self.local)
+        self.engine.refresh()
         try:
             yield
         finally:
             self._write(kept)
+        # after an error nobody computes any more, and the other ranks may be elsewhere
+        self.engine.refresh()
 
     @torch.no_grad()
     def _write(self, local: Mapping[str, Tensor]) -> None:
         for name, tensor in self.engine.local_parameters().items():
             tensor.copy_(local[name])
-        self.engine.refresh()

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from dydit_scale.parallel.engine import AdamWConfig, EngineConfig, ParamGroup, Piece
 from dydit_scale.parallel.reduce import sum_tensor
 from dydit_scale.parallel.single import SingleEngine
-from dydit_scale.parallel.world import World, ensure_group
+from dydit_scale.parallel.world import World, ensure_group, same_timeout
 
 
 class FsdpEngine(SingleEngine):
@@ -46,6 +46,7 @@ class FsdpEngine(SingleEngine):
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
         for unit in (*shard_units, network):
             fully_shard(unit, **options)
+        same_timeout()  # the groups of a mesh have torch's own
         super().__init__(config, network, _sharded(network, groups), world, adamw)
 
     @property

@@ -36,7 +36,8 @@ class LimitsConfig:
     checkpoint: float = 1800.0
     """Writing or reading one checkpoint."""
     takeover: float = 120.0
-    """How long a start waits for another process to leave the run's folder; no limit of the watchdog."""
+    """How long a start waits for another process to leave the run's folder, half of ``setup`` at most; no limit of the
+    watchdog."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,11 +64,14 @@ class Watchdog:
         self.limits, self.code = limits, code
         self.stacks = folder / f"stacks-rank-{world.rank}.txt"
         self.beat: Callable[[], None] | None = None
-        """Called now and then from the thread, as a sign of life."""
+        """Called now and then from a thread, as a sign of life."""
         self._phase: Phase = "setup"
         self._looks = 0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._watch, "watchdog"), (self._beat, "heartbeat"))
+        ]
 
     def enter(self, phase: Phase) -> None:
         """A phase begins, or the same goes on: its time counts from now."""
@@ -77,25 +81,30 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self.enter("setup")
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._done.set()
-        self._thread.join(HEARTBEAT)
+        for thread in self._threads:
+            thread.join(HEARTBEAT)
 
     def _watch(self) -> None:
-        since_beat = HEARTBEAT
         while not self._done.wait(TICK):
             self._looks += 1
             phase = self._phase
             if self._looks * TICK > getattr(self.limits, phase):
                 self._give_up(phase)
-            since_beat += TICK
-            if self.beat is not None and since_beat >= HEARTBEAT:
-                since_beat = 0.0
+
+    def _beat(self) -> None:
+        """In a thread of its own, for the disk may be what hangs."""
+        ticks = 0
+        while not self._done.wait(TICK):
+            if self.beat is not None and ticks % round(HEARTBEAT / TICK) == 0:
                 self.beat()
+            ticks += self.beat is not None
 
     def _give_up(self, phase: Phase) -> None:
         timer = threading.Timer(LAST_WORDS, os._exit, (self.code,))

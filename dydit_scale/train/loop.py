@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from dydit_scale.data.loader import BadDataError, Batch, make_loader
 from dydit_scale.dynamic.losses import cost_loss
 from dydit_scale.parallel.faults import fail_point, strike
 from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values
-from dydit_scale.parallel.watchdog import Watchdog
+from dydit_scale.parallel.watchdog import Phase, Watchdog
 from dydit_scale.parallel.world import World, gather_objects, on_main
 from dydit_scale.train.attempt import Attempt
 from dydit_scale.train.exits import Exit
@@ -71,14 +71,15 @@ def train(recipe: Recipe, world: World, *, resume: bool = False, stop: StopReque
 def _steps(run: Run) -> None:
     fail_point("train.start")
     leave_if_asked(run.stop)
-    if run.step and not on_main(run.world, lambda: run.metrics is None or run.metrics.evaluated):
-        _look(run, saved=True)  # killed after the save
     batches = _batches(run)
-    began_at, train = run.step, run.recipe.train
+    train = run.recipe.train
+    phase: Phase = "setup"  # the first step compiles, and counts to the set-up
     try:
+        if run.step and not on_main(run.world, lambda: run.metrics is None or run.metrics.evaluated):
+            _look(run, saved=True)  # killed after the save
         while run.step < train.steps:
-            if run.step > began_at:  # the first step compiles, and counts to the set-up
-                run.watchdog.enter("step")
+            run.watchdog.enter(phase)
+            phase = "step"
             fail_point("data.next", run.step)
             began = time.perf_counter()
             taken = train_step(run, list(islice(batches, train.accumulation)))
@@ -170,13 +171,14 @@ def _leave(run: Run) -> str:
     reasons = gather_objects(run.world, run.stop.reason)
     run.watchdog.enter("checkpoint")
     run.writer.wait()
-    if run.step != (run.saved or 0):
+    if (run.step, run.consumed) != (run.saved or 0, run.saved_consumed):
         _save(run, must=True)
     if run.world.is_main:
         run.stop.clear()
     asked = ", ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason)
     where = f"before step {run.step} of {run.recipe.train.steps}"
-    return f"stopped {where} by {asked}; the state is saved in {run.folder}, continue with --resume"
+    state = f"the state is saved in {run.folder}, continue with --resume" if run.step else "nothing was trained yet"
+    return f"stopped {where} by {asked}; {state}"
 
 
 @contextmanager
@@ -191,7 +193,8 @@ def _held(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog) -
     finally:
         watchdog.beat = None
         if world.is_main:
-            attempt.end(how)
+            with suppress(OSError):  # a full disk must not hide how the run ended
+                attempt.end(how)
 
 
 def _terms(run: Run, batch: Batch) -> Terms:
@@ -282,6 +285,9 @@ def _save(run: Run, *, must: bool) -> None:
         "guard": run.guard.state(),
     }
     on_main(run.world, run.attempt.still_ours)
+    run.writer.wait()
+    run.watchdog.enter("checkpoint")
+    run.saving_consumed = run.consumed
     run.writer.save(run.step, capture(run.engine, run.ema), meta, must=must)
 
 

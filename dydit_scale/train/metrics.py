@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ class Metrics:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._shown: dict[str, str] = {}
+        self._troubled = False
 
     def step(self, record: dict[str, Any]) -> None:
         """The record of a training step; ``record["step"]`` counts from 0."""
@@ -40,8 +43,7 @@ class Metrics:
 
     def back_to(self, step: int, record: dict[str, Any]) -> None:
         """The run went back and trains ``step`` again; ``record`` says why. The records in between stay."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        self._append({"step": step, **record})
         self._bar.n = step
         self._bar.refresh()
 
@@ -66,15 +68,31 @@ class Metrics:
     def close(self) -> None:
         """Flush everything."""
         self._bar.close()
-        self._board.close()
-        self._file.close()
+        for sink in (self._board, self._file):
+            with self._survived():
+                sink.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for key, value in record.items():
-            if key != "step":
-                self._board.add_scalar(key, value, record["step"])
+        self._append(record)
+        with self._survived():
+            for key, value in record.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, record["step"])
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self._survived():  # what a full disk refused stays in the file's buffer, and goes with the next record
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        """No record is worth a run; the first failure is told."""
+        try:
+            yield
+        except OSError as error:
+            if not self._troubled:
+                self.say(f"warning: {self._path.parent}: records cannot be written: {error}; training goes on")
+            self._troubled = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -91,5 +109,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _drop_from(path: Path, step: int) -> list[dict[str, Any]]:
     """Forget the records that a resumed run will write again; returns those of the step before."""
     kept = [r for r in read_metrics(path) if r["step"] < step]
-    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    draft = path.with_name(f".{path.name}")
+    draft.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    draft.replace(path)
     return [r for r in kept if r["step"] == step - 1]

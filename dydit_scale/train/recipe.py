@@ -275,9 +275,9 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe.as_dict())))
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Lines ``key: old -> new`` for every value that differs."""
-    a, b = flat_values(old), flat_values(new)
+def differences(old: dict[str, Any], new: Recipe) -> list[str]:
+    """Lines ``key: old -> new`` for every value that differs; ``old`` as in a YAML file, of any release."""
+    a, b = _flat(old), flat_values(new)
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 

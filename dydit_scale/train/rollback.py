@@ -20,6 +20,7 @@ def go_back(run: Run) -> None:
     """
     run.watchdog.enter("checkpoint")
     run.writer.wait()
+    run.watchdog.enter("checkpoint")
     at = run.step
     suspects = gather_objects(run.world, run.guard.suspects)
     path = run.folder / f"bad-batch-{at - 1:07d}-{len(run.guard.rollbacks) + 1}.json"
@@ -36,6 +37,7 @@ def go_back(run: Run) -> None:
     restore(checkpoint, run.engine, run.ema)
     run.guard.go_back(at=at, to=checkpoint.step, consumed=run.consumed, state=checkpoint.meta.get("guard"))
     run.step = run.saved = checkpoint.step
+    run.saved_consumed = checkpoint.meta["consumed"]
     run.say(
         f"step {at - 1}: back to the checkpoint of step {run.step}; the data go on at sample {run.consumed}; {path}"
     )

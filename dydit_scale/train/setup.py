@@ -27,7 +27,7 @@ from dydit_scale.train.guard import Guard
 from dydit_scale.train.metrics import Metrics
 from dydit_scale.train.objective import Objective, make_process
 from dydit_scale.train.preflight import check_agreement, check_disk, check_writing
-from dydit_scale.train.recipe import Recipe, build, differences, save_recipe
+from dydit_scale.train.recipe import Recipe, differences, save_recipe
 from dydit_scale.train.recompute import checkpoint_function
 from dydit_scale.train.stopping import Stopped, StopRequest
 from dydit_scale.train.validation import Validator
@@ -61,11 +61,15 @@ class Run:
     out or trained again."""
     saved: int | None = None
     """Step of the newest checkpoint that all ranks know of; None before the first."""
+    saved_consumed: int = 0
+    """``consumed`` of that checkpoint."""
+    saving_consumed: int = 0
+    """``consumed`` of the save under way."""
 
     def told(self, report: SaveReport) -> None:
         """What became of a save; on every rank alike."""
         if report.path is not None:
-            self.saved = report.step
+            self.saved, self.saved_consumed = report.step, self.saving_consumed
         if self.metrics:
             self.metrics.checkpoint(report)
 
@@ -84,7 +88,7 @@ def hold_folder(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watch
 
     def take() -> Attempt:
         try:
-            return take_folder(folder, wait=recipe.limits.takeover)
+            return take_folder(folder, wait=min(recipe.limits.takeover, recipe.limits.setup / 2))
         except OSError as error:
             raise ValueError(f"run {folder}: cannot be written: {error}; choose another run=FOLDER") from error
 
@@ -152,7 +156,7 @@ def start(
     if checkpoint is not None:
         restore(checkpoint, engine, ema)
         run.step = run.saved = checkpoint.step
-        run.consumed = checkpoint.meta["consumed"]
+        run.consumed = run.saved_consumed = checkpoint.meta["consumed"]
         run.guard.load(checkpoint.meta.get("guard"))
     if world.is_main:
         save_recipe(recipe, folder / "recipe.yaml")
@@ -167,7 +171,8 @@ def _writer(recipe: Recipe, world: World, attempt: Attempt, tell: Callable[[Save
     return CheckpointWriter(
         Path(recipe.run) / "checkpoints", world, engine=engine_name(recipe.engine), keep=train.keep,
         keep_every=train.keep_every, failures=train.save_failures, asynchronous=train.async_save,
-        may_commit=attempt.still_ours, tell=tell, limit=recipe.limits.checkpoint,
+        may_commit=attempt.still_ours, tell=tell, # the watchdog ends what does not end itself
+        limit=recipe.limits.checkpoint / 4,
     )  # fmt: skip
 
 
@@ -183,7 +188,7 @@ def _find_checkpoint(folder: Path, recipe: Recipe, world: World) -> Checkpoint |
         return None
     checkpoint = load_checkpoint(folder / "checkpoints", world=world)
     if checkpoint is not None and world.is_main:
-        for line in differences(build(Recipe, checkpoint.meta["recipe"], ""), recipe):
+        for line in differences(checkpoint.meta["recipe"], recipe):
             print(f"resume: the recipe differs in {line}", flush=True)
     return checkpoint
 

@@ -34,7 +34,7 @@ def stop_run(folder: Path, *, wait: bool = False, timeout: float = 600.0) -> boo
         if now is None or now.token != holder.token or not now.lives(folder):
             how = "it was killed" if now is None or now.ended is None else now.ended
             print(f"run {folder}: it has left ({how})")
-            return True
+            return how in ("Stopped", "done")
         time.sleep(0.5)
     print(f"run {folder}: still there after {timeout:.0f} s; it stops after its step, if it makes progress")
     return False

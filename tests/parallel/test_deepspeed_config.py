@@ -39,6 +39,14 @@ def test_the_users_json_is_laid_over_it(tmp_path: Path) -> None:
     assert config == plain
 
 
+def test_parameters_that_are_offloaded_may_go_to_nvme(tmp_path: Path) -> None:
+    mine = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/nvme", "buffer_count": 8}}}
+    config = made(mine, tmp_path, zero_stage=3, offload="parameters")
+    expected = {"device": "nvme", "nvme_path": "/nvme", "buffer_count": 8, "pin_memory": False}
+    assert config["zero_optimization"]["offload_param"] == expected
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -48,7 +56,8 @@ def test_the_users_json_is_laid_over_it(tmp_path: Path) -> None:
         ({"optimizer": {"type": "Adam"}}, "optimizer is .* the recipe says nothing; .* train.lr"),
         ({"bf16": {"enabled": True}}, "bf16 is .* set engine.precision"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param.device is .* engine.offload"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "cannot be averaged and saved"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param.device is .* engine.offload"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "cannot be averaged and saved"),
         ({"communication_data_type": "bf16"}, "for every engine; take it out"),
         ("[1]", "expected a JSON object, got list"),
         ("{", "not readable as JSON"),

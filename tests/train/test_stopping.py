@@ -208,3 +208,14 @@ def test_a_second_start_in_the_folder_of_a_living_run_is_refused(
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
     ours.still_ours()
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [ATTEMPT_FILE]
+
+
+def test_a_stop_after_a_return_keeps_the_place_in_the_data(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the resumed run would read the bad window again, and return to this checkpoint once more."""
+    monkeypatch.setenv("DYDIT_FAULT", "train.loss=2:nan,train.step=2:term")
+    assert start(recipe, tmp_path, "guard.refused=1") == Exit.STOPPED
+    left = newest(tmp_path)
+    assert left.step == 2 and left.meta["consumed"] == 3 * 8
+    assert len(left.meta["guard"]["rollbacks"]) == 1
