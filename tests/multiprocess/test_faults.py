@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,10 @@ def steps_of(run: Path) -> list[int]:
     return [r["step"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def holder_of(run: Path) -> Holder:
     holder = read_holder(run)
     assert holder is not None
@@ -69,8 +74,15 @@ def job(command: list[str], log: Path, **environment: str) -> Iterator[subproces
             process.wait()
 
 
-def two_ranks(recipe: Path, run: Path, *words: str, fault: str = "", of_rank: tuple[str, str] = ("", "")) -> list[int]:
-    """Both ranks without a launcher, to their end: their exit codes. Logs lie beside ``run``."""
+def two_ranks(
+    recipe: Path,
+    run: Path,
+    *words: str,
+    fault: str = "",
+    of_rank: tuple[str, str] = ("", ""),
+    awaited: tuple[int, ...] = (0, 1),
+) -> list[int]:
+    """Both ranks without a launcher, to the end of those ``awaited``: their exit codes. Logs lie beside ``run``."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "DYDIT_FAULT": fault}
     commands = [
         [sys.executable, "-m", "dydit_scale.train", str(recipe), f"run={run}", *words, *filter(None, [own])]
@@ -81,7 +93,7 @@ def two_ranks(recipe: Path, run: Path, *words: str, fault: str = "", of_rank: tu
         job(commands[0], logs[0], RANK="0", LOCAL_RANK="0", **meeting) as first,
         job(commands[1], logs[1], RANK="1", LOCAL_RANK="1", **meeting) as second,
     ):
-        return [process.wait(PATIENCE) for process in (first, second)]
+        return [(first, second)[rank].wait(PATIENCE) for rank in awaited]
 
 
 def said(run: Path) -> str:
@@ -114,6 +126,60 @@ def test_a_hanging_rank_is_ended_and_its_stacks_are_kept(recipe: Path, tmp_path:
     assert codes[0] != Exit.DONE  # the watchdog, or the connection that breaks when its peer leaves first
     assert "in fail_point" in (run / "stacks-rank-1.txt").read_text()
     assert "no progress in phase step for 20 s (limits.step)" in said(run)
+
+
+@pytest.mark.slow  # two processes and the wait for a limit
+def test_nobody_waits_for_a_suspended_rank(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("engine.name=fsdp", "limits.step=10", *ENDLESS)
+    assert two_ranks(recipe, run, *words, fault="train.step=2@rank1:stop", awaited=(0,)) == [Exit.STUCK]
+    assert "no progress in phase step for 10 s" in said(run)
+    assert "in train_step" in (run / "stacks-rank-0.txt").read_text()
+
+
+@pytest.mark.slow  # two processes
+def test_a_killed_data_worker_ends_the_run(recipe: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "dydit_scale.train", str(recipe), f"run={run}", "data.workers=1", *ENDLESS]
+    with job(command, log) as process:
+        until(lambda: len(steps_of(run)) > 1, "two steps")
+        for worker in children_of(process.pid):
+            os.kill(worker, signal.SIGKILL)
+        assert process.wait(PATIENCE) == Exit.FAILED
+    assert "DataLoader worker" in log.read_text(errors="replace")
+
+
+@pytest.mark.slow  # a process
+def test_process_number_one_of_a_container_heeds_a_signal(recipe: Path, tmp_path: Path) -> None:
+    container = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*container, "true"], capture_output=True).returncode:
+        pytest.skip("may not make a namespace of processes")
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [*container, sys.executable, "-m", "dydit_scale.train", str(recipe), f"run={run}", *ENDLESS]
+    with job(command, log) as process:
+        until(lambda: len(steps_of(run)) > 1, "two steps")
+        assert holder_of(run).pid == 1
+        for first in children_of(process.pid):
+            os.kill(first, signal.SIGTERM)
+        assert process.wait(PATIENCE) == Exit.STOPPED, log.read_text(errors="replace")[-2000:]
+    checkpoint = load_checkpoint(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == len(steps_of(run))
+
+
+@pytest.mark.slow  # a launcher and its processes
+def test_the_deepspeed_launcher_process_passes_a_signal_on(recipe: Path, tmp_path: Path) -> None:
+    """It tells one rank after the other, each after the one before has left; the ranks agree at once."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "--module"]
+    with job([*launcher, "dydit_scale.train", str(recipe), f"run={run}", "engine.name=zero", *ENDLESS], log) as process:
+        until(lambda: len(steps_of(run)) > 1, "two steps")
+        for child in children_of(process.pid):
+            os.kill(child, signal.SIGTERM)
+        process.wait(PATIENCE)
+        until(lambda: holder_of(run).ended is not None, "the end of rank 0")
+    assert holder_of(run).ended == "Stopped"
+    checkpoint = load_checkpoint(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == len(steps_of(run))
 
 
 def test_a_killed_rank_takes_the_other_with_it(recipe: Path, tmp_path: Path) -> None:

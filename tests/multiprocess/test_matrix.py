@@ -31,7 +31,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = [
-    (kind, engine, ranks) for ranks in (2, 4) for kind, engines in matrix.CASES[ranks].items() for engine in engines
+    *((kind, engine, ranks) for ranks in (2, 4) for kind, engines in matrix.CASES[ranks].items() for engine in engines),
+    (matrix.ELASTIC, "elastic", 4),
 ]
 
 
