@@ -25,6 +25,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from dydit_scale.checkpoint.store import load_checkpoint
 from dydit_scale.models.quiet import quiet_libraries
@@ -186,7 +187,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     for axes in (upper, lower):
         axes.axvline(found["resumed_at"] + 0.5, color="0.6", linestyle=":")
         axes.grid(alpha=0.25)
-    upper.legend(fontsize=8, frameon=False, ncols=2)
+    figure.legend(loc="outside upper center", fontsize=8, frameon=False, ncols=4)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     upper.set_ylabel("training loss")
     lower.set_ylabel("distance from it")
     lower.set_xlabel(f"step; every engine resumed every engine's checkpoint after step {found['resumed_at']}")
