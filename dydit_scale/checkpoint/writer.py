@@ -274,15 +274,16 @@ class CheckpointWriter:
 
     def _give_up(self, save: _Save, problem: str | None) -> str | None:
         """On rank 0: why the save failed, and its draft is gone; None if its thread was quicker and committed it."""
+        why = problem or save.problem or f"not committed within {self.limit:g} s; does the disk hang?"
         try:
             abandoned = abandon(save.draft)
-        except OSError as error:
-            return problem or save.problem or _words(error)
+        except OSError:
+            return why
         if abandoned is None and save.problem is None and save.target.is_dir():
             return None
         if abandoned is not None:
             shutil.rmtree(abandoned, ignore_errors=True)
-        return problem or save.problem or f"not committed within {self.limit:g} s; does the disk hang?"
+        return why
 
     def _meet(self, done: Callable[[float], bool]) -> bool:
         """True when ``done``, which waits for some seconds, holds on every rank; False if one is late. Collective."""

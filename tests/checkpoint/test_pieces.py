@@ -303,6 +303,7 @@ def test_a_save_committed_just_before_it_is_given_up_counts(tmp_path: Path, monk
     reports: list[SaveReport] = []
     writer = CheckpointWriter(tmp_path, tell=reports.append, limit=0.3, keep=9)
     real, hang, ended = folder_module.rename_synced, threading.Event(), threading.Event()
+    before = set(threading.enumerate())
 
     def behind(source: Path, target: Path) -> None:
         real(source, target)
@@ -316,9 +317,8 @@ def test_a_save_committed_just_before_it_is_given_up_counts(tmp_path: Path, monk
     writer.wait()
     hang.set()
     assert ended.wait(20)
-    for thread in threading.enumerate():
-        if thread.name == "checkpoint":
-            thread.join(20)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
     assert [report.problem for report in reports] == ["", "", ""] and reports[1].path is not None
     assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["1", "2", "3"]
     assert (tmp_path / "latest").read_text() == "step-0000000003\n"
