@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dydit_scale.checkpoint.agree import CheckpointError
 from dydit_scale.checkpoint.files import file_digest
 from dydit_scale.checkpoint.tensor_file import DTYPES, Kind, TensorFile
 
@@ -21,6 +23,10 @@ PACKAGES = ("dydit_scale", "torch", "deepspeed", "diffusers", "peft")
 
 class Damaged(ValueError):
     """What is wrong with a checkpoint."""
+
+
+class UnknownFormatError(CheckpointError):
+    """A checkpoint of another version: not damaged, and nothing that this version may touch."""
 
 
 class StoredFile(NamedTuple):
@@ -157,15 +163,15 @@ def _tensors(values: Any) -> Tensors:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint at ``path``; sizes of files and pieces are compared, contents are not read.
 
-    Raises Damaged, saying what is wrong, and OSError if the disk refuses, which says nothing about the checkpoint.
+    Raises Damaged, saying what is wrong; UnknownFormatError if another version wrote it; and OSError if the disk
+    refuses, which says nothing about the checkpoint.
     """
     try:
         values = json.loads((path / MANIFEST).read_bytes())
         body = {key: value for key, value in values.items() if key != "digest"}
+        _check_format(path, body["format"])
         if digest(body) != values["digest"]:
             raise Damaged(f"{MANIFEST}: its digest does not fit its content")
-        if body["format"] not in (FORMAT, OLDER_FORMAT):
-            raise Damaged(f"{MANIFEST}: expected format {FORMAT}, got {body['format']}; it needs a newer dydit_scale")
         files = _files(body["files"])
         _check_sizes(path, files)
         tensors = _tensors(body["tensors"]) if body["format"] == FORMAT else _of_whole_files(path, files)
@@ -183,6 +189,16 @@ def read_manifest(path: Path) -> Manifest:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{MANIFEST}: not readable: {error!r}") from error
+
+
+def _check_format(path: Path, found: str) -> None:
+    """Before the digest, which another version may compute otherwise."""
+    if found in (FORMAT, OLDER_FORMAT):
+        return
+    if re.fullmatch(r"canon-v\d+", found):
+        reads = f"this version reads {FORMAT} and {OLDER_FORMAT}"
+        raise UnknownFormatError(f"{path}: format {found}, {reads}; update dydit_scale")
+    raise Damaged(f"{MANIFEST}: {found!r} is no format")
 
 
 def _check_sizes(path: Path, files: Iterable[StoredFile]) -> None:
@@ -209,15 +225,16 @@ def check_content(path: Path, file: StoredFile, tell: Callable[[int], object] = 
 
 
 def find_damage(path: Path, *, digests: bool = True, tell: Callable[[int], object] = lambda done: None) -> str | None:
-    """What is wrong with the checkpoint at ``path``, or None. ``digests`` False compares sizes only, without reading.
+    """What is wrong with the checkpoint at ``path``, also an unknown format, or None.
 
-    Raises OSError if the disk refuses, which says nothing about the checkpoint.
+    ``digests`` False compares sizes only, without reading. Raises OSError if the disk refuses, which says nothing about
+    the checkpoint.
     """
     try:
         manifest = read_manifest(path)
         for file in manifest.files if digests else ():
             check_content(path, file, tell)
-    except Damaged as error:
+    except (Damaged, UnknownFormatError) as error:
         return str(error)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -41,30 +42,65 @@ class Part(NamedTuple):
 Parts = dict[str, Part]
 
 
+class _Block(NamedTuple):
+    """What one block of memory holds."""
+
+    dtype: torch.dtype
+    pinned: bool
+
+
 def whole(tensors: Mapping[str, Tensor]) -> Parts:
     """The parts of a rank that holds all of ``tensors``."""
     return {name: Part(tensor.detach(), tensor.shape) for name, tensor in tensors.items()}
 
 
 class Stage:
-    """Copies parts into CPU memory, the same at every save (pinned where they come from CUDA)."""
+    """Copies parts into CPU memory, the same at every save: one block per type (pinned for those from CUDA)."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._layout: dict[str, tuple[torch.Size, _Block]] = {}
+        self._views: dict[str, Tensor] = {}
+        self._pinned: list[int] = []
+        weakref.finalize(self, _unpin, self._pinned).atexit = False
 
     def copy(self, parts: Parts) -> Parts:
         """The parts as they are now, on the CPU; valid until the next ``copy``."""
+        layout = {n: (part.values.shape, _Block(part.values.dtype, part.values.is_cuda)) for n, part in parts.items()}
+        if layout != self._layout:
+            self._arrange(layout)
         copies = {}
         for name, part in parts.items():
-            buffer = self._buffer(name, part.values)
-            buffer.copy_(part.values, non_blocking=True)
-            copies[name] = part._replace(values=buffer)
+            copies[name] = part._replace(values=self._views[name].copy_(part.values, non_blocking=True))
         if any(part.values.is_cuda for part in parts.values()):
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        return buffer
+    def _arrange(self, layout: dict[str, tuple[torch.Size, _Block]]) -> None:
+        """New memory for each name, one behind the other in one block of each kind."""
+        _unpin(self._pinned)
+        self._views, self._layout = {}, {}  # the old memory goes before the new one is taken
+        sizes: dict[_Block, int] = {}
+        for shape, block in layout.values():
+            sizes[block] = sizes.get(block, 0) + shape.numel()
+        rest = {block: torch.empty(numel, dtype=block.dtype) for block, numel in sizes.items()}
+        for block, memory in rest.items():
+            if block.pinned and memory.nbytes:
+                _pin(memory)
+                self._pinned.append(memory.data_ptr())
+        views = {}
+        for name, (shape, block) in layout.items():
+            numel = shape.numel()
+            views[name], rest[block] = rest[block][:numel].view(shape), rest[block][numel:]
+        self._views, self._layout = views, layout
+
+
+def _pin(memory: Tensor) -> None:
+    """Lock memory that torch did not lock itself, for it would round the size up to a power of two."""
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if code != 0:
+        raise RuntimeError(f"{memory.nbytes / 2**20:.1f} MiB cannot be pinned: CUDA error {code}")
+
+
+def _unpin(addresses: list[int]) -> None:
+    while addresses:
+        torch.cuda.cudart().cudaHostUnregister(addresses.pop())

@@ -13,6 +13,7 @@ in its own shape, so one process writes ordinary safetensors. canon-v1 (whole te
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dydit_scale.checkpoint.agree import CheckpointError, first_problem, on_main
-from dydit_scale.checkpoint.folder import checkpoint_path, list_checkpoints, recover, set_aside
+from dydit_scale.checkpoint.folder import checkpoint_path, list_checkpoints, recover, remember_whole, set_aside
 from dydit_scale.checkpoint.manifest import MANIFEST, Damaged, Manifest, check_content, read_manifest
 from dydit_scale.checkpoint.stored import StoredTensors
 from dydit_scale.parallel.world import ONE_PROCESS, World
@@ -37,35 +38,52 @@ class Checkpoint(NamedTuple):
     path: Path
 
 
-def load_checkpoint(folder: Path, step: int | None = None, *, world: World = ONE_PROCESS) -> Checkpoint | None:
+def load_checkpoint(
+    folder: Path, step: int | None = None, *, world: World = ONE_PROCESS, repair: bool = False
+) -> Checkpoint | None:
     """The checkpoint of ``step``, or the newest one that is whole; None if none was ever committed. Collective.
 
-    Without ``step`` a damaged one is renamed to ``*.corrupt`` and the one before is taken, with a warning. Sizes are
-    compared on every rank; the sha256 of the files are shared out over the ranks. The tensors are read when they are
-    asked for, by each rank for itself.
+    Without ``step`` the one before a damaged one is taken, with a warning. Sizes are compared on every rank; the sha256
+    of the files are shared out over the ranks. The tensors are read when they are asked for, by each rank for itself.
 
-    Raises CheckpointError on every rank if the wanted one is absent or damaged, or if checkpoints exist and none is
-    whole: a run must never start afresh over them.
+    Args:
+        repair: Rename what is damaged to ``*.corrupt`` and finish what a killed process began. Only for the process
+            that holds the run; without it nothing in the folder changes, and what another process deletes meanwhile is
+            passed over.
+
+    Raises CheckpointError on every rank if the wanted one is absent or damaged, if another version of dydit_scale
+    wrote the newest one, or if checkpoints exist and none is whole: a run must never start afresh over them.
     """
+    if repair:
+        on_main(world, lambda: recover(folder))
     if step is not None:
         return _wanted(folder, step, world)
-    on_main(world, lambda: recover(folder))
-    names = on_main(world, lambda: [path.name for path in list_checkpoints(folder)])
-    for name in reversed(names):
-        checkpoint, problem = _verify(folder / name, world)
+    tried: set[str] = set()
+    # listed anew each time, for a run may go on committing and deleting meanwhile
+    while names := on_main(world, lambda: [p.name for p in list_checkpoints(folder) if p.name not in tried]):
+        path = folder / names[-1]
+        checkpoint, problem = _verify(path, world)
         if checkpoint is not None:
             return checkpoint
-        on_main(world, partial(set_aside, folder / name, problem))
+        on_main(world, partial(set_aside if repair else _pass_over, path, problem))
+        tried.add(path.name)
     # also those that an earlier start found damaged: the run must not begin again in silence
-    damaged = on_main(world, lambda: sorted({*names, *(path.name for path in folder.glob("step-*.corrupt*"))}))
+    damaged = on_main(world, lambda: sorted(tried | {p.name for at in _REMAINS for p in folder.glob(at)}))
     if damaged:
         raise CheckpointError(f"{folder}: no checkpoint is whole, damaged: {damaged}; repair one or use a new folder")
     return None
 
 
+_REMAINS = ("step-*.corrupt*", ".trash-step-*")
+
+
+def _pass_over(path: Path, problem: str) -> None:
+    if path.exists():
+        warnings.warn(f"CHECKPOINT DAMAGED, taking the one before: {path}: {problem}", RuntimeWarning, stacklevel=2)
+
+
 def _wanted(folder: Path, step: int, world: World) -> Checkpoint:
     path = checkpoint_path(folder, step)
-    on_main(world, lambda: recover(folder))
     present = on_main(world, lambda: [found.name for found in list_checkpoints(folder)])
     if path.name not in present:
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are {present}")
@@ -102,9 +120,12 @@ def _verify(path: Path, world: World) -> tuple[Checkpoint | None, str]:
     except OSError as error:
         unreadable = str(error)
     if refused := first_problem(world, unreadable):
+        if not on_main(world, path.exists):
+            return None, "it was deleted meanwhile"
         raise CheckpointError(f"{path}: not readable on every rank: {refused}")
     if found := first_problem(world, damage):
         return None, found
+    on_main(world, partial(remember_whole, path))
     return Checkpoint(manifest.step, StoredTensors(path, manifest.tensors), manifest.meta, path), ""
 
 

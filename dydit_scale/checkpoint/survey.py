@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dydit_scale.checkpoint.folder import checkpoint_path, has_checkpoints, list_checkpoints
-from dydit_scale.checkpoint.manifest import Damaged, find_damage, read_manifest
+from dydit_scale.checkpoint.manifest import Damaged, UnknownFormatError, find_damage, read_manifest
 
 
 class Row(NamedTuple):
@@ -51,7 +51,7 @@ def _row(path: Path) -> Row:
     unfinished = path.name.startswith(".")
     try:
         manifest = read_manifest(path)
-    except Damaged as error:
+    except (Damaged, UnknownFormatError) as error:
         return Row(path.name, problem="unfinished" if unfinished else str(error))
     return Row(
         path.name, manifest.written, manifest.bytes, manifest.world_size, manifest.engine, len(manifest.tensors),

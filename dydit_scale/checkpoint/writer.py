@@ -16,7 +16,15 @@ from torch import Tensor
 from dydit_scale.checkpoint.agree import CheckpointError, first_problem, on_main
 from dydit_scale.checkpoint.draft import Origin, missing_ranks, write_manifest, write_parts
 from dydit_scale.checkpoint.files import check_space
-from dydit_scale.checkpoint.folder import after_commit, checkpoint_path, commit, tidy
+from dydit_scale.checkpoint.folder import (
+    abandon,
+    after_commit,
+    checkpoint_path,
+    commit,
+    later_than,
+    remember_whole,
+    tidy,
+)
 from dydit_scale.checkpoint.parts import Part, Parts, Stage, whole
 from dydit_scale.parallel.faults import fail_point
 from dydit_scale.parallel.world import ONE_PROCESS, World, broadcast_object, gather_objects
@@ -88,7 +96,7 @@ class CheckpointWriter:
         may_commit: Called on rank 0 before it changes anything in the folder. It raises if this process no longer owns
             the run; then ``save`` or ``wait`` raises CheckpointError on every rank at once.
         tell: Called on every rank with each report.
-        limit: Seconds after which a save that has not ended has failed.
+        limit: Seconds that ``wait`` waits for the files of all ranks, and then for the commit; later it has failed.
     """
 
     def __init__(
@@ -226,6 +234,7 @@ class CheckpointWriter:
                 raise
             if save.abort.is_set():
                 raise TimeoutError("another rank gave up")
+            later = later_than(save.target)
             commit(save.draft, save.target)
             save.committed = True
         except Exception as error:  # of any kind: the other ranks wait for the verdict
@@ -233,7 +242,10 @@ class CheckpointWriter:
             return
         save.seconds = time.perf_counter() - save.began
         fail_point("checkpoint.after_rename", save.origin.step)
-        after_commit(save.target, keep=self.keep, keep_every=self.keep_every)
+        if save.abort.is_set():  # the run went on without this thread: another save may be under way
+            return
+        remember_whole(save.target)  # every rank has read its files back
+        after_commit(save.target, later, keep=self.keep, keep_every=self.keep_every)
 
     def _wait_for_ranks(self, save: _Save) -> None:
         end, pause = time.monotonic() + self.limit, 0.01
@@ -253,19 +265,32 @@ class CheckpointWriter:
             save.abort.set()
         if in_time:
             self._meet(save.ended)
+        save.abort.set()
         if self.world.is_main and not save.committed:
-            save.abort.set()
-            problem = problem or save.problem or f"not committed within {self.limit:g} s; does the disk hang?"
+            problem = self._give_up(save, problem)
             save.seconds = time.perf_counter() - save.began
-            shutil.rmtree(save.draft, ignore_errors=True)
         problem, lost, save.seconds = broadcast_object(self.world, (problem, save.lost, save.seconds))
         return problem, lost
+
+    def _give_up(self, save: _Save, problem: str | None) -> str | None:
+        """On rank 0: why the save failed, and its draft is gone; None if its thread was quicker and committed it."""
+        why = problem or save.problem or f"not committed within {self.limit:g} s; does the disk hang?"
+        try:
+            abandoned = abandon(save.draft)
+        except OSError:
+            return why
+        if abandoned is None and save.problem is None and save.target.is_dir():
+            return None
+        if abandoned is not None:
+            shutil.rmtree(abandoned, ignore_errors=True)
+        return why
 
     def _meet(self, done: Callable[[float], bool]) -> bool:
         """True when ``done``, which waits for some seconds, holds on every rank; False if one is late. Collective."""
         end = time.monotonic() + self.limit
         while True:
-            ranks = gather_objects(self.world, (done(min(_ROUND_SECONDS, self.limit)), time.monotonic() > end))
+            left = end - time.monotonic()
+            ranks = gather_objects(self.world, (done(max(0.0, min(_ROUND_SECONDS, left))), left <= 0))
             if all(done for done, _ in ranks):
                 return True
             if any(late for _, late in ranks):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from dydit_scale.checkpoint.convert import convert
 from dydit_scale.checkpoint.folder import prune
 from dydit_scale.checkpoint.survey import Row, checkpoints_of, chosen, size_of, survey, verify
+from dydit_scale.train.attempt import read_holder
 
 EXIT_DAMAGED = 1
 
@@ -83,5 +84,12 @@ def _convert(args: argparse.Namespace) -> None:
 def _prune(args: argparse.Namespace) -> None:
     if args.keep < 1 or args.keep_every < 0:
         raise ValueError(f"expected --keep >= 1 and --keep-every >= 0, got {args.keep} and {args.keep_every}")
-    gone = prune(checkpoints_of(args.folder), keep=args.keep, keep_every=args.keep_every)
+    folder = checkpoints_of(args.folder)
+    for run in {folder, folder.parent}:
+        holder = read_holder(run)
+        if holder is not None and holder.lives(run):
+            raise ValueError(
+                f"run {run}: in use by {holder}; it deletes old checkpoints itself (save.keep), or stop it first"
+            )
+    gone = prune(folder, keep=args.keep, keep_every=args.keep_every)
     print(f"{args.folder}: deleted {', '.join(path.name for path in gone) or 'nothing'}")

@@ -26,7 +26,9 @@ def go_back(run: Run) -> None:
     path = run.folder / f"bad-batch-{at - 1:07d}-{len(run.guard.rollbacks) + 1}.json"
     if run.world.is_main:
         _write_suspects(path, suspects)
-    checkpoint = None if run.saved is None else load_checkpoint(run.folder / "checkpoints", world=run.world)
+    checkpoint = (
+        None if run.saved is None else load_checkpoint(run.folder / "checkpoints", world=run.world, repair=True)
+    )
     advice = f"What was read is in {path}. Look at these samples, lower train.lr, or look at the base"
     if checkpoint is None:
         raise NotFiniteError(f"step {at - 1}: the gradients are not finite and there is no checkpoint yet. {advice}")

@@ -186,7 +186,7 @@ def leave_if_asked(stop: StopRequest) -> None:
 def _find_checkpoint(folder: Path, recipe: Recipe, world: World) -> Checkpoint | None:
     if not broadcast_object(world, has_checkpoints(folder / "checkpoints")):
         return None
-    checkpoint = load_checkpoint(folder / "checkpoints", world=world)
+    checkpoint = load_checkpoint(folder / "checkpoints", world=world, repair=True)
     if checkpoint is not None and world.is_main:
         for line in differences(checkpoint.meta["recipe"], recipe):
             print(f"resume: the recipe differs in {line}", flush=True)

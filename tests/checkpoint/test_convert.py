@@ -16,6 +16,7 @@ from dydit_scale.checkpoint.parts import Part, Parts
 from dydit_scale.checkpoint.writer import save_checkpoint
 from dydit_scale.cli.main import main
 from dydit_scale.parallel.world import ONE_PROCESS
+from dydit_scale.train.attempt import take_folder
 from tests.parallel.toy import config_of, losses_of, make_toy, toy_engine
 
 X, Y = torch.arange(6.0).view(2, 3), torch.ones(4)
@@ -72,6 +73,16 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "deleted step-0000000001, step-0000000003" in capsys.readouterr().out
     assert sorted(path.name[-1] for path in (run / "checkpoints").glob("step-*")) == ["2", "4"]
     assert ckpt("prune", run, "--keep", 0) == 64
+
+
+def test_prune_leaves_a_run_alone_that_trains(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt = take_folder(run, wait=0)
+    for place in (run, run / "checkpoints"):
+        assert ckpt("prune", place, "--keep", 1) == 64
+        assert "in use by process" in capsys.readouterr().err
+    assert len(list((run / "checkpoints").glob("step-*"))) == 4
+    attempt.end("done")
+    assert ckpt("prune", run, "--keep", 1) == 0 and len(list((run / "checkpoints").glob("step-*"))) == 1
 
 
 def test_ours_to_one_plain_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

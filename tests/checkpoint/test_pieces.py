@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -11,8 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from dydit_scale.checkpoint import folder as folder_module
+from dydit_scale.checkpoint import writer as writer_module
 from dydit_scale.checkpoint.draft import Origin, write_manifest, write_parts
 from dydit_scale.checkpoint.files import file_digest
+from dydit_scale.checkpoint.folder import abandon, commit
 from dydit_scale.checkpoint.manifest import Damaged, digest, find_damage, read_manifest
 from dydit_scale.checkpoint.parts import Part, Parts, Stage, whole
 from dydit_scale.checkpoint.state import capture, of_kind, restore
@@ -228,6 +234,131 @@ def test_a_disk_that_hangs_fails_the_save_and_no_other(tmp_path: Path, monkeypat
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.tensors["param.x"].unique().tolist() == [4]
     assert not list(tmp_path.glob(".*"))
+
+
+class Hanging:
+    """A disk whose folder syncs hang until it is told to go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, module: object, name: str, at: int) -> None:
+        self.go_on, self.ended, self.calls = threading.Event(), threading.Event(), 0
+        self.real, self.at = getattr(module, name), at
+        patch.setattr(module, name, self)
+
+    def __call__(self, *args: object, **options: object) -> object:
+        self.calls += 1
+        if self.calls != self.at:
+            return self.real(*args, **options)
+        self.go_on.wait(20)
+        try:
+            return self.real(*args, **options)
+        finally:
+            self.ended.set()
+
+
+@pytest.mark.parametrize("deleting", [False, True], ids=["afterwards", "while the draft is deleted"])
+def test_a_commit_that_comes_too_late_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleting: bool
+) -> None:
+    """The thread hangs in the commit itself; the draft that is given up must not get the name of a checkpoint."""
+    save_checkpoint(tmp_path, 1, {"param.x": torch.zeros(3)}, {})
+    hanging = Hanging(monkeypatch, writer_module, "commit", 1)
+    real = shutil.rmtree
+
+    def slow(path: Path, **options: bool) -> None:
+        if deleting and path.name.startswith(".tmp-step-0000000002"):
+            next(path.glob("*.safetensors")).unlink()
+            hanging.go_on.set()
+            hanging.ended.wait(20)
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    reports: list[SaveReport] = []
+    writer = CheckpointWriter(tmp_path, tell=reports.append, limit=0.3)
+    writer.save(2, whole({"param.x": torch.ones(3)}), {})
+    writer.wait()
+    assert "not committed within 0.3 s" in reports[0].problem
+    hanging.go_on.set()
+    assert hanging.ended.wait(20)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "latest"] == ["step-0000000001"]
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
+
+
+def test_a_commit_given_up_while_it_replaces_another_leaves_that_one(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"param.x": torch.zeros(3)}, {})
+    draft = tmp_path / ".tmp-step-0000000001.0"
+    draft.mkdir()
+
+    def given_up(folder: Path) -> None:
+        abandon(draft)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FileNotFoundError):
+        patch.setattr(folder_module, "sync_folder", given_up)
+        commit(draft, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{draft.name}.abandoned", "latest", path.name]
+
+
+def test_a_save_committed_just_before_it_is_given_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread hangs behind the rename. When it wakes up it must not touch what came since."""
+    reports: list[SaveReport] = []
+    writer = CheckpointWriter(tmp_path, tell=reports.append, limit=0.3, keep=9)
+    real, hang, ended = folder_module.rename_synced, threading.Event(), threading.Event()
+    before = set(threading.enumerate())
+
+    def behind(source: Path, target: Path) -> None:
+        real(source, target)
+        if target.name == "step-0000000002":
+            hang.wait(20)
+            ended.set()
+
+    monkeypatch.setattr(folder_module, "rename_synced", behind)
+    for step in (1, 2, 3):
+        writer.save(step, whole({"param.x": torch.full((3,), float(step))}), {})
+    writer.wait()
+    hang.set()
+    assert ended.wait(20)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+    assert [report.problem for report in reports] == ["", "", ""] and reports[1].path is not None
+    assert sorted(path.name[-1] for path in tmp_path.glob("step-*")) == ["1", "2", "3"]
+    assert (tmp_path / "latest").read_text() == "step-0000000003\n"
+
+
+@pytest.mark.parametrize("point", ["writing", "before_commit"])
+def test_a_hung_disk_holds_training_up_for_the_limit_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    monkeypatch.setenv("DYDIT_FAULT", f"checkpoint.{point}=1:hang")
+    writer = CheckpointWriter(tmp_path, limit=1.0)
+    writer.save(1, whole({"param.x": torch.zeros(3)}), {})
+    began = time.monotonic()
+    writer.wait()
+    assert 0.9 < time.monotonic() - began < 2.5
+    began = time.monotonic()
+    writer.save(2, whole({"param.x": torch.zeros(3)}), {})
+    assert time.monotonic() - began < 0.7, "the old thread is not waited for again"
+    writer.wait()
+    assert [path.name[-1] for path in tmp_path.glob("step-*")] == ["2"]
+
+
+def test_a_stage_has_one_block_of_memory_for_each_type() -> None:
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3).T,
+        "b": torch.arange(5, dtype=torch.bfloat16),
+        "c": torch.zeros(0, 2),
+        "d": torch.tensor(7.0),
+        "e": torch.ones(3, dtype=torch.bfloat16),
+    }
+    stage = Stage()
+    copies = stage.copy(whole(tensors))
+    assert all(torch.equal(copies[name].values, tensor) for name, tensor in tensors.items())
+    storages = {name: part.values.untyped_storage() for name, part in copies.items()}
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages.values()}
+    assert sorted(sizes.values()) == [8 * 2, 7 * 4]
+    first = copies["a"].values.data_ptr()
+    assert stage.copy(whole(tensors))["a"].values.data_ptr() == first
+    other = stage.copy(whole({"a": torch.ones(9)}))
+    assert list(other) == ["a"] and other["a"].values.tolist() == [1] * 9
 
 
 @pytest.mark.gpu

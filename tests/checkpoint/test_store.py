@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from dydit_scale.checkpoint import draft, files, writer
-from dydit_scale.checkpoint.folder import checkpoint_path, list_checkpoints
+from dydit_scale.checkpoint import draft, files, store, writer
+from dydit_scale.checkpoint import folder as folder_module
+from dydit_scale.checkpoint import manifest as manifest_module
+from dydit_scale.checkpoint.folder import checkpoint_path, list_checkpoints, prune, recover
 from dydit_scale.checkpoint.manifest import digest, find_damage
 from dydit_scale.checkpoint.store import CheckpointError, load_checkpoint
 from dydit_scale.checkpoint.tensor_file import Written
@@ -40,7 +42,7 @@ def save(folder: Path, step: int, keep: int = 2) -> Path:
 
 
 def loaded_step(folder: Path) -> int:
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder, repair=True)
     assert checkpoint is not None
     expected = tensors_of(checkpoint.step)
     assert set(checkpoint.tensors) == set(expected)
@@ -118,7 +120,7 @@ def test_no_fresh_start_over_damaged_checkpoints(tmp_path: Path) -> None:
     for _ in range(2):  # the second start finds them renamed
         with warnings.catch_warnings(), pytest.raises(CheckpointError, match=r"whole, damaged: .*step-0000000001"):
             warnings.simplefilter("ignore")
-            load_checkpoint(tmp_path)
+            load_checkpoint(tmp_path, repair=True)
     assert names(tmp_path) == ["latest", "step-0000000001.corrupt", "step-0000000002.corrupt"]
 
 
@@ -290,9 +292,87 @@ def test_what_is_read_back_must_be_what_was_meant(tmp_path: Path, monkeypatch: p
     assert names(tmp_path) == []
 
 
+def test_a_reader_changes_nothing(tmp_path: Path) -> None:
+    """A training may be at work in the folder."""
+    save(tmp_path, 1)
+    _flip(save(tmp_path, 2) / STATE)
+    shutil.copytree(checkpoint_path(tmp_path, 1), tmp_path / ".trash-step-0000000003")
+    before = names(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"DAMAGED, taking the one before: .*step-0000000002.*sha256 differs"):
+        checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
+        load_checkpoint(tmp_path, 3)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("moment", ["listed", "read"])
+def test_a_checkpoint_pruned_while_it_is_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    name = {"listed": "read_manifest", "read": "check_content"}[moment]
+    real = getattr(store, name)
+
+    def late(path: Path, *args: Any) -> object:
+        if path.name.endswith("2"):
+            shutil.rmtree(path, ignore_errors=True)
+        return real(path, *args)
+
+    monkeypatch.setattr(store, name, late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
+
+
+def test_what_rotted_does_not_count_as_kept(tmp_path: Path) -> None:
+    """Its sizes are right, so only its digests tell."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    _flip(checkpoint_path(tmp_path, 2) / STATE)
+    folder_module._READ.clear()  # as in a process that did not write them
+    with pytest.warns(RuntimeWarning, match=r"step-0000000002: damaged, not counted.*sha256 differs"):
+        assert prune(tmp_path, keep=1) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(tmp_path, 3)
+        assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "2", "3"]
+        save(tmp_path, 4)
+    # now two whole ones are newer: the last good one before the damaged one may go, and so may the damaged one
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "4"]
+
+
+def test_each_checkpoint_is_hashed_once_for_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = manifest_module.check_content
+    monkeypatch.setattr(
+        manifest_module, "check_content", lambda path, *args: (read.append(path.name[-1]), real(path, *args))
+    )
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert read == [], "it was read back when it was written"
+    folder_module._READ.clear()
+    for step in (4, 5):
+        save(tmp_path, step, keep=3)
+    assert read == ["3", "2"]
+
+
 def test_other_formats_are_not_read(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
     manifest = json.loads((path / "manifest.json").read_text()) | {"format": "canon-v9"}
     body = {key: value for key, value in manifest.items() if key != "digest"}
     (path / "manifest.json").write_text(json.dumps(body | {"digest": digest(body)}))
-    assert "expected format canon-v2, got canon-v9; it needs a newer dydit_scale" in (find_damage(path) or "")
+    message = r"format canon-v9, this version reads canon-v2 and canon-v1; update dydit_scale"
+    for repair in (False, True):
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path, repair=repair)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path, 2)
+    assert message in (find_damage(path) or "")
+    prune(tmp_path, keep=1)
+    path.rename(tmp_path / ".trash-step-0000000002")
+    recover(tmp_path)
+    assert names(tmp_path) == ["latest", "step-0000000001", "step-0000000002"], "nothing is renamed or deleted"
