@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -85,8 +86,8 @@ class Stage:
         rest = {block: torch.empty(numel, dtype=block.dtype) for block, numel in sizes.items()}
         for block, memory in rest.items():
             if block.pinned and memory.nbytes:
-                _pin(memory)
-                self._pinned.append(memory.data_ptr())
+                if _pin(memory):
+                    self._pinned.append(memory.data_ptr())
         views = {}
         for name, (shape, block) in layout.items():
             numel = shape.numel()
@@ -94,11 +95,15 @@ class Stage:
         self._views, self._layout = views, layout
 
 
-def _pin(memory: Tensor) -> None:
-    """Lock memory that torch did not lock itself, for it would round the size up to a power of two."""
+def _pin(memory: Tensor) -> bool:
+    """Lock memory that torch did not lock itself, for it would round the size up to a power of two.
+
+    False, and a warning, if CUDA refuses: copies to ordinary memory are right, but slower.
+    """
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if code != 0:
-        raise RuntimeError(f"{memory.nbytes / 2**20:.1f} MiB cannot be pinned: CUDA error {code}")
+        warnings.warn(f"{memory.nbytes / 2**20:.1f} MiB cannot be pinned: CUDA error {code}", stacklevel=2)
+    return code == 0
 
 
 def _unpin(addresses: list[int]) -> None:
