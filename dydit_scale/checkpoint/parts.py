@@ -85,9 +85,8 @@ class Stage:
             sizes[block] = sizes.get(block, 0) + shape.numel()
         rest = {block: torch.empty(numel, dtype=block.dtype) for block, numel in sizes.items()}
         for block, memory in rest.items():
-            if block.pinned and memory.nbytes:
-                if _pin(memory):
-                    self._pinned.append(memory.data_ptr())
+            if block.pinned and memory.nbytes and _pin(memory):
+                self._pinned.append(memory.data_ptr())
         views = {}
         for name, (shape, block) in layout.items():
             numel = shape.numel()
