@@ -234,6 +234,7 @@ def test_the_card_says_how_to_load_what_lies_beside_it(
 
 
 @pytest.mark.launch
+@pytest.mark.slow  # twelve runs on two ranks; tests/multiprocess trains one family under real launchers
 def test_two_ranks_train_as_one(worlds: Path) -> None:
     command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master_port", "29641"]
     command += ["-m", "tests.families.two_ranks", worlds]

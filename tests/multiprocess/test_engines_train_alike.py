@@ -60,6 +60,7 @@ def test_same_losses_and_every_parameter_learns(recipe: Path, tmp_path: Path, ad
 
 
 @pytest.mark.launch
+@pytest.mark.slow  # three launches; tests/checkpoint moves between all engines without a launcher
 def test_one_engine_continues_anothers_run(recipe: Path, tmp_path: Path) -> None:
     whole = launch("single", recipe, tmp_path / "whole", port=0)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -75,6 +76,7 @@ def test_one_engine_continues_anothers_run(recipe: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.launch
+@pytest.mark.slow  # a launch for one refusal
 def test_a_batch_that_two_ranks_cannot_share_is_refused_by_both(recipe: Path, tmp_path: Path) -> None:
     done = launch("fsdp", recipe, tmp_path / "run", "train.batch_size=7", port=29631)
     assert done.returncode != 0

@@ -118,6 +118,7 @@ def test_a_signal_to_one_rank_during_set_up_stops_both(recipe: Path, tmp_path: P
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.slow  # two processes and the wait for a limit; tests/parallel has the watchdog alone
 def test_a_hanging_rank_is_ended_and_its_stacks_are_kept(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("engine.name=fsdp", "limits.step=20", *ENDLESS)
@@ -182,6 +183,7 @@ def test_the_deepspeed_launcher_process_passes_a_signal_on(recipe: Path, tmp_pat
     assert checkpoint is not None and checkpoint.step == len(steps_of(run))
 
 
+@pytest.mark.slow  # two processes; the kill loops do nothing else
 def test_a_killed_rank_takes_the_other_with_it(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     codes = two_ranks(recipe, run, "engine.name=zero", *ENDLESS, fault="train.step=2@rank1:kill")

@@ -142,6 +142,7 @@ def test_reductions(results: Results) -> None:
             assert got["object"] == {"from": 0}
 
 
+@pytest.mark.slow  # a launch; tests/multiprocess trains under the same launcher
 def test_under_the_deepspeed_launcher(tmp_path: Path) -> None:
     """The command of the documentation, on a machine without GPUs."""
     launcher = Path(sys.executable).with_name("deepspeed")
