@@ -89,7 +89,7 @@ def _prune(args: argparse.Namespace) -> None:
         holder = read_holder(run)
         if holder is not None and holder.lives(run):
             raise ValueError(
-                f"run {run}: in use by {holder}; it deletes old checkpoints itself (save.keep), or stop it first"
+                f"run {run}: in use by {holder}; it deletes old checkpoints itself (train.keep); or stop it first"
             )
     gone = prune(folder, keep=args.keep, keep_every=args.keep_every)
     print(f"{args.folder}: deleted {', '.join(path.name for path in gone) or 'nothing'}")

@@ -192,10 +192,6 @@ class Engine(ABC):
         """Full fp32 CPU tensors from pieces in the layout of ``local_parameters``, of all or the given names.
         Collective; other ranks than the first get {}."""
 
-    @abstractmethod
-    def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's pieces (on its device) of full tensors that every rank passes; no communication."""
-
     @property
     @abstractmethod
     def updates(self) -> int:

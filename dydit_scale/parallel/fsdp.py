@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
@@ -73,14 +72,6 @@ class FsdpEngine(SingleEngine):
             if self.world.is_main:
                 full[name] = tensor.to("cpu", copy=True)
         return full
-
-    def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        local, pieces = {}, self.pieces
-        for name, tensor in full.items():
-            like = self._param(name)
-            piece = tensor.reshape(-1).narrow(0, *pieces[name])
-            local[name] = piece.view(like.to_local().shape).to(like.to_local().device, torch.float32)
-        return local
 
     def _as_dtensor(self, name: str, shard: Tensor) -> DTensor:
         like = self._param(name)

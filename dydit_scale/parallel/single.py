@@ -28,6 +28,8 @@ class SingleEngine(Engine):
         super().__init__(config, network, groups, world)
         self.params = {name: param for group in groups for name, param in group.params.items()}
         self.optimizer = build_adamw(groups, adamw)
+        for param in self.params.values():
+            start_moments(self.optimizer, param)
         self._ready = False
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -66,9 +68,6 @@ class SingleEngine(Engine):
     def gather(self, local: Mapping[str, Tensor], names: Collection[str] | None = None) -> dict[str, Tensor]:
         return {name: local[name].detach().to("cpu", copy=True) for name in (local if names is None else names)}
 
-    def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.world.device, torch.float32) for name, tensor in full.items()}
-
     @property
     def updates(self) -> int:
         return int(next(iter(self.optimizer.state.values()))["step"])
@@ -87,21 +86,18 @@ class SingleEngine(Engine):
 
 
 def build_adamw(groups: Sequence[ParamGroup], adamw: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW over ``groups`` with its moments already there (zero), so that they can be read and loaded at any time."""
-    optimizer = torch.optim.AdamW(
+    """AdamW over ``groups``, without moments: see ``start_moments``."""
+    return torch.optim.AdamW(
         [{"params": list(g.params.values()), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups],
         betas=adamw.betas,
         eps=adamw.eps,
         fused=True,
     )
-    for group in groups:
-        for param in group.params.values():
-            start_moments(optimizer, param)
-    return optimizer
 
 
 def start_moments(optimizer: torch.optim.AdamW, param: Tensor) -> None:
-    """Give ``param`` the state that AdamW itself would make in its first step."""
+    """Give ``param`` the state that AdamW itself would make in its first step, so that it can be read and loaded at
+    any time."""
     zeros = {kind: torch.zeros_like(param, requires_grad=False) for kind in MOMENTS}
     optimizer.state[param] = {"step": torch.zeros((), device=param.device), **zeros}
 

@@ -50,7 +50,7 @@ class ZeroEngine(Engine):
         )
         same_timeout()  # DeepSpeed's groups would wait half an hour for a lost peer
         self.module = self.deepspeed
-        self.optimizer.state.clear()  # the moments of the parameters; from here on it steps flat buffers
+        self.optimizer.state.clear()  # from here on it steps flat buffers
         self.flat = self._flat_buffers()
         for flat in self.flat:
             start_moments(self.optimizer, flat)
@@ -111,12 +111,6 @@ class ZeroEngine(Engine):
             if self.world.is_main:
                 full[name] = flat.view(shape).cpu()
         return full
-
-    def scatter(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: full[name].reshape(-1).narrow(0, *place.piece).to(self.flat[0].device, torch.float32)
-            for name, place in self.places.items()
-        }
 
     @property
     def updates(self) -> int:

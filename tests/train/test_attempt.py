@@ -52,9 +52,11 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         rewrite(tmp_path, pid=process.pid)
         process.wait()
-        take_folder(tmp_path, wait=0).still_ours()  # a zombie at most
+        second = take_folder(tmp_path, wait=0)  # a zombie at most
+        assert holder(tmp_path).token == second.token
     rewrite(tmp_path, pid=1, pid_started="a number used again")
-    take_folder(tmp_path, wait=0).still_ours()
+    third = take_folder(tmp_path, wait=0)
+    assert holder(tmp_path).token == third.token and second.lost()
 
 
 @pytest.mark.parametrize(("age", "lives"), [(0.0, True), (attempt.STALE / 2, True), (attempt.STALE * 2, False)])
@@ -70,7 +72,8 @@ def test_a_process_of_another_machine_counts_by_its_signs_of_life(tmp_path: Path
 def test_a_holder_that_leaves_in_time_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = take_folder(tmp_path, wait=0)
     monkeypatch.setattr(attempt.time, "sleep", lambda seconds: first.end("done"))
-    take_folder(tmp_path, wait=60, say=lambda text: None).still_ours()
+    second = take_folder(tmp_path, wait=60, say=lambda text: None)
+    assert holder(tmp_path).token == second.token and first.lost()
 
 
 def test_a_removed_or_unreadable_file_is_nobodys(tmp_path: Path) -> None:
