@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dydit_scale.cli.ckpt import add_ckpt
+from dydit_scale.cli.data import add_data
 
 EXPORT_FORMATS = (
     "td-lora", "diffusers", "peft", "kohya", "comfyui", "lora-ranges", "lora-experts", "pipeline", "static",
@@ -18,57 +19,6 @@ def _quiet() -> None:
     from dydit_scale.models.quiet import quiet_libraries
 
     quiet_libraries()
-
-
-def _data(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
-    shapes = kinds.add_parser("shapes", help="draw the built-in captioned scenes into webdataset shards")
-    shapes.add_argument("out", type=Path, help="folder for the shards")
-    shapes.add_argument("--samples", type=int, default=16384)
-    shapes.add_argument("--side", type=int, default=32, help="pixels of a picture's side")
-    shapes.add_argument("--seed", type=int, default=0)
-    shapes.add_argument("--classes", action="store_true", help="one object each, with its class (or motion) as a label")
-    shapes.add_argument("--video", action="store_true", help="clips of moving shapes (needs the extra: video)")
-    shapes.add_argument("--frames", type=int, help="frames of a clip, with --video (default: 16)")
-    shapes.add_argument("--samples-per-shard", type=int, default=2048)
-    shapes.add_argument("--workers", type=int, help="processes that draw (default: one on each core, at most 8)")
-    shapes.set_defaults(run=_run_shapes)
-    index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
-    index.add_argument("folder", type=Path)
-    index.add_argument("--bad-shards", type=int, default=0, help="how many broken tars to leave out before giving up")
-    index.set_defaults(run=_run_index)
-
-
-def _run_shapes(args: argparse.Namespace) -> None:
-    from data_tools.shapes import write_shapes
-
-    if args.frames is not None and not args.video:
-        raise ValueError(f"--frames {args.frames}: pictures have none; add --video for clips")
-    if args.video and args.frames == 1:
-        raise ValueError("--frames 1: a clip has more; leave out --video for pictures")
-    index = write_shapes(
-        args.out,
-        samples=args.samples,
-        side=args.side,
-        seed=args.seed,
-        classes=args.classes,
-        frames=(16 if args.frames is None else args.frames) if args.video else 1,
-        samples_per_shard=args.samples_per_shard,
-        workers=args.workers,
-    )
-    print(f"{args.out}: {index.num_samples} scenes in {len(index.shards)} shards, digest {index.digest[:12]}")
-
-
-def _run_index(args: argparse.Namespace) -> None:
-    from dydit_scale.data.shards import build_index
-
-    index = build_index(args.folder, bad_shards=args.bad_shards)
-    for reason in index.broken.values():
-        print(f"left out: {reason}")
-    for sample, reason in list(index.bad.items())[:10]:
-        print(f"unusable: {index.name(sample)}: {reason}")
-    bad = f", {len(index.bad)} of them unusable" if index.bad else ""
-    print(f"{args.folder}: {index.num_samples} samples in {len(index.shards)} shards{bad}, digest {index.digest[:12]}")
 
 
 def _base(parser: argparse.ArgumentParser) -> None:
@@ -241,7 +191,7 @@ def _run_stop(args: argparse.Namespace) -> int:
 Add = Callable[[argparse.ArgumentParser], None]
 COMMANDS: dict[str, tuple[Add, str]] = {
     "demo": (_demo, "adapt the small base, sample, export, verify and report, all in minutes on two CPU cores"),
-    "data": (_data, "make and index training data"),
+    "data": (add_data, "make and index training data"),
     "base": (_base, "write a small pipeline with random weights, to be trained on the built-in data"),
     "stop": (_stop, "ask a run to save its state and leave after its step; for people and for preStop hooks"),
     "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),

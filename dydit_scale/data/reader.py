@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,11 +15,10 @@ from torch.utils.data import Dataset
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.position import SampleOrder
-from dydit_scale.data.tar import read_at
+from dydit_scale.data.storage import ShardFiles
 from dydit_scale.data.video import decode_clip, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
-MAX_OPEN_SHARDS = 64
 MAX_SUBSTITUTES = 100
 
 
@@ -103,15 +100,11 @@ class Reader(Dataset[Any]):
         self._clip, self._images_per_clip = range(0, frames * frame_stride, frame_stride), images_per_clip
         self._dropped_below = int(caption_dropout * 2**63)
         self._order = SampleOrder([shard.count for shard in index.shards], self._seed)
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._shards = ShardFiles(index.folder)
         if frames > 1:
             _check_clips(index, self._clip[-1] + 1)
         if index.frames is not None:
             require_av()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker that is started afresh inherits no descriptors.
-        return self.__dict__ | {"_open": OrderedDict()}
 
     def __getitem__(self, positions: range) -> Read | Failure:
         try:
@@ -122,8 +115,7 @@ class Reader(Dataset[Any]):
 
     def close(self) -> None:
         """Close the shards that this process holds open."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._shards.close()
 
     def _read_batch(self, positions: range) -> Read:
         bad: list[BadSample] = []
@@ -202,7 +194,8 @@ class Reader(Dataset[Any]):
         row = self._index.samples[sample]
         size = int(row[f"{part}_bytes"])
         name = "video" if part == "image" and self._index.frames is not None and self._index.frames[sample] else part
-        data = read_at(self._descriptor(self._index.shard_of(sample)), int(row[f"{part}_offset"]), size)
+        shard = self._index.shards[self._index.shard_of(sample)].name
+        data = self._shards.read(shard, int(row[f"{part}_offset"]), size)
         if len(data) != size:
             raise BadSampleError(
                 f"{name} has {len(data)} bytes, expected {size}: the shard was cut off since it was indexed"
@@ -210,20 +203,6 @@ class Reader(Dataset[Any]):
         if zlib.crc32(data) != int(row[f"{part}_crc"]):
             raise BadSampleError(f"{name} checksum (CRC32) differs from the index: its bytes changed since")
         return data
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            path = self._index.folder / self._index.shards[shard].name
-            try:
-                self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise ValueError(
-                    f"{path}: the shard cannot be opened any more ({error}); restore it, resume"
-                ) from error
-        self._open.move_to_end(shard)
-        if len(self._open) > MAX_OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-        return self._open[shard]
 
 
 def _joined(row: list[_Sample]) -> Tensor:

@@ -236,7 +236,7 @@ def test_labels_alone_will_do(tmp_path: Path) -> None:
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = write_shards(samples(20), tmp_path / "many", samples_per_shard=1)
     reference = joined(take(loader(index), 10))
-    monkeypatch.setattr("dydit_scale.data.reader.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("dydit_scale.data.storage.MAX_OPEN_SHARDS", 2)
     some = loader(index)
     batches, most = [], 0
     for batch in islice(iter(some), 10):
