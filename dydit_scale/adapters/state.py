@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit_scale.adapters.delivery import embedding_dim
+from dydit_scale.adapters.td_layer import NETWORK_GATES
 from dydit_scale.adapters.td_lora import (
     TDLORA,
     TDLoraConfig,
@@ -46,11 +47,16 @@ class LoadedAdapter:
 
 def _parameter_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Name in the file -> name of the parameter in the model."""
-    return {
-        f"{name}.{part}.{leaf}": f"{name}.{part}.{adapter_name}.{leaf}"
-        for name in td_layers(model, adapter_name)
-        for part, leaf in (("td_down", "weight"), ("td_up", "weight"), ("td_router", "weight"), ("td_router", "bias"))
-    }
+    layers = list(td_layers(model, adapter_name))
+    parts = [f"{name}.{part}.{{}}weight" for name in layers for part in ("td_down", "td_up")]
+    gates = _gate_holders(adapter_configs(model)[adapter_name], layers)
+    parts += [f"{name}.td_router.{{}}{leaf}" for name in gates for leaf in ("weight", "bias")]
+    return {part.format(""): part.format(f"{adapter_name}.") for part in parts}
+
+
+def _gate_holders(config: TDLoraConfig, layers: Iterable[str]) -> list[str]:
+    """The modules that hold the adapter's gates."""
+    return [NETWORK_GATES] if config.gate_scope == "network" else list(layers)
 
 
 def td_lora_state(
@@ -145,10 +151,12 @@ def _expected_shapes(model: nn.Module, config: TDLoraConfig, adapter_name: str) 
         return {name: tuple(tensor.shape) for name, tensor in td_lora_state(model, adapter_name).items()}
     time_dim = embedding_dim(model, config.time_dim)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, linear in target_linears(model, config).items():
+    targets = target_linears(model, config)
+    for name, linear in targets.items():
         rank = rank_of(config, name)
         shapes[f"{name}.td_down.weight"] = (rank, linear.in_features)
         shapes[f"{name}.td_up.weight"] = (config.experts, linear.out_features, rank)
+    for name in _gate_holders(config, targets):
         shapes[f"{name}.td_router.weight"] = (config.experts, time_dim)
         shapes[f"{name}.td_router.bias"] = (config.experts,)
     return shapes
@@ -156,7 +164,7 @@ def _expected_shapes(model: nn.Module, config: TDLoraConfig, adapter_name: str) 
 
 def _same_scaling(model: nn.Module, config: TDLoraConfig, adapter_name: str) -> None:
     there = adapter_configs(model)[adapter_name]
-    for key in ("alpha", "alpha_pattern", "gate"):
+    for key in ("alpha", "alpha_pattern", "gate", "gate_scope"):
         if getattr(there, key) != getattr(config, key):
             raise ValueError(
                 f"load_td_lora: adapter {adapter_name!r} in the model has {key} {getattr(there, key)}, "

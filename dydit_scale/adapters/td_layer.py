@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.dynamic.timestep import TimestepState
 
 GateKind = Literal["softmax", "sigmoid"]
+GateScope = Literal["layer", "network"]
+NETWORK_GATES = "timestep_gates"
+"""Where a network's root holds the gates that its layers share."""
 
 
 class SharedDown(nn.Module):
@@ -92,8 +96,40 @@ def mixtures(
         return logits.softmax(dim=-1) if kind == "softmax" else logits.sigmoid()
 
 
-class TDLoraLayer(nn.Module, BaseTunerLayer):
-    """A frozen nn.Linear whose low-rank update depends on the timestep embedding found in ``timestep_state``.
+class TimestepGates(nn.Module, BaseTunerLayer):
+    """The gates of some adapters, that peft and diffusers switch, delete and unload as those of any layer.
+
+    A layer holds its own; a network whose layers share theirs holds them on its root, as ``NETWORK_GATES``.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("td_router",)
+    other_param_names: tuple[str, ...] = ("r",)
+
+    def __init__(self, base_layer: nn.Module | None = None) -> None:
+        super().__init__()
+        # Unloading puts the base layer where the gates were.
+        self.base_layer = nn.Identity() if base_layer is None else base_layer
+        self.td_router = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Gates alone have no strength."""
+
+    def scale_layer(self, scale: float) -> None:
+        """Gates alone have no strength."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Gates alone have no strength."""
+
+
+class TDLoraLayer(TimestepGates):
+    """A frozen linear layer whose low-rank update depends on the timestep embedding found in ``timestep_state``.
+
+    The base may be quantised, by any backend that peft resolves. Merged layers are not: they hold the sum in a plain
+    nn.Linear, since to quantise it anew would lose the update's finer part.
 
     The start is an exact no-op. In the first step the gradient of A is exactly zero (the mixed B is zero), and so is
     the gate row of the last expert when their number is odd; experts and gates learn from the first step on, and from
@@ -103,21 +139,25 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("td_down", "td_up", "td_router")
     other_param_names = ("r", "alpha", "scaling", "dropout")
 
-    def __init__(self, base_layer: nn.Linear, name: str, timestep_state: TimestepState) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+    def __init__(
+        self,
+        base_layer: Any,
+        name: str,
+        timestep_state: TimestepState,
+        quantization_backend: QuantizationBackend | None = None,
+    ) -> None:
+        super().__init__(base_layer)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.name = name
         self.timestep_state = timestep_state
-        self.r: dict[str, int] = {}
+        self.quantization_backend = quantization_backend
+        # In a tuple, so that the root alone has them among its modules and parameters.
+        self._network_gates: tuple[TimestepGates, ...] = ()
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
-        self.td_down, self.td_up, self.td_router = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self._disable_adapters = False
-        self._unmerged_weight: Tensor | None = None
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
+        self.td_down, self.td_up = nn.ModuleDict(), nn.ModuleDict()
+        self._unmerged: Any = None
 
     def add_adapter(
         self,
@@ -131,9 +171,15 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
         noise: float,
         seed: int,
         gate: GateKind = "softmax",
+        network_gates: TimestepGates | None = None,
     ) -> None:
-        """Create the fp32 parameters of one adapter; they depend on (seed, adapter, layer name) alone."""
-        device = self.base_layer.weight.device
+        """Create the fp32 parameters of one adapter; they depend on (seed, adapter, layer name) alone.
+
+        Args:
+            network_gates: Those of the root, to which the adapter's gate is added unless it is there, in place of a
+                gate of the layer's own.
+        """
+        device = self._get_base_layer_device_and_dtype(self.base_layer)[0] or torch.device("cpu")
         self.r[adapter], self.alpha[adapter], self.dropout[adapter] = rank, alpha, dropout
         self.set_scale(adapter, 1.0)
         generator = keyed_generator(seed, "td_lora", adapter, self.name)
@@ -141,7 +187,12 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
         down.reset(generator)
         up.reset(generator, noise)
         self.td_down[adapter], self.td_up[adapter] = down, up
-        self.td_router[adapter] = TimestepGate(time_dim, experts, device, gate)
+        holder: TimestepGates = self
+        if network_gates is not None:
+            self._network_gates, holder = (network_gates,), network_gates
+        if adapter not in holder.td_router:
+            holder.td_router[adapter] = TimestepGate(time_dim, experts, device, gate)
+            holder.r[adapter] = rank
 
     def down(self, adapter: str) -> SharedDown:
         """A of an adapter."""
@@ -153,7 +204,8 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
 
     def gate(self, adapter: str) -> TimestepGate:
         """The gate of an adapter; gate(adapter)(emb) are the mixtures [batch, experts]."""
-        return cast(TimestepGate, self.td_router[adapter])
+        holder = self if adapter in self.td_router else self._network_gates[0]
+        return cast(TimestepGate, holder.td_router[adapter])
 
     # --- the forward pass
 
@@ -164,6 +216,8 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
         [tokens, in_features] need an embedding of one row. Raises ValueError where the mapping is not known.
         """
         result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter in self._live_adapters():
             result = result + self._update(adapter, x).to(result.dtype)
         return result
@@ -222,7 +276,7 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
         """
         if t_emb.ndim != 2 or t_emb.shape[0] != 1:
             raise ValueError(f"{self.name}.weight_at: expected one embedding [1, dim], got {list(t_emb.shape)}")
-        base = self.base_layer.weight if self._unmerged_weight is None else self._unmerged_weight
+        base = self._base_weight()
         if self._disable_adapters:
             return base
         weight = base.float()
@@ -231,20 +285,36 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
                 weight = weight + self.mixed_experts(t_emb, adapter)[0] @ self.down(adapter).weight.float()
         return weight.to(base.dtype)
 
+    def _base_weight(self) -> Tensor:
+        layer = self.base_layer if self._unmerged is None else self._unmerged
+        if self.quantization_backend is not None:
+            return self.quantization_backend.get_base_weight(layer)
+        return layer if isinstance(layer, Tensor) else cast(Tensor, layer.weight)
+
     @torch.no_grad()
     def merge_at(self, t_emb: Float[Tensor, "1 time_dim"]) -> None:
-        """Put the weight at one timestep into the base layer; the untouched weight is kept for ``unmerge``."""
-        merged = self.weight_at(t_emb)
-        if self._unmerged_weight is None:
-            self._unmerged_weight = self.base_layer.weight.data
-        self.base_layer.weight.data = merged.detach().clone()
+        """Put the weight at one timestep into the base layer; what was there is kept for ``unmerge``.
+
+        A quantised base layer gives way to a plain nn.Linear.
+        """
+        merged = self.weight_at(t_emb).detach().clone()
+        if self.quantization_backend is None:
+            if self._unmerged is None:
+                self._unmerged = self.base_layer.weight.data
+            self.base_layer.weight.data = merged
+        else:
+            if self._unmerged is None:
+                self._unmerged = self.base_layer
+            self.base_layer = _Dequantised(merged, self._unmerged.bias)
         self.merged_adapters = list(self.active_adapters)
 
     def unmerge(self) -> None:
-        """Put the untouched base weight back, exactly. Nothing happens if nothing is merged."""
-        if self._unmerged_weight is not None:
-            self.base_layer.weight.data = self._unmerged_weight
-        self._unmerged_weight = None
+        """Put back what was there, exactly. Nothing happens if nothing is merged."""
+        if isinstance(self._unmerged, Tensor):
+            self.base_layer.weight.data = self._unmerged
+        elif self._unmerged is not None:
+            self.base_layer = self._unmerged
+        self._unmerged = None
         self.merged_adapters = []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -273,3 +343,17 @@ class TDLoraLayer(nn.Module, BaseTunerLayer):
 
     def _known(self, adapters: Iterable[str]) -> list[str]:
         return [adapter for adapter in adapters if adapter in self.r]
+
+
+class _Dequantised(nn.Linear):
+    """A linear layer that computes in its input's dtype, as quantised ones do."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)

@@ -19,6 +19,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
 from dydit_scale.adapters.delivery import (
@@ -28,7 +29,7 @@ from dydit_scale.adapters.delivery import (
     embedding_dim,
     is_in_embedder,
 )
-from dydit_scale.adapters.td_layer import GateKind, TDLoraLayer
+from dydit_scale.adapters.td_layer import NETWORK_GATES, GateKind, GateScope, TDLoraLayer, TimestepGates
 
 __all__ = [
     "TDLORA",
@@ -74,6 +75,8 @@ class TDLoraConfig(PeftConfig):
     """Number of up-projections the timestep mixes; 1 is plain LoRA."""
     gate: GateKind = "softmax"
     """How they are mixed: ``softmax`` gates share what sums to one, ``sigmoid`` gates open each expert by itself."""
+    gate_scope: GateScope = "layer"
+    """Whether each layer has a gate of its own, or all layers of the ``network`` share one."""
     dropout: float = 0.0
     """Dropout on the input of the update."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -103,6 +106,10 @@ class TDLoraConfig(PeftConfig):
                 raise ValueError(f"TDLoraConfig: {where}: expected a positive number, got {alpha!r}")
         if self.gate not in get_args(GateKind):
             raise ValueError(f"TDLoraConfig: gate: expected one of {', '.join(get_args(GateKind))}, got {self.gate!r}")
+        if self.gate_scope not in get_args(GateScope):
+            raise ValueError(
+                f"TDLoraConfig: gate_scope: expected one of {', '.join(get_args(GateScope))}, got {self.gate_scope!r}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"TDLoraConfig: dropout: expected a value in [0, 1), got {self.dropout!r}")
         if not (self.init_noise > 0 and math.frexp(self.init_noise)[0] == 0.5):
@@ -156,19 +163,30 @@ def _linear(name: str, module: nn.Module) -> nn.Linear:
     if is_dynamic_name(name):
         raise ValueError(f"target_modules: {name} belongs to a router, which is trained in full; exclude it")
     base = module.get_base_layer() if isinstance(module, TDLoraLayer) else module
-    if isinstance(base, BaseTunerLayer) or not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
+    plain = isinstance(base, nn.Linear) and isinstance(base.weight, Tensor) and base.weight.is_floating_point()
+    if isinstance(base, BaseTunerLayer) or not (plain or _backend(base) is not None):
         raise ValueError(
-            f"target_modules: {name}: expected a plain, unquantised nn.Linear without another adapter, "
-            f"got {type(base).__module__}.{type(base).__name__}; exclude it"
+            f"target_modules: {name}: expected an nn.Linear, plain or quantised in a way that peft knows, without "
+            f"another adapter, got {type(base).__module__}.{type(base).__name__}; exclude it"
         )
-    return base
+    return base  # type: ignore[return-value]
+
+
+def _backend(base: nn.Module) -> QuantizationBackend | None:
+    """What peft knows of the layer's quantisation; None if it has none."""
+    # What torchao would quantise anew with is for merging into the quantised weight, which no layer of ours does.
+    return resolve_quantization_backend(base, get_apply_tensor_subclass=_never)
+
+
+def _never() -> Any:
+    raise NotImplementedError("TD-LoRA does not merge into quantised weights")
 
 
 class TDLoraModel(BaseTuner):
     """peft's view of the method: puts a TDLoraLayer around every targeted linear layer."""
 
     prefix = "td_"
-    tuner_layer_cls = TDLoraLayer
+    tuner_layer_cls = TimestepGates
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -192,7 +210,8 @@ class TDLoraModel(BaseTuner):
         if isinstance(target, TDLoraLayer):
             layer = target
         else:
-            layer = TDLoraLayer(_linear(current_key, target), current_key, attach_timestep_state(self.model))
+            base = _linear(current_key, target)
+            layer = TDLoraLayer(base, current_key, attach_timestep_state(self.model), _backend(base))
         layer.add_adapter(
             adapter_name,
             rank=rank_of(peft_config, current_key),
@@ -203,10 +222,26 @@ class TDLoraModel(BaseTuner):
             noise=peft_config.init_noise,
             seed=peft_config.seed,
             gate=peft_config.gate,
+            network_gates=_network_gates(self.model) if peft_config.gate_scope == "network" else None,
         )
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def unload(self) -> nn.Module:
+        """The base model, without a trace of the adapters."""
+        if hasattr(self.model, NETWORK_GATES):
+            delattr(self.model, NETWORK_GATES)
+        return super().unload()
+
+
+def _network_gates(model: nn.Module) -> TimestepGates:
+    """Those on the root; made with the first layer and no sooner, since peft freezes a base that has no tuner layer."""
+    gates = getattr(model, NETWORK_GATES, None)
+    if not isinstance(gates, TimestepGates):
+        gates = TimestepGates()
+        setattr(model, NETWORK_GATES, gates)
+    return gates
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[TDLORA] = TDLoraConfig  # type: ignore[index]

@@ -69,6 +69,7 @@ def add_adapter(network: nn.Module, config: AdapterConfig, seed: int) -> None:
                 alpha=alpha,
                 experts=config.experts,
                 gate=config.gate,
+                gate_scope=config.gate_scope,
                 seed=seed,
             ),
         )

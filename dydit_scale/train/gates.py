@@ -35,7 +35,10 @@ class GateLog:
         self.embeddings = timestep_embeddings(network, timesteps.float()).cpu()
         self.noise = (levels * (1000 if levels.is_floating_point() else 1)).float().numpy()
         self.layers = list(td_layers(network))
-        self.kinds = {name: layer.gate("default").kind for name, layer in td_layers(network, "default").items()}
+        gates = {name: layer.gate("default") for name, layer in td_layers(network, "default").items()}
+        self.kinds = {layer: gate.kind for layer, gate in gates.items()}
+        names = {module: name for name, module in network.named_modules()}
+        self.names = {layer: names[gate] for layer, gate in gates.items()}
         self.parameters = [name for name, _ in network.named_parameters() if ".td_router." in name]
 
     def evaluate(self, parameters: Mapping[str, Tensor], step: int) -> dict[str, float]:
@@ -55,10 +58,7 @@ class GateLog:
         return {"gate_entropy": entropy(usage), "dead_experts": dead_share(usage)}
 
     def _gates(self, parameters: Mapping[str, Tensor], layer: str) -> Float[Tensor, "timesteps experts"]:
-        weight, bias = (
-            next(p for n, p in parameters.items() if n.startswith(f"{layer}.td_router.") and n.endswith(part))
-            for part in (".weight", ".bias")
-        )
+        weight, bias = (parameters[f"{self.names[layer]}.{part}"] for part in ("weight", "bias"))
         gates = mixtures(self.embeddings, weight, bias, self.kinds[layer])
         return gates / gates.sum(dim=-1, keepdim=True)
 

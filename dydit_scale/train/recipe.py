@@ -52,6 +52,8 @@ class AdapterConfig:
     """Experts of td_lora, mixed by the timestep."""
     gate: Literal["softmax", "sigmoid"] = "softmax"
     """How td_lora mixes them."""
+    gate_scope: Literal["layer", "network"] = "layer"
+    """Whether each layer of td_lora mixes its experts with a gate of its own, or all with one of the network."""
     variant: Literal["plain", "rslora", "dora"] = "plain"
     """Of lora: ``rslora`` scales by alpha / sqrt(rank) (arXiv 2312.03732), ``dora`` learns magnitude and direction
     apart (arXiv 2402.09353)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,21 @@ class Case:
     """Its output at timesteps in 0..1, one sample each."""
     unit: int = 1
     """The forward's timesteps go from 0 to this."""
+    gate_scope: str = "layer"
 
     def config(self, **changes: Any) -> TDLoraConfig:
-        time_dim = tiny.TIME_DIM if self.name == "mlp" else None
+        time_dim = tiny.TIME_DIM if self.make is tiny.tiny_mlp else None
         settings = {"target_modules": self.targets, "rank": 2, "experts": 3, "time_dim": time_dim}
+        settings["gate_scope"] = self.gate_scope
         return TDLoraConfig(**{**settings, **changes})
 
     def adapted(self, shaken: int = 7, **changes: Any) -> PeftModel:
         return tiny.shake(get_peft_model(self.make(), self.config(**changes)), shaken)  # type: ignore[return-value]
+
+    def tensors(self, model: nn.Module) -> int:
+        """How many the adapter has."""
+        layers = len(td_layers(model))
+        return 4 * layers if self.gate_scope == "layer" else 2 * layers + 2
 
     def schedule(self) -> Tensor:
         """All timesteps, as the forward takes them."""
@@ -89,7 +96,8 @@ def _classes() -> list[Case]:
         if family.name in static:
             found.append(Case(family.name, static.pop(family.name), targets, run, family.unit))
     assert not static, f"no family is called {' or '.join(static)}"
-    return found
+    shared = [case for case in found if case.name in ("mlp", "flux", "dy-flux")]
+    return found + [replace(case, name=f"{case.name}-network-gate", gate_scope="network") for case in shared]
 
 
 CASES = _classes()
@@ -133,7 +141,7 @@ def test_saved_and_loaded_by_peft(case: Case, low_cpu_mem_usage: bool, tmp_path:
 def test_the_state_goes_through_a_file_and_back(case: Case) -> None:
     model, fresh = case.adapted(), get_peft_model(case.make(), case.config())
     state = get_peft_model_state_dict(model)
-    assert len(state) == 4 * len(td_layers(model)) and not any("default" in name for name in state)
+    assert len(state) == case.tensors(model) and not any("default" in name for name in state)
     left = set_peft_model_state_dict(fresh, state)
     assert not left.unexpected_keys and not [name for name in left.missing_keys if "td_" in name]
     assert torch.equal(case(fresh), case(model))
@@ -155,7 +163,7 @@ def test_several_adapters_are_switched_added_and_deleted(case: Case, tmp_path: P
     both = case(model)
     model.save_pretrained(str(tmp_path), selected_adapters=["second"])
     assert not (tmp_path / "adapter_model.safetensors").exists()
-    assert len(load_file(tmp_path / "second" / "adapter_model.safetensors")) == 4 * len(td_layers(alone))
+    assert len(load_file(tmp_path / "second" / "adapter_model.safetensors")) == case.tensors(alone)
     for one in ("default", "second"):
         model.set_adapter(one)
         assert not torch.allclose(case(model), both, atol=1e-5)
@@ -187,7 +195,11 @@ def test_merged_at_a_timestep_it_is_a_plain_model_there_and_back(case: Case) -> 
     model, time = case.adapted(), TIMES[1:2]
     before, there = case(model), case(model, time)
     network = model.get_base_model()
-    emb = torch.sin(time[:, None] * WAVES) if case.name == "mlp" else timestep_embeddings(network, time * case.unit)
+    emb = (
+        torch.sin(time[:, None] * WAVES)
+        if case.make is tiny.tiny_mlp
+        else timestep_embeddings(network, time * case.unit)
+    )
     merge_at(network, emb)
     torch.testing.assert_close(case(model, time), there, rtol=1e-4, atol=1e-5)
     unmerge(network)
@@ -212,7 +224,7 @@ def test_a_copy_is_whole_and_independent(case: Case) -> None:
 @each
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_in_half_precision_keeps_its_adapter_in_fp32(case: Case, dtype: torch.dtype) -> None:
-    if case.name == "mlp":
+    if case.make is tiny.tiny_mlp:
         pytest.skip("its inputs are not cast")
     model = tiny.shake(get_peft_model(case.make().to(dtype), case.config()))
     kinds = {p.dtype for name, p in model.named_parameters() if ".td_" in name}

@@ -86,7 +86,7 @@ def test_patterns_give_other_ranks_and_alphas() -> None:
         ({"target_modules": ["linear_1"]}, "makes the timestep embedding"),
         ({"target_modules": ["to_kw"]}, "'to_kw' matches no layer .* did you mean to_k"),
         ({"target_modules": ["to_q", "nothing_here"]}, "'nothing_here' matches no layer"),
-        ({"target_modules": ["attn"]}, "unquantised nn.Linear.*FluxAttention"),
+        ({"target_modules": ["attn"]}, "nn.Linear, plain or quantised.*FluxAttention"),
         ({"target_modules": r".*\.absent"}, "matches no layer"),
         ({"target_modules": []}, "got nothing"),
         ({"rank_pattern": {"to_z": 3}}, "'to_z' matches none"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dydit_scale.adapters.state import save_td_lora
+from dydit_scale.adapters.td_layer import NETWORK_GATES
 from dydit_scale.adapters.td_lora import add_td_lora, is_dynamic_name
 from dydit_scale.parallel.ema import Ema
 from dydit_scale.parallel.engine import Engine, ParamGroup, make_engine
@@ -22,7 +23,7 @@ from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values, sum_
 from dydit_scale.parallel.world import World, barrier, broadcast_object, close, init_world
 from dydit_scale.parallel.zero import Zero3Engine
 from tests.adapters.tiny import flux_config
-from tests.models.tiny import tiny_dynamic
+from tests.models.tiny import inputs, tiny_dynamic
 from tests.parallel.toy import as_lists, config_of, losses_of, make_toy, one_step, toy_engine
 
 SHARDED = ("zero1", "zero2", "zero3", "fsdp")
@@ -130,6 +131,27 @@ def adapter(world: World, name: str) -> dict[str, Any]:
     return {"some": sorted(some), "files": digests}
 
 
+def network_gate(world: World, name: str) -> dict[str, Any]:
+    """Losses of some steps of a TD-LoRA whose blocks share a gate of the root and are recomputed, and that gate."""
+    model: Any = add_td_lora(tiny_dynamic().requires_grad_(False), flux_config(gate_scope="network"))
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    groups = [ParamGroup(name="all", params=trainable, lr=1e-2)]
+    engine = make_engine(config_of(name), model, groups, world, shard_units=model.dynamic_blocks())
+    model.enable_gradient_checkpointing()
+    engine.network.train()
+    rows = torch.arange(2).chunk(world.world_size)[world.rank]
+    losses = []
+    for _ in range(3):
+        batch = {k: v[rows] if len(v) == 2 else v for k, v in inputs([0.2, 0.8]).items()}
+        out = engine.module(gates="open", return_dict=False, **batch)[0]
+        loss = out.square().mean()
+        engine.backward(loss, last=True)
+        engine.step(1.0)
+        losses.append(mean_values({"loss": float(loss.detach())})["loss"])
+    gate = {n: t for n, t in engine.trainable_state().items() if n.startswith(NETWORK_GATES)}
+    return {"losses": losses, "gate": as_lists(gate)}
+
+
 def reductions(world: World) -> dict[str, Any]:
     """The small reductions; ``gradient`` is of (mean over all rows of w x - 1)^2, from this rank's rows."""
     rows = torch.arange(1.0, 7.0).chunk(world.world_size)[world.rank]
@@ -179,6 +201,7 @@ def run_all(world: World, names: tuple[str, ...]) -> dict[str, Any]:
         results[f"average/{name}"] = average(world, name)
         results[f"half/{name}"] = half(world, name)
         results[f"adapter/{name}"] = adapter(world, name)
+        results[f"network_gate/{name}"] = network_gate(world, name)
         results[f"covered/{name}"] = covered(world, name)
     return results
 

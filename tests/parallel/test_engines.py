@@ -129,6 +129,17 @@ def test_the_saved_adapter_is_that_of_one_process_byte_for_byte(results: Results
     assert len(main["some"]) > 4 and all(rank == {"some": [], "files": {}} for rank in others)
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_a_gate_that_all_blocks_share_learns_alike(results: Results, run: str) -> None:
+    reference = case(results, "single@1", "network_gate")[0]
+    for rank, got in enumerate(case(results, run, "network_gate")):
+        assert got["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+        if rank == 0:
+            assert sorted(got["gate"]) == [f"timestep_gates.td_router.default.{part}" for part in ("bias", "weight")]
+            assert_close(got["gate"], reference["gate"], 1e-3)
+            assert all(any(values) for values in got["gate"].values()), "the gate starts at zero and must learn"
+
+
 def test_reductions(results: Results) -> None:
     rows = torch.arange(1.0, 7.0)
     for run in ("single@1", "fsdp@2"):

@@ -43,9 +43,9 @@ def curve(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in timing} for r in records]
 
 
-@pytest.mark.parametrize("adapter", ["td_lora", "none"])
+@pytest.mark.parametrize("adapter", ["td_lora", "td_lora adapter.gate_scope=network", "none"])
 def test_an_interrupted_run_continues_exactly(world_folder: Path, tmp_path: Path, adapter: str) -> None:
-    options = [f"adapter.kind={adapter}"]
+    options = f"adapter.kind={adapter}".split()
     whole = train(recipe_of(world_folder, *options, f"run={tmp_path / 'whole'}"), World())
     cut = train(recipe_of(world_folder, *options, f"run={tmp_path / 'cut'}"), World())
     assert curve(cut) == curve(whole)
@@ -55,6 +55,18 @@ def test_an_interrupted_run_continues_exactly(world_folder: Path, tmp_path: Path
     a, b = (load_checkpoint(run / "checkpoints") for run in (whole, cut))
     assert a is not None and b is not None and a.tensors.keys() == b.tensors.keys()
     assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_a_gate_of_the_network_is_logged_and_exported(world_folder: Path, tmp_path: Path) -> None:
+    options = ["adapter.kind=td_lora", "adapter.gate_scope=network"]
+    folder = train(recipe_of(world_folder, *options, f"run={tmp_path / 'run'}"), World())
+    run = load_run(folder, device="cpu")
+    assert len([name for name in run.checkpoint.tensors if name.startswith("ema.") and ".td_router." in name]) == 2
+    with np.load(sorted((folder / "gates").glob("*.npz"))[-1]) as log:
+        gates = log["gates"]
+    assert len(gates) > 1 and (gates == gates[:1]).all() and np.ptp(gates) > 0
+    for row in export_run(folder, ["td-lora", "lora-experts", "diffusers"], force=True):
+        assert row["format"] == "diffusers" or row["error_mean"] < 1e-6
 
 
 @pytest.mark.parametrize("variant", ["rslora", "dora"])
