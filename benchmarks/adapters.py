@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,22 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
     means, deviations = [float(np.mean(s)) for s in scores], [float(np.std(s, ddof=1)) for s in scores]
     gap = max(means) - min(means)
     said = "do not tell the three apart" if gap < max(deviations) else "differ by more than the seeds do"
-    return f"The scores {said}: the means lie {gap:.3f} apart, the seeds of one deviate by {max(deviations):.3f}."
+    scored = f"The scores {said}: the means lie {gap:.3f} apart, the seeds of one deviate by {max(deviations):.3f}."
+    orders = {tuple(sorted(errors, key=errors.__getitem__)) for errors in _flow_errors(rows).values()}
+    if len(orders) > 1:
+        return f"{scored} The flow errors order the three differently from seed to seed."
+    names = [NAMES[kind] for kind in orders.pop()]
+    return f"{scored} The flow error, which varies more between seeds, has one order in each of them, least first: " + (
+        f"{', '.join(names)}."
+    )
+
+
+def _flow_errors(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """By seed and adapter."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        found[row["seed"]][row["adapter"]] = row["mse"]
+    return found
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -280,7 +280,14 @@ def write_fused_lora(
         tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
     check_tensors(tensors, str(path))
     rank = Counter(len(down) for down, _ in loras.values()).most_common(1)[0][0]
-    trainer = {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    trainer = {
+        "ss_v2": "False",
+        "ss_base_model_version": "flux1",
+        "ss_network_module": "networks.lora_flux",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_network_args": "{}",
+    }
     write_tensors(path, tensors, {**spec.header(_FLUX), **(trainer if style == "kohya" else {}), **(notes or {})})
     return path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +47,15 @@ class LoadedAdapter:
 
 def _parameter_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Name in the file -> name of the parameter in the model."""
-    layers = list(td_layers(model, adapter_name))
-    parts = [f"{name}.{part}.{{}}weight" for name in layers for part in ("td_down", "td_up")]
-    gates = _gate_holders(adapter_configs(model)[adapter_name], layers)
-    parts += [f"{name}.td_router.{{}}{leaf}" for name in gates for leaf in ("weight", "bias")]
-    return {part.format(""): part.format(f"{adapter_name}.") for part in parts}
-
-
-def _gate_holders(config: TDLoraConfig, layers: Iterable[str]) -> list[str]:
-    """The modules that hold the adapter's gates."""
-    return [NETWORK_GATES] if config.gate_scope == "network" else list(layers)
+    names = {module: name for name, module in model.named_modules()}
+    found = {}
+    for name, layer in td_layers(model, adapter_name).items():
+        for part in ("td_down", "td_up"):
+            found[f"{name}.{part}.weight"] = f"{name}.{part}.{adapter_name}.weight"
+        gate = names[layer.gate(adapter_name)]  # the layer's own, or the network's
+        for leaf in ("weight", "bias"):
+            found[f"{gate.removesuffix(f'.{adapter_name}')}.{leaf}"] = f"{gate}.{leaf}"
+    return found
 
 
 def td_lora_state(
@@ -156,7 +155,7 @@ def _expected_shapes(model: nn.Module, config: TDLoraConfig, adapter_name: str) 
         rank = rank_of(config, name)
         shapes[f"{name}.td_down.weight"] = (rank, linear.in_features)
         shapes[f"{name}.td_up.weight"] = (config.experts, linear.out_features, rank)
-    for name in _gate_holders(config, targets):
+    for name in [NETWORK_GATES] if config.gate_scope == "network" else targets:
         shapes[f"{name}.td_router.weight"] = (config.experts, time_dim)
         shapes[f"{name}.td_router.bias"] = (config.experts,)
     return shapes
@@ -206,11 +205,11 @@ def load_td_lora(
     file = read_tensors(folder / ADAPTER_FILE)
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in file.tensors.items()}
     where = str(folder / ADAPTER_FILE)
-    check_names_and_shapes(tensors, _expected_shapes(model, config, adapter_name), where, type(model).__name__)
-    loaded_routers, skipped = _routers_to_load(model, folder / ROUTERS_FILE, routers)
     if adapter_name in adapter_configs(model):
         _same_scaling(model, config, adapter_name)
-    else:
+    check_names_and_shapes(tensors, _expected_shapes(model, config, adapter_name), where, type(model).__name__)
+    loaded_routers, skipped = _routers_to_load(model, folder / ROUTERS_FILE, routers)
+    if adapter_name not in adapter_configs(model):
         add_td_lora(model, config, adapter_name)
     targets = model.state_dict(keep_vars=True)
     for key, parameter in _parameter_names(model, adapter_name).items():

@@ -19,7 +19,8 @@ from dydit_scale.dynamic.timestep import TimestepState
 GateKind = Literal["softmax", "sigmoid"]
 GateScope = Literal["layer", "network"]
 NETWORK_GATES = "timestep_gates"
-"""Where a network's root holds the gates that its layers share."""
+"""Where a network's root holds the gates that its layers share. To diffusers it is a layer as any other: a dict of
+strengths for ``set_adapters`` must name it too, with any value."""
 
 
 class SharedDown(nn.Module):
@@ -97,7 +98,7 @@ def mixtures(
 
 
 class TimestepGates(nn.Module, BaseTunerLayer):
-    """The gates of some adapters, that peft and diffusers switch, delete and unload as those of any layer.
+    """The gates of some adapters, which peft and diffusers switch, delete and unload as those of any layer.
 
     A layer holds its own; a network whose layers share theirs holds them on its root, as ``NETWORK_GATES``.
     """
@@ -110,10 +111,16 @@ class TimestepGates(nn.Module, BaseTunerLayer):
         # Unloading puts the base layer where the gates were.
         self.base_layer = nn.Identity() if base_layer is None else base_layer
         self.td_router = nn.ModuleDict()
-        self.r: dict[str, int] = {}
+        self.r: dict[str, int] = {}  # what diffusers counts adapters by
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Gates alone are never merged."""
+
+    def unmerge(self) -> None:
+        """Gates alone are never merged."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Gates alone have no strength."""
@@ -138,6 +145,7 @@ class TDLoraLayer(TimestepGates):
 
     adapter_layer_names = ("td_down", "td_up", "td_router")
     other_param_names = ("r", "alpha", "scaling", "dropout")
+    _unmerged_weight: Tensor | None
 
     def __init__(
         self,
@@ -157,7 +165,9 @@ class TDLoraLayer(TimestepGates):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.td_down, self.td_up = nn.ModuleDict(), nn.ModuleDict()
-        self._unmerged: Any = None
+        # While merged: the base weight of before, or (in a tuple, so that it is no submodule) the quantised layer.
+        self.register_buffer("_unmerged_weight", None, persistent=False)
+        self._unmerged_layer: tuple[Any, ...] = ()
 
     def add_adapter(
         self,
@@ -204,8 +214,10 @@ class TDLoraLayer(TimestepGates):
 
     def gate(self, adapter: str) -> TimestepGate:
         """The gate of an adapter; gate(adapter)(emb) are the mixtures [batch, experts]."""
-        holder = self if adapter in self.td_router else self._network_gates[0]
-        return cast(TimestepGate, holder.td_router[adapter])
+        for holder in (self, *self._network_gates):
+            if adapter in holder.td_router:
+                return cast(TimestepGate, holder.td_router[adapter])
+        raise ValueError(f"{self.name}: no adapter {adapter!r}; there are {', '.join(self.r) or 'none'}")
 
     # --- the forward pass
 
@@ -215,6 +227,8 @@ class TDLoraLayer(TimestepGates):
         Samples are the outermost axis of the rows (as in Latte's spatial and temporal layouts). Packed tokens
         [tokens, in_features] need an embedding of one row. Raises ValueError where the mapping is not known.
         """
+        if self._disable_adapters and self.merged:
+            self.unmerge()  # as peft's own layers do
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -286,10 +300,11 @@ class TDLoraLayer(TimestepGates):
         return weight.to(base.dtype)
 
     def _base_weight(self) -> Tensor:
-        layer = self.base_layer if self._unmerged is None else self._unmerged
         if self.quantization_backend is not None:
+            layer = self._unmerged_layer[0] if self._unmerged_layer else self.base_layer
             return self.quantization_backend.get_base_weight(layer)
-        return layer if isinstance(layer, Tensor) else cast(Tensor, layer.weight)
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight if self._unmerged_weight is None else self._unmerged_weight
 
     @torch.no_grad()
     def merge_at(self, t_emb: Float[Tensor, "1 time_dim"]) -> None:
@@ -299,22 +314,22 @@ class TDLoraLayer(TimestepGates):
         """
         merged = self.weight_at(t_emb).detach().clone()
         if self.quantization_backend is None:
-            if self._unmerged is None:
-                self._unmerged = self.base_layer.weight.data
+            if self._unmerged_weight is None:
+                self._unmerged_weight = cast(Tensor, self.base_layer.weight).data
             self.base_layer.weight.data = merged
         else:
-            if self._unmerged is None:
-                self._unmerged = self.base_layer
-            self.base_layer = _Dequantised(merged, self._unmerged.bias)
+            self._unmerged_layer = self._unmerged_layer or (self.base_layer,)
+            self.base_layer = _Dequantised(merged, self._unmerged_layer[0].bias)
         self.merged_adapters = list(self.active_adapters)
 
     def unmerge(self) -> None:
         """Put back what was there, exactly. Nothing happens if nothing is merged."""
-        if isinstance(self._unmerged, Tensor):
-            self.base_layer.weight.data = self._unmerged
-        elif self._unmerged is not None:
-            self.base_layer = self._unmerged
-        self._unmerged = None
+        if self._unmerged_weight is not None:
+            self.base_layer.weight.data = self._unmerged_weight
+        if self._unmerged_layer:
+            (self.base_layer,) = self._unmerged_layer
+        self._unmerged_weight = None
+        self._unmerged_layer = ()
         self.merged_adapters = []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -130,8 +130,9 @@ def _alpha_of(config: TDLoraConfig, name: str) -> float:
     return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
 
 
-def target_linears(model: nn.Module, config: TDLoraConfig) -> dict[str, nn.Linear]:
-    """The linear layers of ``model`` that ``config`` adapts, by name; checks all of them before anything is changed.
+def target_linears(model: nn.Module, config: TDLoraConfig) -> dict[str, Any]:
+    """The linear layers (plain or quantised) of ``model`` that ``config`` adapts, by name; all are checked before
+    anything is changed.
 
     Raises ValueError if a target or pattern matches nothing, or matches something that cannot be adapted.
     """
@@ -157,7 +158,7 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _linear(name: str, module: nn.Module) -> nn.Linear:
+def _linear(name: str, module: nn.Module) -> Any:
     if is_in_embedder(name):
         raise ValueError(f"target_modules: {name} makes the timestep embedding that the update needs; exclude it")
     if is_dynamic_name(name):
@@ -169,7 +170,9 @@ def _linear(name: str, module: nn.Module) -> nn.Linear:
             f"target_modules: {name}: expected an nn.Linear, plain or quantised in a way that peft knows, without "
             f"another adapter, got {type(base).__module__}.{type(base).__name__}; exclude it"
         )
-    return base  # type: ignore[return-value]
+    if not hasattr(base, "in_features"):
+        raise ValueError(f"target_modules: {name}: {type(base).__name__} is no single linear layer; exclude it")
+    return base
 
 
 def _backend(base: nn.Module) -> QuantizationBackend | None:
@@ -227,6 +230,10 @@ class TDLoraModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.set_adapter(self.active_adapters)  # also where gates of the network took another for the active one
 
     def unload(self) -> nn.Module:
         """The base model, without a trace of the adapters."""

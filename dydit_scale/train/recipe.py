@@ -73,6 +73,8 @@ class AdapterConfig:
             raise ValueError(f"adapter: rank and experts must be 1 or more; got {self.rank} and {self.experts}")
         if self.variant != "plain" and self.kind != "lora":
             raise ValueError(f"adapter.variant {self.variant!r} is of kind lora; got kind {self.kind!r}")
+        if (self.gate, self.gate_scope) != ("softmax", "layer") and self.kind != "td_lora":
+            raise ValueError(f"adapter.gate and adapter.gate_scope are of kind td_lora; got kind {self.kind!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dydit_scale.adapters.export import timestep_embeddings
-from dydit_scale.adapters.td_lora import TDLoraConfig, merge_at, td_layers, unmerge
+from dydit_scale.adapters.td_lora import TDLoraConfig, merge_at, td_layers
 from tests.adapters import tiny
 from tests.models import test_class_latte as class_latte
 from tests.models import test_latte as latte
@@ -97,6 +97,7 @@ def _classes() -> list[Case]:
             found.append(Case(family.name, static.pop(family.name), targets, run, family.unit))
     assert not static, f"no family is called {' or '.join(static)}"
     shared = [case for case in found if case.name in ("mlp", "flux", "dy-flux")]
+    assert len(shared) == 3
     return found + [replace(case, name=f"{case.name}-network-gate", gate_scope="network") for case in shared]
 
 
@@ -168,6 +169,10 @@ def test_several_adapters_are_switched_added_and_deleted(case: Case, tmp_path: P
         model.set_adapter(one)
         assert not torch.allclose(case(model), both, atol=1e-5)
     model.delete_adapter("second")
+    assert not [name for name, p in model.named_parameters() if ".second." in name]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".td_" in name
+    }
     model.set_adapter("default")
     assert torch.equal(case(model), first) and list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="absent"):
@@ -202,7 +207,11 @@ def test_merged_at_a_timestep_it_is_a_plain_model_there_and_back(case: Case) -> 
     )
     merge_at(network, emb)
     torch.testing.assert_close(case(model, time), there, rtol=1e-4, atol=1e-5)
-    unmerge(network)
+    with model.disable_adapter():
+        assert torch.equal(case(model), case(case.make())), "peft takes merged adapters out to disable them"
+    assert torch.equal(case(model), before)
+    merge_at(network, emb)
+    model.unmerge_adapter()
     assert torch.equal(case(model), before)
     with pytest.raises(ValueError, match="depends on the timestep"):
         model.merge_and_unload()

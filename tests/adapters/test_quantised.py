@@ -1,4 +1,5 @@
-"""TD-LoRA over quantised bases, by the real libraries where they are installed (the extra: quantised)."""
+"""TD-LoRA over quantised bases: by a small scheme of this file, and by the real libraries where they are installed (the
+extra: quantised)."""
 
 from __future__ import annotations
 
@@ -7,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from dydit_scale.adapters import td_lora
 from dydit_scale.adapters.state import load_td_lora, save_td_lora
 from dydit_scale.adapters.td_lora import add_td_lora, merge_at, td_layers, unmerge
 from dydit_scale.dynamic.timestep import TimestepState
 from tests.adapters.tiny import TIME_DIM, embeddings, mlp_config, shake
+from tests.models.tiny import tiny_dynamic
 
 DIM = 64
 
@@ -36,9 +40,43 @@ def plain() -> Net:
         return Net()
 
 
+class Int8Linear(nn.Module):
+    """Rows as int8 with a scale each."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight * self.scale).to(x.dtype), self.bias.to(x.dtype))
+
+
+class Backend(QuantizationBackend):
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        return base_layer.weight * base_layer.scale
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the scheme of this file one that peft knows."""
+    theirs = td_lora.resolve_quantization_backend
+
+    def resolve(base: nn.Module, **options: Any) -> QuantizationBackend | None:
+        return Backend() if isinstance(base, Int8Linear) else theirs(base, **options)
+
+    monkeypatch.setattr(td_lora, "resolve_quantization_backend", resolve)
+
+
 def quantised(kind: str) -> Any:
     """The same weights, quantised."""
     net: Any = plain()
+    if kind == "own int8":
+        net.fc1, net.fc2 = Int8Linear(net.fc1), Int8Linear(net.fc2)
+        return net
     if kind == "torchao int8":
         torchao = pytest.importorskip("torchao.quantization")
         torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
@@ -55,7 +93,7 @@ def quantised(kind: str) -> Any:
     return net
 
 
-each = pytest.mark.parametrize("kind", ["torchao int8", "bnb nf4", "bnb int8"])
+each = pytest.mark.parametrize("kind", ["own int8", "torchao int8", "bnb nf4", "bnb int8"])
 X = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1))
 
 
@@ -90,6 +128,7 @@ def test_merged_it_is_plain_and_unmerged_quantised_again(kind: str) -> None:
         # the activations of quantised layers may be rounded too
         assert (model(X, emb) - before).norm() < 0.02 * before.norm()
         assert all(type(layer.base_layer.weight.data) is Tensor for layer in td_layers(model).values())
+        assert not [name for name in model.state_dict() if "unmerged" in name]
         merge_at(model, embeddings(2)[1:])
         unmerge(model)
         assert torch.equal(model(X, emb), before)
@@ -108,3 +147,28 @@ def test_its_adapter_is_that_of_any_base(kind: str, tmp_path: Any) -> None:
     load_td_lora(again, tmp_path)
     assert torch.equal(again(X, embeddings(3)), model(X, embeddings(3)))
     assert td_layers(again)["fc1"].gate("default").time_dim == TIME_DIM
+
+
+@each
+def test_a_half_precision_model_with_one_gate_for_all_layers(kind: str) -> None:
+    if kind == "torchao int8":
+        pytest.skip("its weights are cast when they are quantised, not afterwards")
+    model: Any = quantised(kind)
+    for layer in (model.fc1, model.fc2):
+        layer.bias.data = layer.bias.data.bfloat16()
+    shake(add_td_lora(model, mlp_config(experts=3, gate_scope="network")))
+    x, emb = X.bfloat16(), embeddings(1)
+    with torch.no_grad():
+        before = model(x, emb)
+        merge_at(model, emb)
+        merged = model(x, emb)
+    assert before.dtype == merged.dtype == torch.bfloat16
+    assert (merged - before).norm() < 0.03 * before.norm()
+
+
+def test_packing_refuses_it() -> None:
+    model: Any = tiny_dynamic()
+    block = model.transformer_blocks[0]
+    block.ff.net[2] = Int8Linear(block.ff.net[2])
+    with pytest.raises(ValueError, match=r"ff\.net\.2\.weight is quantised .*sample without packing"):
+        model.pack(torch.tensor([0.5]))

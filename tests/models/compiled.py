@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tests.models.tiny import scramble
+from dydit_scale.adapters.td_lora import add_td_lora
+from tests.adapters.tiny import flux_config, shake
+from tests.models.tiny import inputs, scramble, tiny_dynamic
 from tests.models.tiny_families import FAMILIES, Family
 
 
@@ -23,7 +25,27 @@ def check(family: Family) -> None:
     torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
 
 
+def check_adapted(gate_scope: str) -> None:
+    """Compiled blocks with TD-LoRA compute and learn what eager ones do, without a break in the graph."""
+    runs = []
+    for compiled in (False, True):
+        model = add_td_lora(tiny_dynamic(), flux_config(gate_scope=gate_scope))
+        shake(model).train()
+        torch._dynamo.reset()
+        if compiled:
+            model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        for times in ([0.2, 0.8], [0.3, 0.5]):
+            model(gates="open", **inputs(times)).sample.square().mean().backward()
+        runs.append({n: p.grad for n, p in model.named_parameters() if ".td_" in n})
+    assert runs[0] and all(grad.any() for grad in runs[0].values())
+    for name, grad in runs[0].items():
+        torch.testing.assert_close(runs[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
 if __name__ == "__main__":
     for each in FAMILIES:
         check(each)
         print(each.name)
+    for scope in ("layer", "network"):
+        check_adapted(scope)
+        print(f"td_lora {scope}")

@@ -108,10 +108,10 @@ def half(world: World, name: str) -> dict[str, Any]:
     }
 
 
-def adapter(world: World, name: str) -> dict[str, Any]:
+def adapter(world: World, name: str, gate_scope: str) -> dict[str, Any]:
     """Digests of the files of a TD-LoRA with routers, gathered from wherever its pieces are."""
     model = tiny_dynamic()
-    add_td_lora(model, flux_config())
+    add_td_lora(model, flux_config(gate_scope=gate_scope))
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or is_dynamic_name(parameter_name))
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -200,7 +200,8 @@ def run_all(world: World, names: tuple[str, ...]) -> dict[str, Any]:
             results[f"guard/{name}/{spoil}"] = guard(world, name, spoil)
         results[f"average/{name}"] = average(world, name)
         results[f"half/{name}"] = half(world, name)
-        results[f"adapter/{name}"] = adapter(world, name)
+        for gate_scope in ("layer", "network"):
+            results[f"adapter/{name}/{gate_scope}"] = adapter(world, name, gate_scope)
         results[f"network_gate/{name}"] = network_gate(world, name)
         results[f"covered/{name}"] = covered(world, name)
     return results

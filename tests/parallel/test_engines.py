@@ -121,10 +121,11 @@ def test_bf16_over_a_frozen_bf16_base(results: Results, run: str) -> None:
         assert got["frozen"] == ["torch.bfloat16"] and got["kept"] == ["torch.float32"]
 
 
+@pytest.mark.parametrize("gate_scope", ["layer", "network"])
 @pytest.mark.parametrize("run", RUNS)
-def test_the_saved_adapter_is_that_of_one_process_byte_for_byte(results: Results, run: str) -> None:
-    main, *others = case(results, run, "adapter")
-    assert main == case(results, "single@1", "adapter")[0]
+def test_the_saved_adapter_is_that_of_one_process_byte_for_byte(results: Results, run: str, gate_scope: str) -> None:
+    main, *others = case(results, run, "adapter", gate_scope)
+    assert main == case(results, "single@1", "adapter", gate_scope)[0]
     assert set(main["files"]) == {"adapter_model.safetensors", "adapter_config.json", "dynamic_routers.safetensors"}
     assert len(main["some"]) > 4 and all(rank == {"some": [], "files": {}} for rank in others)
 

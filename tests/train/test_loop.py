@@ -65,8 +65,8 @@ def test_a_gate_of_the_network_is_logged_and_exported(world_folder: Path, tmp_pa
     with np.load(sorted((folder / "gates").glob("*.npz"))[-1]) as log:
         gates = log["gates"]
     assert len(gates) > 1 and (gates == gates[:1]).all() and np.ptp(gates) > 0
-    for row in export_run(folder, ["td-lora", "lora-experts", "diffusers"], force=True):
-        assert row["format"] == "diffusers" or row["error_mean"] < 1e-6
+    rows = {row["format"]: row["output_error"] for row in export_run(folder, ["lora-experts", "diffusers"], force=True)}
+    assert rows["lora-experts"] < 1e-3 < rows["diffusers"] < 1
 
 
 @pytest.mark.parametrize("variant", ["rslora", "dora"])
