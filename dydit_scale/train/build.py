@@ -9,9 +9,10 @@ from peft import LoraConfig
 from torch import nn
 
 from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, is_dynamic_name
-from dydit_scale.models.family import Family, SampleSize
+from dydit_scale.models.family import Family
 from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
 from dydit_scale.parallel.engine import ParamGroup
+from dydit_scale.train.objective import sample_size
 from dydit_scale.train.recipe import AdapterConfig, Recipe
 
 
@@ -102,7 +103,7 @@ def shard_units(network: nn.Module) -> list[nn.Module]:
 
 
 def _check_target(recipe: Recipe, family: Family, network: Any, pipeline: Any) -> None:
-    size = SampleSize(side=recipe.data.image_size, frames=recipe.data.frames, images=recipe.data.images_per_clip)
+    size = sample_size(recipe)
     family.image_tokens(pipeline, size)
     if recipe.dynamic is None:
         return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def test_clips_for_a_model_of_pictures_are_refused(worlds: Path) -> None:
     clips = replace(recipe, data=replace(recipe.data, frames=8))
     with pytest.raises(ValueError, match=r"data\.frames 8: FluxPipeline makes pictures"):
         check_data(clips, index)
+
+
+def test_rectangles_for_a_model_of_squares_are_refused(worlds: Path) -> None:
+    refused = pytest.raises(ValueError, match=r"data\.buckets: DyDiTPipeline makes squares of one size")
+    for family, outcome in (("flux", nullcontext()), ("dit", refused)):
+        recipe, index = _parts(worlds, family)
+        with outcome:
+            check_data(replace(recipe, data=replace(recipe.data, buckets=True)), index)
 
 
 def test_a_model_of_captions_needs_some(worlds: Path) -> None:

@@ -20,7 +20,6 @@ from dydit_scale.models.family import (
     Prompts,
     SampleConfig,
     SampleSize,
-    check_side,
     complete,
     scheduler_timesteps,
     to_uint8,
@@ -121,13 +120,13 @@ class LatteFamily(Family):
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, frames and pictures, rows, cols]."""
-        config = pipeline.transformer.config
-        side = self._tokens_a_side(pipeline, size) * config["patch_size"]
-        return (config["in_channels"], _frames(pipeline, size), side, side)
+        (rows, cols), config = self.token_grid(pipeline, size), pipeline.transformer.config
+        patch = config["patch_size"]
+        return (config["in_channels"], _frames(pipeline, size), rows * patch, cols * patch)
 
     def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
         """Patches of all frames and pictures."""
-        return _frames(pipeline, size) * self._tokens_a_side(pipeline, size) ** 2
+        return _frames(pipeline, size) * super().image_tokens(pipeline, size)
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """The text of the clip, and of the pictures beside it."""
@@ -161,8 +160,8 @@ class LatteFamily(Family):
             negative_prompt_embeds=none,
             negative_prompt=None,
             video_length=config.frames,
-            height=config.side,
-            width=config.side,
+            height=config.height,
+            width=config.width,
             num_inference_steps=config.steps,
             guidance_scale=config.cfg,
             generator=generators,
@@ -185,9 +184,6 @@ class LatteFamily(Family):
         device, mask = pipeline.vae.device, inputs.attention_mask
         text = pipeline.text_encoder(inputs.input_ids.to(device), attention_mask=mask.to(device))[0]
         return text * mask[..., None].to(text)
-
-    def _tokens_a_side(self, pipeline: Any, size: SampleSize) -> int:
-        return check_side(size.side, pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"])
 
 
 FAMILIES = [ClassLatteFamily(), LatteFamily()]
