@@ -112,7 +112,7 @@ class Family(ABC):
     reads_text: ClassVar[bool] = True
     """False for class-conditional models, whose prompts are names or numbers of classes."""
     makes_videos: ClassVar[bool] = False
-    """Clips, of the length that the model was made for; pictures otherwise."""
+    """Clips, of the lengths in ``clip_lengths``; pictures otherwise."""
     any_size: ClassVar[bool] = False
     """Whether pictures may be rectangles, and of several sizes in one training. False where the model knows its tokens
     by a table of positions that was made for squares of one size."""
@@ -183,6 +183,10 @@ class Family(ABC):
         rows, cols = self.token_grid(pipeline, size)
         return rows * cols
 
+    def clip_lengths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Frames of what a transformer with this config learns from, first of what it draws; 1 is a picture."""
+        return (1,)
+
     def num_classes(self, config: Mapping[str, Any]) -> int | None:
         """Classes that a transformer with this config knows; None if it has none."""
         return None
@@ -199,7 +203,9 @@ class Family(ABC):
 
     def encode(self, pipeline: Any, pixels: Tensor, noise: Tensor) -> Tensor:
         """Latents of pictures [batch, 3, height, width] or videos [batch, frames, 3, height, width], drawn by
-        ``noise``."""
+        ``noise``; to a family of videos a picture is one of a single frame."""
+        if self.makes_videos and pixels.ndim == 4:
+            pixels = pixels[:, None]
         if pixels.ndim == 4:
             return encode_pictures(pipeline.vae, pixels, noise)
         z = encode_pictures(pipeline.vae, pixels.flatten(0, 1), noise.transpose(1, 2).flatten(0, 1))

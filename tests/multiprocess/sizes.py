@@ -1,6 +1,6 @@
 """Run by torchrun, or alone: three steps whose micro-batches have several sizes, also from rank to rank.
 
-python -m tests.multiprocess.sizes WORLD OUT
+python -m tests.multiprocess.sizes WORLDS OUT
 """
 
 from __future__ import annotations
@@ -23,19 +23,29 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"name": "fsdp"},
 }
 BATCH, MICRO = 8, 2
+RUNS: dict[int, tuple[tuple[str, str, bool], ...]] = {
+    1: (("flux", "single", False), ("latte", "single", False)),
+    2: (
+        *(("flux", engine, False) for engine in ("zero2", "zero3", "fsdp")),
+        ("latte", "fsdp", False),
+        ("flux", "zero2", True),
+        ("flux", "fsdp", True),
+    ),
+}
+"""Numbers of ranks, families, engines, and whether the cost loss acts."""
 
 
-def run_folder(out: Path, engine: str, *, cost: bool) -> Path:
-    return out / f"{engine}-{'cost' if cost else 'free'}"
+def run_folder(out: Path, family: str, engine: str, *, cost: bool) -> Path:
+    return out / f"{family}-{engine}-{'cost' if cost else 'free'}"
 
 
-def train_sizes(folder: Path, out: Path, engine: str, world: World, *, cost: bool) -> None:
+def train_sizes(worlds: Path, out: Path, family: str, engine: str, world: World, *, cost: bool) -> None:
     """Micro-batches of two samples, whoever takes them.
 
     Without ``cost`` the loss is a sum over samples, and the ranks make no difference; the cost loss looks at the
     micro-batches that run at the same time.
     """
-    recipe = family_recipe(folder, "flux", "none", run=str(run_folder(out, engine, cost=cost)))
+    recipe = family_recipe(worlds / family, family, "none", run=str(run_folder(out, family, engine, cost=cost)))
     changes: dict[str, Any] = {
         "steps": 3, "batch_size": BATCH, "accumulation": BATCH // MICRO // world.world_size, "evaluate_every": 0,
         "sample_every": 0, "gradient_checkpointing": "full" if engine == "fsdp" else "none",
@@ -47,14 +57,11 @@ def train_sizes(folder: Path, out: Path, engine: str, world: World, *, cost: boo
     loop.train(recipe, world)
 
 
-def main(folder: Path, out: Path) -> None:
+def main(worlds: Path, out: Path) -> None:
     loop.make_loader = make_sized_loader  # type: ignore[assignment]
     world = init_world(device="cpu")
-    for engine in ("zero2", "zero3", "fsdp") if world.world_size > 1 else ("single",):
-        train_sizes(folder, out, engine, world, cost=False)
-    if world.world_size > 1:
-        for engine in ("zero2", "fsdp"):
-            train_sizes(folder, out, engine, world, cost=True)
+    for family, engine, cost in RUNS[world.world_size]:
+        train_sizes(worlds, out, family, engine, world, cost=cost)
     close(world)
 
 

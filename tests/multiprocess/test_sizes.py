@@ -12,25 +12,30 @@ from tests.families.journey import write_world
 from tests.multiprocess.sizes import run_folder
 from tests.parallel.launch import Ranks
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]  # one and two processes, one and five runs
+pytestmark = [pytest.mark.launch, pytest.mark.slow]  # one and two processes, two and six runs
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, out = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("runs")
-    write_world(folder, "flux")
+    worlds, out = tmp_path_factory.mktemp("worlds"), tmp_path_factory.mktemp("runs")
+    for family in ("flux", "latte"):
+        write_world(worlds / family, family)
     for ranks in (1, 2):
-        with Ranks("tests.multiprocess.sizes", str(folder), str(out), world_size=ranks) as processes:
+        with Ranks("tests.multiprocess.sizes", str(worlds), str(out), world_size=ranks) as processes:
             processes.wait()
     return out
 
 
 @pytest.mark.parametrize(
-    ("engine", "other", "cost"),
-    [*((engine, "single", False) for engine in ("zero2", "zero3", "fsdp")), ("zero2", "fsdp", True)],
+    ("family", "engine", "other", "cost"),
+    [
+        *(("flux", engine, "single", False) for engine in ("zero2", "zero3", "fsdp")),
+        ("latte", "fsdp", "single", False),
+        ("flux", "zero2", "fsdp", True),
+    ],
 )
-def test_the_same_training(runs: Path, engine: str, other: str, cost: bool) -> None:
-    folders = [run_folder(runs, name, cost=cost) for name in (engine, other)]
+def test_the_same_training(runs: Path, family: str, engine: str, other: str, cost: bool) -> None:
+    folders = [run_folder(runs, family, name, cost=cost) for name in (engine, other)]
     ours, theirs = ([r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] for folder in folders)
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):
@@ -46,5 +51,5 @@ def test_the_same_training(runs: Path, engine: str, other: str, cost: bool) -> N
 
 
 def test_the_cost_loss_acts(runs: Path) -> None:
-    last = [read_metrics(run_folder(runs, "zero2", cost=cost) / "metrics.jsonl")[2] for cost in (True, False)]
+    last = [read_metrics(run_folder(runs, "flux", "zero2", cost=cost) / "metrics.jsonl")[2] for cost in (True, False)]
     assert last[0]["ratio"] != last[1]["ratio"]

@@ -16,7 +16,7 @@ from tests.families.journey import family_recipe, write_world
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checks")
-    for family in ("flux", "dit"):
+    for family in ("flux", "dit", "latte", "latte-classes"):
         write_world(folder / family, family)
     return folder
 
@@ -41,6 +41,16 @@ def test_clips_for_a_model_of_pictures_are_refused(worlds: Path) -> None:
     clips = replace(recipe, data=replace(recipe.data, frames=8))
     with pytest.raises(ValueError, match=r"data\.frames 8: FluxPipeline makes pictures"):
         check_data(clips, index)
+
+
+def test_clips_of_another_length_are_refused(worlds: Path) -> None:
+    for family, known in (("latte", (1, 8)), ("latte-classes", (8,))):
+        recipe, index = _parts(worlds, family)
+        for frames in (1, 4, 8):
+            data = replace(recipe.data, frames=frames, images_per_clip=0)
+            refused = pytest.raises(ValueError, match=rf"data\.frames {frames}: the model of .* makes clips of 8; set")
+            with nullcontext() if frames in known else refused:
+                check_data(replace(recipe, data=data), index)
 
 
 def test_rectangles_for_a_model_of_squares_are_refused(worlds: Path) -> None:

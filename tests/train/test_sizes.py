@@ -172,6 +172,33 @@ def test_the_size_of_clips_with_pictures_is_read_from_the_batch() -> None:
     assert size_of(batch._replace(picture_captions=())) == SampleSize(height=8, width=16, frames=10)
 
 
+def test_latte_learns_from_single_pictures_between_clips(worlds: Path) -> None:
+    recipe = recipe_of(worlds, "latte")
+    objective, picture = objective_of(recipe), batch_of(range(2), 16, 16)
+    level = objective.training_levels(0, picture.positions)
+    alone, clip = (
+        objective.prepare(batch, level, 0) for batch in (picture, picture._replace(pixels=picture.pixels[:, None]))
+    )
+    assert alone.size == clip.size == SampleSize(height=16, width=16) and alone.x0.shape[2] == 1
+    assert torch.equal(alone.x0, clip.x0)
+    noise = objective.gate_noise(picture.positions, alone.size)
+    sample, masks = objective.forward_dynamic(objective.network, alone, noise)
+    assert sample.shape[2] == 1 and masks.tokens.shape[-1] == 16
+    assert torch.equal(objective.ratio(alone, masks), objective.network.cost(16, 120, frames=1).ratio(masks))
+    terms = objective.terms(objective.network, alone, picture.positions, 0)
+    (terms.flow.mean() + terms.supervision.mean() + terms.ratio.mean()).backward()
+    idle = [n for n, p in objective.network.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle, "sharded engines need every block to run on every rank"
+
+
+def test_data_frames_are_what_is_drawn(worlds: Path) -> None:
+    for family in ("latte", "latte-classes"):
+        recipe = recipe_of(worlds, family)
+        single = replace(recipe, data=replace(recipe.data, frames=1, images_per_clip=0))
+        with pytest.raises(ValueError, match=r"frames 1: the model makes clips of 8; set data\.frames to that"):
+            build_parts(single)
+
+
 def test_evaluation_is_the_mean_over_samples_of_all_sizes(worlds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "make_loader", make_sized_loader)
     recipe = recipe_of(worlds, "flux")

@@ -32,12 +32,12 @@ LATTE_TEXT_TOKENS = 120
 """Length to which LattePipeline pads prompts, whatever the recipe says."""
 
 
-def _frames(pipeline: Any, size: SampleSize) -> int:
-    """Entries of the frame axis; ValueError unless the clip has the model's length."""
-    length = pipeline.transformer.config["video_length"]
-    if size.frames != length:
-        raise ValueError(f"frames {size.frames}: the model makes clips of {length}; set data.frames to that")
-    return length + size.images
+def _frames(family: Family, pipeline: Any, size: SampleSize) -> int:
+    """Entries of the frame axis; ValueError for a clip of a length that the model does not know."""
+    known = family.clip_lengths(pipeline.transformer.config)
+    if size.frames not in known:
+        raise ValueError(f"frames {size.frames}: the model makes clips of {known[0]}; set data.frames to that")
+    return size.frames + size.images
 
 
 class ClassLatteFamily(DiTFamily):
@@ -57,11 +57,11 @@ class ClassLatteFamily(DiTFamily):
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, frames and pictures, rows, cols]."""
         channels, *picture = super().latent_shape(pipeline, size)
-        return (channels, _frames(pipeline, size), *picture)
+        return (channels, _frames(self, pipeline, size), *picture)
 
     def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
         """Patches of all frames and pictures."""
-        return _frames(pipeline, size) * super().image_tokens(pipeline, size)
+        return _frames(self, pipeline, size) * super().image_tokens(pipeline, size)
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """Labels of clip and pictures, where the model has classes."""
@@ -85,6 +85,10 @@ class ClassLatteFamily(DiTFamily):
     def cost(self, network: Any, pipeline: Any, size: SampleSize, text_tokens: int) -> ModelCost:
         """Of one clip with its pictures."""
         return network.cost(self.image_tokens(pipeline, size), frames=size.frames, images=size.images)
+
+    def clip_lengths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """One; pictures are learnt beside clips alone."""
+        return (config["video_length"],)
 
     def num_classes(self, config: Mapping[str, Any]) -> int | None:
         """None for a model of clips without classes."""
@@ -122,11 +126,11 @@ class LatteFamily(Family):
         """[channels, frames and pictures, rows, cols]."""
         (rows, cols), config = self.token_grid(pipeline, size), pipeline.transformer.config
         patch = config["patch_size"]
-        return (config["in_channels"], _frames(pipeline, size), rows * patch, cols * patch)
+        return (config["in_channels"], _frames(self, pipeline, size), rows * patch, cols * patch)
 
     def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
         """Patches of all frames and pictures."""
-        return _frames(pipeline, size) * super().image_tokens(pipeline, size)
+        return _frames(self, pipeline, size) * super().image_tokens(pipeline, size)
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """The text of the clip, and of the pictures beside it."""
@@ -175,6 +179,10 @@ class LatteFamily(Family):
         """Of one clip with its pictures."""
         tokens = self.image_tokens(pipeline, size)
         return network.cost(tokens, LATTE_TEXT_TOKENS, frames=size.frames, images=size.images)
+
+    def clip_lengths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Single pictures too, on which temporal blocks run as on a clip of one frame."""
+        return (config["video_length"], 1)
 
     def _encoded(self, pipeline: Any, captions: list[str]) -> Float[Tensor, "batch text dim"]:
         """As LattePipeline encodes a batch: zeros behind the caption's end."""
