@@ -130,9 +130,9 @@ def show(run: Path, file: Path, *, quick: bool) -> list[str]:
     loaded.network.pack(sampler_timesteps(loaded.pipeline, config))
     rows = np.concatenate([static, generate(loaded.pipeline, prompts, config)])
     if rows.ndim == 4:
-        Image.fromarray(picture_grid(rows, len(prompts), SHOWN_SIDE // config.side)).save(file.with_suffix(".png"))
+        Image.fromarray(picture_grid(rows, len(prompts), SHOWN_SIDE // config.height)).save(file.with_suffix(".png"))
         return prompts
-    frames = [picture_grid(rows[:, i], len(prompts), SHOWN_SIDE // config.side) for i in range(rows.shape[1])]
+    frames = [picture_grid(rows[:, i], len(prompts), SHOWN_SIDE // config.height) for i in range(rows.shape[1])]
     write_video(file.with_suffix(".gif"), np.stack(frames), FPS)
     return prompts
 

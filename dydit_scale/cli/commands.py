@@ -46,6 +46,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--guidance", type=float, help="distilled guidance, for models that take it")
     parser.add_argument("--sampler", help="dit: ddpm, ddim, dpm++; sit: euler, heun, sde (default: the pipeline's own)")
+    parser.add_argument("--height", type=int, help="pixels of a picture (default: the recipe's image_size)")
+    parser.add_argument("--width", type=int, help="the same; other than the height for flux and pixart")
     parser.add_argument("--fps", type=int, default=8, help="frames a second of clips")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int)
@@ -60,7 +62,7 @@ def _run_sample(args: argparse.Namespace) -> None:
     if not prompts:
         raise ValueError('nothing to draw: give --prompts FILE or --prompt "a red circle"')
     out = args.out or args.folder / "pictures"
-    options = ("steps", "cfg", "guidance", "sampler", "batch", "seed")
+    options = ("steps", "height", "width", "cfg", "guidance", "sampler", "batch", "seed")
     sample_run(args.folder, prompts, out, config={name: getattr(args, name) for name in options}, fps=args.fps)
     print(f"pictures: {out}")
 

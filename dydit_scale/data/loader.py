@@ -36,6 +36,8 @@ class DataConfig:
     """Folder with the shards and their index."""
     image_size: int = 32
     """Side of the square pictures, in pixels; others are resized on the shorter side and cropped at the centre."""
+    buckets: bool = False
+    """Batches of several aspect ratios, ..."""
     caption_dropout: float = 0.1
     """Share of positions without their caption ("" in its place) and label (-1), for classifier-free guidance."""
     frames: int = 1

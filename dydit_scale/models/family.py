@@ -26,8 +26,10 @@ ObjectiveKind = Literal["flow", "flow_data_last", "ddpm"]
 class SampleSize:
     """Pixels of a sample."""
 
-    side: int
-    """Of the square picture."""
+    height: int
+    """Rows of the picture."""
+    width: int
+    """Its columns."""
     frames: int = 1
     """More than 1 is a video."""
     images: int = 0
@@ -40,8 +42,10 @@ class SampleConfig:
 
     steps: int = 28
     """Steps of the sampler."""
-    side: int = 1024
-    """Pixels of the square picture's side."""
+    height: int = 1024
+    """Of a picture, in pixels."""
+    width: int = 1024
+    """Of a picture, in pixels; other than the height for families that make rectangles."""
     frames: int = 1
     """Frames of a video."""
     guidance: float = 3.5
@@ -58,11 +62,15 @@ class SampleConfig:
     seed: int = 0
     """Seed of the noise."""
 
+    @property
+    def size(self) -> SampleSize:
+        """Of what is drawn."""
+        return SampleSize(height=self.height, width=self.width, frames=self.frames)
+
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.frames < 1:
-            raise ValueError(
-                f"sampling: steps, batch and frames must be 1 or more; got {self.steps}, {self.batch}, {self.frames}"
-            )
+        for name in ("steps", "height", "width", "frames", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling: {name} must be 1 or more; got {getattr(self, name)}")
         if self.cfg < 1:
             raise ValueError(f"sampling: cfg must be 1 (off) or more; got {self.cfg}")
 
@@ -104,7 +112,10 @@ class Family(ABC):
     reads_text: ClassVar[bool] = True
     """False for class-conditional models, whose prompts are names or numbers of classes."""
     makes_videos: ClassVar[bool] = False
-    """Clips, of the length that the model was made for; pictures otherwise."""
+    """Clips, of the lengths in ``clip_lengths``; pictures otherwise."""
+    any_size: ClassVar[bool] = False
+    """Whether pictures may be rectangles, and of several sizes in one training. False where the model knows its tokens
+    by a table of positions that was made for squares of one size."""
     samplers: ClassVar[tuple[str, ...]] = ()
     """What ``SampleConfig.sampler`` may be, besides None."""
     guidance_layout: ClassVar[Literal["in_turn", "prompts_first", "prompts_last"]] = "prompts_first"
@@ -118,12 +129,8 @@ class Family(ABC):
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """Shape of one sample's latents and noise.
 
-        Raises ValueError if the side is not a whole number of tokens.
+        Raises ValueError as :meth:`token_grid` does.
         """
-
-    @abstractmethod
-    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
-        """Tokens of one sample that token routers decide about."""
 
     @abstractmethod
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
@@ -142,12 +149,43 @@ class Family(ABC):
         generators: list[torch.Generator],
         config: SampleConfig,
     ) -> np.ndarray:
-        """Pictures uint8 [batch, side, side, 3], or videos [batch, frames, side, side, 3].
+        """Pictures uint8 [batch, height, width, 3], or videos [batch, frames, height, width, 3].
 
         Args:
             noise: latents to start from.
             generators: one for each picture, for samplers that add noise on the way.
         """
+
+    def token_side(self, pipeline: Any) -> int:
+        """Pixels along a side of the square that one token covers."""
+        return pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"]
+
+    def token_grid(self, pipeline: Any, size: SampleSize) -> tuple[int, int]:
+        """Rows and columns of a picture's tokens.
+
+        Raises ValueError if they are not whole, or for a rectangle where the family makes squares alone.
+        """
+        side = self.token_side(pipeline)
+        for name, pixels in (("height", size.height), ("width", size.width)):
+            if pixels % side:
+                raise ValueError(
+                    f"picture {name} {pixels}: expected a multiple of {side} pixels, the side of one token"
+                )
+        if size.height != size.width and not self.any_size:
+            raise ValueError(
+                f"picture of height {size.height} and width {size.width}: {self.pipeline_class.__name__} makes squares "
+                "alone; choose one number for both"
+            )
+        return size.height // side, size.width // side
+
+    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
+        """Tokens of one sample that token routers decide about; ValueError as :meth:`token_grid`."""
+        rows, cols = self.token_grid(pipeline, size)
+        return rows * cols
+
+    def clip_lengths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Frames of what a transformer with this config learns from, first of what it draws; 1 is a picture."""
+        return (1,)
 
     def num_classes(self, config: Mapping[str, Any]) -> int | None:
         """Classes that a transformer with this config knows; None if it has none."""
@@ -164,7 +202,10 @@ class Family(ABC):
         return pipeline
 
     def encode(self, pipeline: Any, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Latents of pictures [batch, 3, side, side] or videos [batch, frames, 3, side, side], drawn by ``noise``."""
+        """Latents of pictures [batch, 3, height, width] or videos [batch, frames, 3, height, width], drawn by
+        ``noise``; to a family of videos a picture is one of a single frame."""
+        if self.makes_videos and pixels.ndim == 4:
+            pixels = pixels[:, None]
         if pixels.ndim == 4:
             return encode_pictures(pipeline.vae, pixels, noise)
         z = encode_pictures(pipeline.vae, pixels.flatten(0, 1), noise.transpose(1, 2).flatten(0, 1))
@@ -209,13 +250,6 @@ def scheduler_timesteps(pipeline: Any, steps: int) -> Float[Tensor, " steps"]:
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
     return scheduler.timesteps.float()
-
-
-def check_side(side: int, unit: int) -> int:
-    """Tokens along a side of pixels, each of which covers ``unit`` of them; ValueError if that is not whole."""
-    if side % unit:
-        raise ValueError(f"picture side {side}: expected a multiple of {unit} pixels, the side of one token")
-    return side // unit
 
 
 def to_uint8(pictures: Any) -> np.ndarray:

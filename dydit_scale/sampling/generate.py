@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dydit_scale.diffusion.flow import sample_noise
 from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.dynamic.masks import DynamicMasks
-from dydit_scale.models.family import Family, SampleConfig, SampleSize
+from dydit_scale.models.family import Family, SampleConfig
 from dydit_scale.models.registry import family_of
 
 
@@ -36,7 +36,9 @@ def forwards(pipe: Any, config: SampleConfig) -> int:
 def generate(
     pipe: Any, prompts: Sequence[str], config: SampleConfig, *, first: int = 0, progress: str | None = None
 ) -> np.ndarray:
-    """Pictures of the prompts, uint8 [prompts, side, side, 3], or videos [prompts, frames, side, side, 3].
+    """Pictures of the prompts, uint8 [prompts, height, width, 3], or videos [prompts, frames, height, width, 3].
+
+    Raises ValueError for a sampler or a size that the family does not know.
 
     Args:
         first: number of the first picture, which its noise depends on.
@@ -65,8 +67,7 @@ def _check_sampler(family: Family, config: SampleConfig) -> None:
 
 
 def _noise(pipe: Any, family: Family, numbers: Tensor, config: SampleConfig) -> Float[Tensor, "batch *latent"]:
-    size = SampleSize(side=config.side, frames=config.frames)
-    return sample_noise(config.seed, numbers, family.latent_shape(pipe, size), "sample")
+    return sample_noise(config.seed, numbers, family.latent_shape(pipe, config.size), "sample")
 
 
 @dataclass
@@ -101,14 +102,14 @@ def recorded(transformer: Any) -> Iterator[Recording]:
 def picture_grid(pictures: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
     """The pictures side by side on a dark sheet, enlarged without smoothing; uint8 [height, width, 3].
 
-    Clips [clips, frames, side, side, 3] get a row each, a column for each frame, whatever ``columns`` says.
+    Clips [clips, frames, height, width, 3] get a row each, a column for each frame, whatever ``columns`` says.
     """
     if pictures.ndim == 5:
         columns, pictures = pictures.shape[1], pictures.reshape(-1, *pictures.shape[2:])
-    n, side = len(pictures), pictures.shape[1]
-    rows, cell = -(-n // columns), side + gap
-    sheet = np.full((rows * cell + gap, columns * cell + gap, 3), 16, np.uint8)
+    n, height, width, _ = pictures.shape
+    down, right = height + gap, width + gap
+    sheet = np.full((-(-n // columns) * down + gap, columns * right + gap, 3), 16, np.uint8)
     for i, picture in enumerate(pictures):
-        y, x = gap + (i // columns) * cell, gap + (i % columns) * cell
-        sheet[y : y + side, x : x + side] = picture
+        y, x = gap + (i // columns) * down, gap + (i % columns) * right
+        sheet[y : y + height, x : x + width] = picture
     return sheet.repeat(scale, 0).repeat(scale, 1)

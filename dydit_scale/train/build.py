@@ -9,9 +9,10 @@ from peft import LoraConfig
 from torch import nn
 
 from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, is_dynamic_name
-from dydit_scale.models.family import Family, SampleSize
+from dydit_scale.models.family import Family
 from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
 from dydit_scale.parallel.engine import ParamGroup
+from dydit_scale.train.objective import sample_size
 from dydit_scale.train.recipe import AdapterConfig, Recipe
 
 
@@ -53,7 +54,7 @@ def build_parts(recipe: Recipe) -> Parts:
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     pipeline.register_modules(transformer=network)
-    _check_target(recipe, family, network, pipeline)
+    _check_size_and_target(recipe, family, network, pipeline)
     return Parts(network, pipeline, teacher)
 
 
@@ -102,9 +103,15 @@ def shard_units(network: nn.Module) -> list[nn.Module]:
     return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
-def _check_target(recipe: Recipe, family: Family, network: Any, pipeline: Any) -> None:
-    size = SampleSize(side=recipe.data.image_size, frames=recipe.data.frames, images=recipe.data.images_per_clip)
+def _check_size_and_target(recipe: Recipe, family: Family, network: Any, pipeline: Any) -> None:
+    size = sample_size(recipe)
     family.image_tokens(pipeline, size)
+    drawn = family.clip_lengths(network.config)[0]
+    if size.frames != drawn:
+        raise ValueError(
+            f"data.frames {size.frames}: the model makes clips of {drawn}; set data.frames to that. A source of single "
+            "pictures has frames of its own"
+        )
     if recipe.dynamic is None:
         return
     cost = family.cost(network, pipeline, size, recipe.model.text_tokens)

@@ -28,13 +28,24 @@ def check_batch(recipe: Recipe, world: World) -> None:
 
 def check_data(recipe: Recipe, index: ShardIndex) -> None:
     """ValueError if the base's model cannot learn from such samples: captions or classes that it needs and no sample
-    has, a class beyond its last one, or clips for a model of pictures."""
+    has, a class beyond its last one, clips of another length, or rectangles for a model of squares."""
     base, folder = recipe.model.base, index.folder
     family = family_of_base(base)
     if recipe.data.frames > 1 and not family.makes_videos:
         raise ValueError(
             f"data.frames {recipe.data.frames}: {family.pipeline_class.__name__} makes pictures, not clips; "
             "set data.frames to 1, which takes one frame of each clip"
+        )
+    lengths = family.clip_lengths(transformer_config(base, family))
+    if recipe.data.frames not in lengths:
+        raise ValueError(
+            f"data.frames {recipe.data.frames}: the model of {base} makes clips of {lengths[0]}; set data.frames to "
+            "that, and data.images_per_clip for single pictures"
+        )
+    if recipe.data.buckets and not family.any_size:
+        raise ValueError(
+            f"data.buckets: {family.pipeline_class.__name__} makes squares of one size, which its table of positions "
+            "was made for; set data.buckets to false"
         )
     good = np.ones(index.num_samples, dtype=bool)
     good[list(index.bad)] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class Inputs(NamedTuple):
     """As the diffusion process counts; flow: noise levels s in fp32."""
     arguments: dict[str, Any]
     """The transformer's arguments by name, the noisy pictures and timesteps included."""
+    size: SampleSize
+    """Of each sample, in pixels."""
     text_tokens: int
 
 
@@ -68,21 +71,22 @@ class Objective:
         self.recipe, self.network, self.pipeline, self.device = recipe, network, pipeline, device
         self.family = family_of(pipeline)
         self.process = make_process(recipe, self.family)
-        self.size = sample_size(recipe)
         self.teacher = None if teacher is None else teacher.to(device)
         self.is_dynamic = recipe.dynamic is not None
         self.guided = recipe.supervision.guidance > 1
+        self.cost = cache(partial(self.family.cost, network, pipeline))  # of a size and a number of text tokens
 
     @torch.no_grad()
     def prepare(self, batch: Batch, level: Shaped[Tensor, " batch"], seed: int, *, unprompted: bool = False) -> Inputs:
-        """Encode pictures and captions and add noise; random draws depend on the seed and the samples' positions
-        alone.
+        """Encode pictures and captions and add noise; random draws depend on the seed, the samples' positions and
+        their size in pixels alone.
 
         Args:
             unprompted: let the batch follow a second time, the same but for its prompts, which it has none.
         """
         family, pipeline, model = self.family, self.pipeline, self.recipe.model
-        shape = family.latent_shape(pipeline, self.size)
+        size = size_of(batch)
+        shape = family.latent_shape(pipeline, size)
         posterior = sample_noise(seed, batch.positions, shape, "posterior").to(self.device)
         x0 = family.pack(family.encode(pipeline, batch.pixels.to(self.device), posterior))
         noise = family.pack(sample_noise(seed, batch.positions, shape)).to(self.device)
@@ -102,19 +106,19 @@ class Objective:
         arguments = {
             "hidden_states": noisy,
             "timestep": self.process.timestep(level),
-            **family.conditions(pipeline, prompts, self.size),
+            **family.conditions(pipeline, prompts, size),
         }
-        return Inputs(x0, noise, noisy, level, arguments, model.text_tokens)
+        return Inputs(x0, noise, noisy, level, arguments, size, model.text_tokens)
 
     def training_levels(self, step: int, places: Tensor) -> Shaped[Tensor, " batch"]:
         """Noise levels for the given places in the global batch of a step."""
         return self.process.training_levels(stratified_uniform(self.recipe.seed, step, places))
 
-    def gate_noise(self, positions: Tensor) -> GateNoise:
-        """Noise of the gates, a function of (seed, position)."""
+    def gate_noise(self, positions: Tensor, size: SampleSize) -> GateNoise:
+        """Noise of the gates for samples of ``size``, a function of (seed, position)."""
         blocks = len(self.network.dynamic_blocks())
         heads = self.network.config["num_attention_heads"]
-        tokens = self.family.image_tokens(self.pipeline, self.size)
+        tokens = self.family.image_tokens(self.pipeline, size)
         shapes = [(blocks, heads), (blocks, self.network.dynamic.mlp_groups or heads), (blocks, tokens)]
         rows = []
         for position in positions.tolist():
@@ -128,7 +132,7 @@ class Objective:
             flow = self._loss(self._forward(module, inputs), inputs)
             return Terms(flow, torch.zeros_like(flow), torch.ones_like(flow))
         copies = len(inputs.level) // len(positions)  # two where the batch follows again without prompts
-        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions)))
+        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions, inputs.size)))
         sample, masks = self.forward_dynamic(module, inputs, noise)
         flow, ratio = self._loss(sample, inputs), self.ratio(inputs, masks)
         return Terms(
@@ -154,8 +158,8 @@ class Objective:
         return self.process.error(sample, inputs.x0, inputs.noise, inputs.level)
 
     def ratio(self, inputs: Inputs, masks: DynamicMasks) -> Float[Tensor, " batch"]:
-        """MACs dynamic / static of each sample."""
-        return self.family.cost(self.network, self.pipeline, self.size, inputs.text_tokens).ratio(masks)
+        """MACs dynamic / static of each sample, static at its own size."""
+        return self.cost(inputs.size, inputs.text_tokens).ratio(masks)
 
     def _loss(self, sample: Tensor, inputs: Inputs) -> Float[Tensor, " batch"]:
         return self.process.loss(sample, inputs.x0, inputs.noise, inputs.level)
@@ -206,7 +210,15 @@ def _under_guidance(answer: Float[Tensor, "twice *latent"], scale: float) -> Flo
     return unprompted + scale * (prompted - unprompted)
 
 
+def size_of(batch: Batch) -> SampleSize:
+    """Pixels of each sample of a batch; other batches may have others."""
+    *_, height, width = batch.pixels.shape
+    images = len(batch.picture_captions[0]) if batch.picture_captions else 0
+    frames = batch.pixels.shape[1] - images if batch.pixels.ndim == 5 else 1
+    return SampleSize(height=height, width=width, frames=frames, images=images)
+
+
 def sample_size(recipe: Recipe) -> SampleSize:
-    """Pixels of a sample, as the recipe's data make it."""
+    """Pixels of a sample; with ``data.buckets`` of the square, which stands for all where one number is wanted."""
     data = recipe.data
-    return SampleSize(side=data.image_size, frames=data.frames, images=data.images_per_clip)
+    return SampleSize(height=data.image_size, width=data.image_size, frames=data.frames, images=data.images_per_clip)

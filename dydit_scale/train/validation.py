@@ -67,12 +67,13 @@ class Validator:
         ranks = self.world.world_size
         per_rank = -(-len(prompts) // ranks)
         numbers = [min(self.world.rank * per_rank + i, len(prompts) - 1) for i in range(per_rank)]
+        data = self.recipe.data
         config = SampleConfig(
-            steps=train.sample_steps, side=self.recipe.data.image_size, frames=self.recipe.data.frames,
+            steps=train.sample_steps, height=data.image_size, width=data.image_size, frames=data.frames,
             cfg=train.sample_cfg, batch=per_rank, text_tokens=self.recipe.model.text_tokens, seed=self.recipe.seed,
         )  # fmt: skip
         own = generate(self.objective.pipeline, [prompts[i] for i in numbers], config, first=numbers[0])
         sheet = torch.zeros(ranks * per_rank, *own.shape[1:], dtype=torch.float32, device=self.objective.device)
         sheet[self.world.rank * per_rank : (self.world.rank + 1) * per_rank] = torch.from_numpy(own).to(sheet)
         pictures = sum_tensor(sheet)[: len(prompts)].cpu().numpy().astype("uint8")
-        return picture_grid(pictures, min(8, len(prompts)), max(1, 96 // config.side))
+        return picture_grid(pictures, min(8, len(prompts)), max(1, 96 // config.height))

@@ -86,7 +86,8 @@ def sample_config(run: LoadedRun, **changes: Any) -> SampleConfig:
     """Sampling as the recipe's data and text ask for it."""
     defaults = {
         "steps": run.recipe.train.sample_steps,
-        "side": run.recipe.data.image_size,
+        "height": run.recipe.data.image_size,
+        "width": run.recipe.data.image_size,
         "frames": run.recipe.data.frames,
         "text_tokens": run.recipe.model.text_tokens,
         "seed": run.recipe.seed,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
-from dydit_scale.models.family import SampleConfig, SampleSize
+from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import (
     Recording,
@@ -35,9 +35,12 @@ def sample_run(
     Args:
         config: fields of SampleConfig; None keeps the run's own.
         fps: frames a second of clips.
+
+    Raises ValueError if the folder is no run, or for a sampler or a size that its family does not know.
     """
     run = load_run(folder)
     settings = sample_config(run, **config)
+    family_of(run.pipeline).token_grid(run.pipeline, settings.size)  # refuses a size before the work
     if run.recipe.dynamic is None:
         pictures, rows, report = generate(run.pipeline, prompts, settings, progress="sampling"), [], None
     else:
@@ -50,7 +53,8 @@ def sample_run(
     out.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([*rows, pictures])
     columns = len(pictures) if rows else min(8, len(pictures))
-    Image.fromarray(picture_grid(sheet, columns, max(1, 128 // settings.side))).save(out / "grid.png")
+    zoom = max(1, 128 // max(settings.height, settings.width))
+    Image.fromarray(picture_grid(sheet, columns, zoom)).save(out / "grid.png")
     for i, picture in enumerate(pictures):
         if picture.ndim == 3:
             Image.fromarray(picture).save(out / f"{i:05d}.png")
@@ -87,8 +91,7 @@ def macs_of(run: LoadedRun, recording: Recording, config: SampleConfig) -> float
 
 
 def _cost(run: LoadedRun, config: SampleConfig) -> ModelCost:
-    size = SampleSize(side=config.side, frames=config.frames)
-    return family_of(run.pipeline).cost(run.network, run.pipeline, size, config.text_tokens)
+    return family_of(run.pipeline).cost(run.network, run.pipeline, config.size, config.text_tokens)
 
 
 def read_prompts(path: Path) -> list[str]:

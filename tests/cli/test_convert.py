@@ -49,7 +49,7 @@ def test_a_converted_file_becomes_a_base_that_draws(tmp_path: Path, pipeline: st
     pipe.register_modules(transformer=transformer)
     assert transformer.config["time_freq_shift"] == 0.0  # the original's
     side = transformer.config["sample_size"]
-    pictures = generate(pipe, ["1", "0"], SampleConfig(steps=2, side=side))
+    pictures = generate(pipe, ["1", "0"], SampleConfig(steps=2, height=side, width=side))
     assert pictures.shape == (2, side, side, 3) and pictures.std() > 0
     assert main(["convert", str(out), str(tmp_path / "back.safetensors"), "--to", "original"]) == 0
     back, original = load_file(tmp_path / "back.safetensors"), original_dit()

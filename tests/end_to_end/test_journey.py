@@ -56,6 +56,22 @@ def test_sampling_prints_static_beside_dynamic(
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > Image.open(tmp_path / "out" / "00001.png").size[0] == 32
 
 
+def test_sampling_at_another_size(folder: Path, tmp_path: Path) -> None:
+    words = ["sample", str(folder / "dynamic"), "--prompt", "a red circle", "--steps", "2", "--out", str(tmp_path)]
+    macs = []
+    for height, width in ((32, 32), (16, 40), (40, 16)):
+        assert main([*words, "--height", str(height), "--width", str(width)]) == 0
+        assert Image.open(tmp_path / "00000.png").size == (width, height)
+        macs.append(json.loads((tmp_path / "speed.json").read_text())["macs_static"])
+    assert macs[0] > macs[1] == macs[2]
+    assert main([*words, "--height", "16"]) == 0
+    assert Image.open(tmp_path / "00000.png").size == (32, 16), "the other stays the recipe's"
+    for wrong, message in ((["--width", "18"], "picture width 18: expected a multiple of 4"), (["--height", "0"], "0")):
+        (tmp_path / "00000.png").unlink(missing_ok=True)
+        assert main([*words, *wrong]) != 0, message
+        assert not (tmp_path / "00000.png").exists()
+
+
 @torch.no_grad()
 def test_packed_sampling_draws_what_masked_sampling_draws(folder: Path) -> None:
     from dydit_scale.sampling.generate import generate, sampler_timesteps

@@ -256,7 +256,7 @@ def test_samplers_belong_to_families(worlds: Path) -> None:
         recipe = family_recipe(worlds / family, family, "td_lora")
         pipeline = build_parts(recipe).pipeline
         pipeline.transformer.eval()
-        config = SampleConfig(steps=3, side=16, sampler=sampler)
+        config = SampleConfig(steps=3, height=16, width=16, sampler=sampler)
         if known:
             with recorded(pipeline.transformer) as seen:
                 generate(pipeline, [prompt(family)], config)

@@ -50,7 +50,7 @@ def seen_timesteps(pipe: FluxPipeline) -> list[float]:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_planned_timesteps_are_those_of_the_pipeline(scheduler: str) -> None:
     pipe = pipeline("schnell", scheduler)
-    config = SampleConfig(steps=4, side=32, text_tokens=8)
+    config = SampleConfig(steps=4, height=32, width=48, text_tokens=8)
     seen = seen_timesteps(pipe)
     generate(pipe, ["a ball"], config)
     assert seen == sampler_timesteps(pipe, config).tolist() and len(seen) == 4
@@ -64,7 +64,7 @@ def test_the_planned_timesteps_are_those_of_the_pipeline(scheduler: str) -> None
 @torch.no_grad()
 def test_a_variant_samples_dynamic_and_packed(variant: str, scheduler: str) -> None:
     pipe = pipeline(variant, scheduler)
-    config = SampleConfig(steps=4 if variant == "schnell" else 6, side=32, text_tokens=256, guidance=2.0)
+    config = SampleConfig(steps=4 if variant == "schnell" else 6, height=32, width=32, text_tokens=256, guidance=2.0)
     static = generate(pipe, ["a red ball"], config)
     model = DyFluxTransformer2DModel.from_static(pipe.transformer, DynamicConfig(token_bottleneck=4))
     assert hasattr(model.time_text_embed, "guidance_embedder") is VARIANTS[variant]["guidance"]

@@ -88,7 +88,7 @@ def test_a_folder_of_real_classes_is_encoded_trained_on_and_sampled(base: Path, 
     assert all(p.grad is None for m in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2) for p in m.parameters())
 
     network.eval()
-    config = SampleConfig(steps=2, side=SIDE, text_tokens=12)
+    config = SampleConfig(steps=2, height=SIDE, width=SIDE, text_tokens=12)
     masked = generate(pipe, CAPTIONS, config)
     network.pack(sampler_timesteps(pipe, config))
     assert (

@@ -417,5 +417,5 @@ def test_a_published_dit_pipeline_is_a_base(tmp_path: Path) -> None:
     pipe = load_pipeline(base, family)
     pipe.register_modules(transformer=load_transformer(base, family).eval())
     assert type(pipe) is DyDiTPipeline and pipe.labels["goldfish"] == 1
-    ours = generate(pipe, ["goldfish"], SampleConfig(steps=2, side=2 * SIDE, cfg=2.0))
+    ours = generate(pipe, ["goldfish"], SampleConfig(steps=2, height=2 * SIDE, width=2 * SIDE, cfg=2.0))
     assert ours.shape == (1, 2 * SIDE, 2 * SIDE, 3) and ours.std() > 0

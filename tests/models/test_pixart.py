@@ -387,20 +387,20 @@ def test_a_whole_pipeline_runs_packed_and_is_loaded_where_only_the_package_is_im
 @torch.no_grad()
 def test_what_training_sees_is_what_the_pipeline_gives_its_transformer() -> None:
     pipe, family = tiny_pipeline(), PixArtSigmaFamily()
-    size, calls = SampleSize(side=16), []
+    size, calls = SampleSize(height=16, width=24), []
     pipe.transformer.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    config = SampleConfig(steps=3, side=16, text_tokens=12, cfg=2.0)
+    config = SampleConfig(steps=3, height=16, width=24, text_tokens=12, cfg=2.0)
     noise = torch.randn(2, *family.latent_shape(pipe, size))
-    assert noise.shape == (2, 12, 8, 8) and family.image_tokens(pipe, size) == 16
+    assert noise.shape == (2, 12, 8, 12) and family.image_tokens(pipe, size) == 24
     drawn = family.draw(pipe, ["a red ball", ""], noise, [torch.Generator()] * 2, config)
-    assert drawn.shape == (2, 16, 16, 3)
+    assert drawn.shape == (2, 16, 24, 3)
     assert [float(call["timestep"][0]) for call in calls] == family.timesteps(pipe, config).tolist()
     ours = family.conditions(pipe, Prompts(captions=["a red ball", ""], text_tokens=12), size)
     assert ours["encoder_attention_mask"].sum(1).tolist() == [4, 1]
     for name, tensor in ours.items():
         assert torch.equal(tensor, calls[0][name][2:]), name  # prompts come last
-    with pytest.raises(ValueError, match="picture side 18: expected a multiple of 4"):
-        family.latent_shape(pipe, SampleSize(side=18))
+    with pytest.raises(ValueError, match="picture width 18: expected a multiple of 4"):
+        family.latent_shape(pipe, SampleSize(height=16, width=18))
 
 
 def test_the_published_config_names_an_older_class(tmp_path: Path) -> None:

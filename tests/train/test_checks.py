@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.families.journey import family_recipe, write_world
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checks")
-    for family in ("flux", "dit"):
+    for family in ("flux", "dit", "latte", "latte-classes"):
         write_world(folder / family, family)
     return folder
 
@@ -40,6 +41,24 @@ def test_clips_for_a_model_of_pictures_are_refused(worlds: Path) -> None:
     clips = replace(recipe, data=replace(recipe.data, frames=8))
     with pytest.raises(ValueError, match=r"data\.frames 8: FluxPipeline makes pictures"):
         check_data(clips, index)
+
+
+def test_clips_of_another_length_are_refused(worlds: Path) -> None:
+    for family, known in (("latte", (1, 8)), ("latte-classes", (8,))):
+        recipe, index = _parts(worlds, family)
+        for frames in (1, 4, 8):
+            data = replace(recipe.data, frames=frames, images_per_clip=0)
+            refused = pytest.raises(ValueError, match=rf"data\.frames {frames}: the model of .* makes clips of 8; set")
+            with nullcontext() if frames in known else refused:
+                check_data(replace(recipe, data=data), index)
+
+
+def test_rectangles_for_a_model_of_squares_are_refused(worlds: Path) -> None:
+    refused = pytest.raises(ValueError, match=r"data\.buckets: DyDiTPipeline makes squares of one size")
+    for family, outcome in (("flux", nullcontext()), ("dit", refused)):
+        recipe, index = _parts(worlds, family)
+        with outcome:
+            check_data(replace(recipe, data=replace(recipe.data, image_size=64, buckets=True)), index)
 
 
 def test_a_model_of_captions_needs_some(worlds: Path) -> None:

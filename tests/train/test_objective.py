@@ -59,7 +59,7 @@ def test_the_dynamic_model_imitates_the_guided_teacher(objective: Objective) -> 
     network, teacher = objective.network.train(), objective.teacher
     assert teacher is not None
     terms = objective.terms(network, both, batch.positions, 0)
-    noise = objective.gate_noise(batch.positions)
+    noise = objective.gate_noise(batch.positions, both.size)
     guided, flow, ratio = [], [], []
     for captions in (batch.captions, ("",) * 4):
         inputs = objective.prepare(batch._replace(captions=captions), level, 0)

@@ -25,7 +25,6 @@ from dydit_scale.models.family import (
     Prompts,
     SampleConfig,
     SampleSize,
-    check_side,
     complete,
     to_uint8,
     with_parts,
@@ -74,12 +73,8 @@ class DiTFamily(Family):
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols]."""
-        side = self._tokens_a_side(pipeline, size) * pipeline.transformer.config["patch_size"]
-        return (pipeline.transformer.config["in_channels"], side, side)
-
-    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
-        """Patches of the latents."""
-        return self._tokens_a_side(pipeline, size) ** 2
+        (rows, cols), config = self.token_grid(pipeline, size), pipeline.transformer.config
+        return (config["in_channels"], rows * config["patch_size"], cols * config["patch_size"])
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
         """Labels; they are dropped here or in the data, not a second time in the model."""
@@ -143,9 +138,6 @@ class DiTFamily(Family):
             return dit_scheduler(learned_variance=model["out_channels"] == 2 * model["in_channels"])
         kinds = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
         return kinds[name].from_config(dit_scheduler(learned_variance=False).config)
-
-    def _tokens_a_side(self, pipeline: Any, size: SampleSize) -> int:
-        return check_side(size.side, pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"])
 
 
 class SiTFamily(DiTFamily):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dydit_scale.models.encoders import image_ids, pack_latents
-from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, check_side, to_uint8
+from dydit_scale.models.family import Family, Prompts, SampleConfig, SampleSize, to_uint8
 from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.small import small_flux_pipeline
 
@@ -26,6 +26,7 @@ class FluxFamily(Family):
     static_class = FluxTransformer2DModel
     dynamic_class = DyFluxTransformer2DModel
     guidance_layout = "in_turn"
+    any_size = True
 
     def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> FluxPipeline:
         """Six blocks of width 96."""
@@ -33,12 +34,12 @@ class FluxFamily(Family):
 
     def latent_shape(self, pipeline: FluxPipeline, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols] of the autoencoder."""
-        side = 2 * check_side(size.side, 2 * pipeline.vae_scale_factor)
-        return (pipeline.transformer.config["in_channels"] // 4, side, side)
+        rows, cols = self.token_grid(pipeline, size)
+        return (pipeline.transformer.config["in_channels"] // 4, 2 * rows, 2 * cols)
 
-    def image_tokens(self, pipeline: FluxPipeline, size: SampleSize) -> int:
-        """Tokens of one picture."""
-        return check_side(size.side, 2 * pipeline.vae_scale_factor) ** 2
+    def token_side(self, pipeline: FluxPipeline) -> int:
+        """Of two by two latents."""
+        return 2 * pipeline.vae_scale_factor
 
     def pack(self, latents: Tensor) -> Tensor:
         """[batch, tokens, 4 * channels]."""
@@ -50,12 +51,11 @@ class FluxFamily(Family):
         text, pooled, text_ids = pipeline.encode_prompt(
             prompt=list(prompts.captions), prompt_2=None, device=device, max_sequence_length=prompts.text_tokens
         )
-        side = check_side(size.side, 2 * pipeline.vae_scale_factor)
         conditions = {
             "encoder_hidden_states": text,
             "pooled_projections": pooled,
             "txt_ids": text_ids,
-            "img_ids": image_ids(side, side).to(device),
+            "img_ids": image_ids(*self.token_grid(pipeline, size)).to(device),
         }
         if pipeline.transformer.config["guidance_embeds"]:
             conditions["guidance"] = torch.full((len(prompts.captions),), prompts.guidance, device=device)
@@ -66,7 +66,7 @@ class FluxFamily(Family):
         scheduler = copy.deepcopy(pipeline.scheduler)
         c = scheduler.config
         mu = calculate_shift(
-            self.image_tokens(pipeline, SampleSize(side=config.side)),
+            self.image_tokens(pipeline, config.size),
             c.get("base_image_seq_len", 256),
             c.get("max_image_seq_len", 4096),
             c.get("base_shift", 0.5),
@@ -86,8 +86,8 @@ class FluxFamily(Family):
         """Euler steps; with ``cfg`` diffusers runs the branches one after the other."""
         images = pipeline(
             prompt=prompts,
-            height=config.side,
-            width=config.side,
+            height=config.height,
+            width=config.width,
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
             negative_prompt=[""] * len(prompts) if config.cfg > 1 else None,

@@ -20,7 +20,6 @@ from dydit_scale.models.family import (
     Prompts,
     SampleConfig,
     SampleSize,
-    check_side,
     complete,
     scheduler_timesteps,
     to_uint8,
@@ -33,12 +32,12 @@ LATTE_TEXT_TOKENS = 120
 """Length to which LattePipeline pads prompts, whatever the recipe says."""
 
 
-def _frames(pipeline: Any, size: SampleSize) -> int:
-    """Entries of the frame axis; ValueError unless the clip has the model's length."""
-    length = pipeline.transformer.config["video_length"]
-    if size.frames != length:
-        raise ValueError(f"frames {size.frames}: the model makes clips of {length}; set data.frames to that")
-    return length + size.images
+def _frames(family: Family, pipeline: Any, size: SampleSize) -> int:
+    """Entries of the frame axis; ValueError for a clip of a length that the model does not know."""
+    known = family.clip_lengths(pipeline.transformer.config)
+    if size.frames not in known:
+        raise ValueError(f"frames {size.frames}: the model makes clips of {known[0]}; set data.frames to that")
+    return size.frames + size.images
 
 
 class ClassLatteFamily(DiTFamily):
@@ -58,11 +57,11 @@ class ClassLatteFamily(DiTFamily):
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, frames and pictures, rows, cols]."""
         channels, *picture = super().latent_shape(pipeline, size)
-        return (channels, _frames(pipeline, size), *picture)
+        return (channels, _frames(self, pipeline, size), *picture)
 
     def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
         """Patches of all frames and pictures."""
-        return _frames(pipeline, size) * super().image_tokens(pipeline, size)
+        return _frames(self, pipeline, size) * super().image_tokens(pipeline, size)
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """Labels of clip and pictures, where the model has classes."""
@@ -86,6 +85,10 @@ class ClassLatteFamily(DiTFamily):
     def cost(self, network: Any, pipeline: Any, size: SampleSize, text_tokens: int) -> ModelCost:
         """Of one clip with its pictures."""
         return network.cost(self.image_tokens(pipeline, size), frames=size.frames, images=size.images)
+
+    def clip_lengths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """One; pictures are learnt beside clips alone."""
+        return (config["video_length"],)
 
     def num_classes(self, config: Mapping[str, Any]) -> int | None:
         """None for a model of clips without classes."""
@@ -121,13 +124,13 @@ class LatteFamily(Family):
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, frames and pictures, rows, cols]."""
-        config = pipeline.transformer.config
-        side = self._tokens_a_side(pipeline, size) * config["patch_size"]
-        return (config["in_channels"], _frames(pipeline, size), side, side)
+        (rows, cols), config = self.token_grid(pipeline, size), pipeline.transformer.config
+        patch = config["patch_size"]
+        return (config["in_channels"], _frames(self, pipeline, size), rows * patch, cols * patch)
 
     def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
         """Patches of all frames and pictures."""
-        return _frames(pipeline, size) * self._tokens_a_side(pipeline, size) ** 2
+        return _frames(self, pipeline, size) * super().image_tokens(pipeline, size)
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """The text of the clip, and of the pictures beside it."""
@@ -161,8 +164,8 @@ class LatteFamily(Family):
             negative_prompt_embeds=none,
             negative_prompt=None,
             video_length=config.frames,
-            height=config.side,
-            width=config.side,
+            height=config.height,
+            width=config.width,
             num_inference_steps=config.steps,
             guidance_scale=config.cfg,
             generator=generators,
@@ -177,6 +180,10 @@ class LatteFamily(Family):
         tokens = self.image_tokens(pipeline, size)
         return network.cost(tokens, LATTE_TEXT_TOKENS, frames=size.frames, images=size.images)
 
+    def clip_lengths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Single pictures too, on which temporal blocks run as on a clip of one frame."""
+        return (config["video_length"], 1)
+
     def _encoded(self, pipeline: Any, captions: list[str]) -> Float[Tensor, "batch text dim"]:
         """As LattePipeline encodes a batch: zeros behind the caption's end."""
         inputs = pipeline.tokenizer(
@@ -185,9 +192,6 @@ class LatteFamily(Family):
         device, mask = pipeline.vae.device, inputs.attention_mask
         text = pipeline.text_encoder(inputs.input_ids.to(device), attention_mask=mask.to(device))[0]
         return text * mask[..., None].to(text)
-
-    def _tokens_a_side(self, pipeline: Any, size: SampleSize) -> int:
-        return check_side(size.side, pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"])
 
 
 FAMILIES = [ClassLatteFamily(), LatteFamily()]

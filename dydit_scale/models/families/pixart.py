@@ -38,7 +38,6 @@ from dydit_scale.models.family import (
     Prompts,
     SampleConfig,
     SampleSize,
-    check_side,
     scheduler_timesteps,
     to_uint8,
 )
@@ -289,6 +288,7 @@ class PixArtSigmaFamily(Family):
     dynamic_class = DyPixArtTransformer2DModel
     objective: ClassVar = "ddpm"
     guidance_layout: ClassVar = "prompts_last"
+    any_size = True
 
     def small_pipeline(self, words: Sequence[str], *, seed: int = 0) -> PixArtSigmaPipeline:
         """Four blocks of width 64."""
@@ -296,13 +296,8 @@ class PixArtSigmaFamily(Family):
 
     def latent_shape(self, pipeline: Any, size: SampleSize) -> tuple[int, ...]:
         """[channels, rows, cols] of the autoencoder."""
-        config = pipeline.transformer.config
-        side = self._tokens_a_side(pipeline, size) * config["patch_size"]
-        return (config["in_channels"], side, side)
-
-    def image_tokens(self, pipeline: Any, size: SampleSize) -> int:
-        """Patches of the latents."""
-        return self._tokens_a_side(pipeline, size) ** 2
+        (rows, cols), config = self.token_grid(pipeline, size), pipeline.transformer.config
+        return (config["in_channels"], rows * config["patch_size"], cols * config["patch_size"])
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
         """The text and which of its tokens are padding."""
@@ -329,8 +324,8 @@ class PixArtSigmaFamily(Family):
         """Through PixArtSigmaPipeline, whose scheduler must not ask for the learned variance."""
         pictures = pipeline(
             prompts,
-            height=config.side,
-            width=config.side,
+            height=config.height,
+            width=config.width,
             num_inference_steps=config.steps,
             guidance_scale=config.cfg,
             generator=generators,
@@ -341,9 +336,6 @@ class PixArtSigmaFamily(Family):
             output_type="np",
         ).images
         return to_uint8(pictures)
-
-    def _tokens_a_side(self, pipeline: Any, size: SampleSize) -> int:
-        return check_side(size.side, pipeline.vae_scale_factor * pipeline.transformer.config["patch_size"])
 
 
 FAMILIES = [PixArtSigmaFamily()]

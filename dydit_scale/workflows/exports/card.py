@@ -81,6 +81,7 @@ def _summary(run: LoadedRun) -> str:
     }[recipe.adapter.kind]
     step = run.checkpoint.step
     size = f"{step:,} steps of {recipe.train.batch_size} samples at {recipe.data.image_size} px"
+    size += " and other aspect ratios of that area" if recipe.data.buckets else ""
     text = f"{kind} `{recipe.model.base}`, trained for {size} with dydit_scale."
     records = [r for r in read_metrics(run.folder / "metrics.jsonl") if r["step"] < step]
     ratios = [r["ratio_eval"] for r in records if "ratio_eval" in r]
