@@ -48,11 +48,11 @@ def run_jobs(
             for job in jobs:
                 yield work(job, bar.update)
         else:
-            yield from _in_processes(work, iter(jobs), workers, bar)
+            yield from _in_processes(work, iter(jobs), workers, bar, title)
 
 
 def _in_processes(
-    work: Callable[[Job, Advance], Result], jobs: Iterator[Job], workers: int, bar: tqdm
+    work: Callable[[Job, Advance], Result], jobs: Iterator[Job], workers: int, bar: tqdm, title: str
 ) -> Iterator[Result]:
     done = multiprocessing.Value("q", 0)
     pool = ProcessPoolExecutor(workers, initializer=_share, initargs=(done,))
@@ -68,7 +68,7 @@ def _in_processes(
             bar.update(done.value - bar.n)
             yield first.result()
     except BrokenProcessPool as error:
-        raise ValueError(f"{bar.desc}: a worker process was killed (out of memory?); try fewer --workers") from error
+        raise ValueError(f"{title}: a worker process was killed (out of memory?); try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
