@@ -31,6 +31,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--quick", action="store_true", help="names and sizes only, without reading the shards")
     check.add_argument("--workers", type=int, help="processes that read (default: one on each core, at most 8)")
     check.set_defaults(run=_run_check)
+    summarize = kinds.add_parser("summarize", help="write one HTML page about a folder of indexed shards")
+    summarize.add_argument("folder", type=Path)
+    summarize.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="show what it makes of the samples")
+    summarize.add_argument("--out", type=Path, help="HTML file (default: FOLDER/summary.html)")
+    summarize.add_argument("--image-size", type=int, help="show squares of that size, as a recipe would have them")
+    summarize.add_argument("--buckets", action="store_true", help="with --image-size: aspect buckets of that area")
+    summarize.set_defaults(run=_run_summarize)
 
 
 def _run_shapes(args: argparse.Namespace) -> None:
@@ -86,3 +93,12 @@ def _run_check(args: argparse.Namespace) -> int:
     how = "by name and size; without --quick every byte is read" if args.quick else "by SHA-256"
     print(f"{args.folder}: {len(found.shards)} shards, {sum(s.count for s in found.shards)} samples as indexed ({how})")
     return 0
+
+
+def _run_summarize(args: argparse.Namespace) -> None:
+    from dydit_scale.workflows.summarize import summarize
+
+    for line in summarize(
+        args.folder, out=args.out, recipes=args.recipes, image_size=args.image_size, buckets=args.buckets
+    ):
+        print(line)
