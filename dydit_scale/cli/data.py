@@ -33,7 +33,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     check.set_defaults(run=_run_check)
     summarize = kinds.add_parser("summarize", help="write one HTML page about a folder of indexed shards")
     summarize.add_argument("folder", type=Path)
-    summarize.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="show what it makes of the samples")
+    summarize.add_argument(
+        "--recipes", nargs="+", default=[], type=Path, metavar="RECIPE", help="show what they make of the samples"
+    )
     summarize.add_argument("--out", type=Path, help="HTML file (default: FOLDER/summary.html)")
     summarize.add_argument("--image-size", type=int, help="show squares of that size, as a recipe would have them")
     summarize.add_argument("--buckets", action="store_true", help="with --image-size: aspect buckets of that area")

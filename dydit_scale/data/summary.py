@@ -270,7 +270,7 @@ def _drawn(samples: np.ndarray, count: int) -> list[int]:
 
 
 def _reasons(index: ShardIndex) -> tuple[tuple[str, int, str], ...]:
-    kinds = {sample: re.sub(r"\d+", "…", reason)[:160] for sample, reason in index.bad.items()}
+    kinds = {sample: re.sub(r"(?<![\w-])\d+(?!\w)", "…", reason)[:160] for sample, reason in index.bad.items()}
     names: dict[str, str] = {}
     for sample, kind in kinds.items():
         names.setdefault(kind, index.name(sample))

@@ -273,7 +273,7 @@ def histogram(
     colour: str = "c-dynamic",
 ) -> Html:
     """Upright bars; ``names`` are those of the bars or, one more of them, of the edges between the bars."""
-    height, top = 236, 26
+    height, top = 280, 26
     bottom = height - 42
     high = float(max(counts)) or 1.0
     ticks = [tick for tick in nice_ticks(0.0, high, 4) if tick == round(tick)]
@@ -329,17 +329,17 @@ def spots(
     width: int = HALF,
 ) -> Html:
     """Discs whose areas are weights over two axes of octaves, and hollow squares at ``marks``."""
-    height = 340
+    height = 280
     every = [(spot.x, spot.y) for spot in found] + list(marks)
     x_ticks, y_ticks = _octaves([x for x, _ in every]), _octaves([y for _, y in every])
     left = 14 + _CHARACTER * max(len(f"{tick:g}") for tick in y_ticks)
     x_axis = _Axis(math.log2(x_ticks[0]), math.log2(x_ticks[-1]), left, width - 22)
     y_axis = _Axis(math.log2(y_ticks[0]), math.log2(y_ticks[-1]), height - 42, 26)
-    most = max(spot.weight for spot in found)
+    most, largest = max(spot.weight for spot in found), min(16.0, max(5.0, 130 / math.sqrt(len(found))))
     discs = []
     for spot in sorted(found, key=lambda spot: -spot.weight):
         x, y = x_axis.at(math.log2(spot.x)), y_axis.at(math.log2(spot.y))
-        radius = max(2.0, 16 * math.sqrt(spot.weight / most))
+        radius = max(1.5, largest * math.sqrt(spot.weight / most))
         disc = el("circle", cx=round(x, 1), cy=round(y, 1), r=round(radius, 1), class_="spot c-dynamic")
         discs.append(el("g", el("title", spot.words), disc))
     squares = [

@@ -20,7 +20,7 @@ from dydit_scale.report.units import DASH, count, fixed, percent, with_prefix
 _MANY_SIZES = 300
 _CLASSES = 64
 _LISTED = 12
-_CAPTION = 160
+_CAPTION, _SHOT_CAPTION = 160, 90
 
 
 class Bins(NamedTuple):
@@ -106,7 +106,7 @@ def _shot(example: Example) -> Html:
     facts = [f"{example.size[0]} × {example.size[1]}"]
     facts += [f"{example.frames} frames"] if example.frames else []
     facts += [f"label {example.label}"] if example.label is not None else []
-    caption = "(no caption)" if example.caption is None else _cut(example.caption) or "(empty caption)"
+    caption = "(no caption)" if example.caption is None else _cut(example.caption, _SHOT_CAPTION) or "(empty caption)"
     return el("figure", picture, el("figcaption", caption, el("span", ", ".join(facts))))
 
 
@@ -168,11 +168,17 @@ def _aspect_bins(aspects: np.ndarray) -> Bins:
 def _size_bins(sizes: np.ndarray) -> Bins:
     low, high = max(1, int(sizes.min())), int(sizes.max())
     if high < 8 * low:
-        return _linear_bins(sizes, lambda edge: with_prefix(edge, "B"))
-    first, last = math.floor(2 * math.log10(low)), math.ceil(2 * math.log10(high + 1))
-    steps = max(1, round(20 / (last - first)))
-    edges = 10 ** (np.arange(first * steps, last * steps + 1) / (2 * steps))
-    return Bins(np.histogram(sizes, edges)[0].tolist(), [with_prefix(float(edge), "B") for edge in edges])
+        return _linear_bins(sizes, _bytes)
+    round_sizes = np.outer(10.0 ** np.arange(12), (1, 1.5, 2, 3, 5, 7)).ravel()
+    first, last = np.searchsorted(round_sizes, low, "right") - 1, np.searchsorted(round_sizes, high, "right")
+    edges = round_sizes[first : last + 1]
+    return Bins(np.histogram(sizes, edges)[0].tolist(), [_bytes(edge) for edge in edges.tolist()])
+
+
+def _bytes(value: float) -> str:
+    """A round number of bytes: 500 B, 1.5 kB, 20 kB."""
+    power = min(4, int(math.log10(max(1.0, value)) // 3))
+    return f"{value / 1000**power:.4g}\u00a0{('', 'k', 'M', 'G', 'T')[power]}B"
 
 
 def _number_bins(values: np.ndarray) -> Bins:
@@ -271,8 +277,8 @@ def _buckets(uses: Sequence[Use], good: int) -> Html:
     if not uses:
         return Html("")
     lead = (
-        "How the good samples fall into the pixel sizes of each recipe. No sample is left out: what does not fill a "
-        "batch carries over to the next epoch."
+        "How the good samples fall into the pixel sizes of each recipe. Bucketing loses none of them: what does not "
+        "fill a batch carries over to the next epoch."
     )
     return section("buckets", "Buckets", lead, *(_use(use, good) for use in uses))
 
@@ -323,5 +329,5 @@ def _some(number: int, what: str, plural: str = "s") -> str:
     return f"{count(number)} {what}{'' if number == 1 else plural}"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _CAPTION else f"{text[: _CAPTION - 1]}…"
+def _cut(text: str, limit: int = _CAPTION) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
