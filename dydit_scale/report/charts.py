@@ -288,12 +288,13 @@ def histogram(
         for place, name in enumerate(names)
         if place % every == 0
     ]
-    gap = min(3.0, 0.2 * across)
+    # Bars with names of their own need not touch.
+    bar = across - min(3.0, 0.2 * across) if between else min(0.8 * across, 64.0)
     bars = []
     for place, value in enumerate(counts):
         y = min(y_axis.at(value), bottom - 1.0) if value else bottom
         name = f"{names[place]} to {names[place + 1]}" if between else names[place]
-        shape = {"x": left + across * place + gap / 2, "y": y, "width": across - gap, "height": bottom - y}
+        shape = {"x": left + across * (place + 0.5) - bar / 2, "y": y, "width": bar, "height": bottom - y}
         bars.append(el("g", el("title", f"{name}: {value:,}"), el("rect", class_=f"bar {colour}", **shape)))
     base = el("line", x1=left, x2=width - 22, y1=bottom, y2=bottom, class_="base")
     return _svg(

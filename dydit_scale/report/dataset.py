@@ -51,13 +51,13 @@ def _tiles(summary: Summary) -> Html:
     index, captions = summary.index, summary.captions
     good = int(summary.good.sum())
     clips = 0 if summary.clips is None else len(summary.clips)
-    kinds = f"{count(clips)} clips, {count(good - clips)} pictures" if clips else "pictures"
+    kinds = ", ".join(_some(number, what) for number, what in ((clips, "clip"), (good - clips, "picture")) if number)
     middle = f"{np.median(captions.characters):.0f} characters" if captions.read else "no caption"
     labelled = 0 if index.labels is None else int((index.labels[summary.good] >= 0).sum())
     share = f"{percent(labelled / good)} with a label" if labelled and good else "no labels"
     return el(
         "div",
-        tile("Samples", count(index.num_samples), kinds),
+        tile("Samples", count(index.num_samples), kinds or "none is usable"),
         tile("Size", with_prefix(summary.shard_bytes, "B"), f"in {_some(len(index.shards), 'shard')}"),
         tile("Median picture", _median_size(summary), f"{with_prefix(_median(summary, 'image_bytes'), 'B')} each"),
         tile("With a caption", percent(captions.present / good if good else None), f"{middle}; {share}"),
