@@ -23,7 +23,23 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
     index.add_argument("folder", type=Path)
     index.add_argument("--bad-shards", type=int, default=0, help="how many broken tars to leave out before giving up")
+    index.add_argument("--update", action="store_true", help="scan only shards whose SHA-256 is not in the old index")
+    index.add_argument("--workers", type=int, help="processes that read (default: one on each core, at most 8)")
     index.set_defaults(run=_run_index)
+    check = kinds.add_parser("check", help="compare shards with their index; exit status 1 if anything differs")
+    check.add_argument("folder", type=Path)
+    check.add_argument("--quick", action="store_true", help="names and sizes only, without reading the shards")
+    check.add_argument("--workers", type=int, help="processes that read (default: one on each core, at most 8)")
+    check.set_defaults(run=_run_check)
+    summarize = kinds.add_parser("summarize", help="write one HTML page about a folder of indexed shards")
+    summarize.add_argument("folder", type=Path)
+    summarize.add_argument(
+        "--recipes", nargs="+", default=[], type=Path, metavar="RECIPE", help="show what they make of the samples"
+    )
+    summarize.add_argument("--out", type=Path, help="HTML file (default: FOLDER/summary.html)")
+    summarize.add_argument("--image-size", type=int, help="show squares of that size, as a recipe would have them")
+    summarize.add_argument("--buckets", action="store_true", help="with --image-size: aspect buckets of that area")
+    summarize.set_defaults(run=_run_summarize)
 
 
 def _run_shapes(args: argparse.Namespace) -> None:
@@ -47,12 +63,44 @@ def _run_shapes(args: argparse.Namespace) -> None:
 
 
 def _run_index(args: argparse.Namespace) -> None:
-    from dydit_scale.data.shards import build_index
+    from dydit_scale.data.processes import default_workers
+    from dydit_scale.data.shards import index_folder
 
-    index = build_index(args.folder, bad_shards=args.bad_shards)
+    workers = default_workers() if args.workers is None else args.workers
+    done = index_folder(args.folder, bad_shards=args.bad_shards, workers=workers, update=args.update)
+    index = done.index
     for reason in index.broken.values():
         print(f"left out: {reason}")
     for sample, reason in list(index.bad.items())[:10]:
         print(f"unusable: {index.name(sample)}: {reason}")
+    for tool, count in done.foreign.items():
+        print(f"{tool} index agrees: {count} of {len(index.shards)} shards")
+    if args.update:
+        print(f"unchanged: {done.reused} of {len(index.shards)} shards")
     bad = f", {len(index.bad)} of them unusable" if index.bad else ""
     print(f"{args.folder}: {index.num_samples} samples in {len(index.shards)} shards{bad}, digest {index.digest[:12]}")
+
+
+def _run_check(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from data_tools.check import check_shards
+    from dydit_scale.data.processes import default_workers
+
+    workers = default_workers() if args.workers is None else args.workers
+    found = check_shards(args.folder, quick=args.quick, workers=workers, tell=tqdm.write)
+    if found.findings:
+        print(f"{args.folder}: {len(found.findings)} findings in {len(found.shards)} shards")
+        return 1
+    how = "by name and size; without --quick every byte is read" if args.quick else "by SHA-256"
+    print(f"{args.folder}: {len(found.shards)} shards, {sum(s.count for s in found.shards)} samples as indexed ({how})")
+    return 0
+
+
+def _run_summarize(args: argparse.Namespace) -> None:
+    from dydit_scale.workflows.summarize import summarize
+
+    for line in summarize(
+        args.folder, out=args.out, recipes=args.recipes, image_size=args.image_size, buckets=args.buckets
+    ):
+        print(line)

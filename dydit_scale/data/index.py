@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -168,11 +168,24 @@ def load_index(folder: Path | str) -> ShardIndex:
         count = len(find_shards(folder))
         raise ValueError(f"{folder}: {count} shards but no {INDEX_FILE}; {_how_to_index(folder)}")
     try:
-        index = _read_index(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        index = read_index(folder)
+    except ValueError as error:
         raise ValueError(f"{folder}: torn or foreign index ({error}); {_how_to_index(folder)}") from error
-    _check_shards(index)
+    wrong = changed_shards(folder, index.shards, index.broken)
+    if wrong:
+        raise ValueError(
+            f"{index.folder}: the shards are not those that were indexed: {'; '.join(wrong)}. Restore them, "
+            f"or, if the change is meant, {_how_to_index(index.folder)} (which makes it another data set)"
+        )
     return index
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """The index of ``folder`` without a look at the shards; ValueError if it is missing, torn or foreign."""
+    try:
+        return _read_index(folder)
+    except (KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)) from error
 
 
 def _read_index(folder: Path) -> ShardIndex:
@@ -211,23 +224,22 @@ def _read_index(folder: Path) -> ShardIndex:
     return index
 
 
-def _check_shards(index: ShardIndex) -> None:
-    """Every shard is there with its size, and no other; a stat each, so that a run stops before its first step."""
+def changed_shards(folder: Path, shards: Iterable[ShardInfo], broken: Iterable[str]) -> list[str]:
+    """What of ``shards``, and of those known to be ``broken``, is no more as it was, by names and sizes.
+
+    A stat each, so that a run stops before its first step.
+    """
     wrong = []
-    for shard in index.shards:
-        path = index.folder / shard.name
+    known = set(broken)
+    for shard in shards:
+        path = folder / shard.name
+        known.add(shard.name)
         if not path.is_file():
             wrong.append(f"{shard.name} is missing")
         elif (size := path.stat().st_size) != shard.bytes:
             wrong.append(f"{shard.name} has {size} bytes, expected {shard.bytes}")
-    known = {shard.name for shard in index.shards} | set(index.broken)
-    present = (path.name for path in index.folder.glob("*.tar") if not path.name.startswith("."))
-    wrong += [f"{name} is not in the index" for name in sorted(present) if name not in known]
-    if wrong:
-        raise ValueError(
-            f"{index.folder}: the shards are not those that were indexed: {'; '.join(wrong)}. Restore them, "
-            f"or, if the change is meant, {_how_to_index(index.folder)} (which makes it another data set)"
-        )
+    present = (path.name for path in folder.glob("*.tar") if not path.name.startswith("."))
+    return wrong + [f"{name} is not in the index" for name in sorted(present) if name not in known]
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -239,12 +251,13 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     os.replace(aside, path)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+def file_sha256(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file, in hex; ``advance`` is told the bytes of each part read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            advance(len(chunk))
     return digest.hexdigest()
 
 

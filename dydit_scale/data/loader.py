@@ -37,7 +37,12 @@ class DataConfig:
     image_size: int = 32
     """Side of the square pictures, in pixels; others are resized on the shorter side and cropped at the centre."""
     buckets: bool = False
-    """Batches of several aspect ratios, ..."""
+    """Read each picture in the nearest of several aspect ratios, all of about ``image_size`` squared pixels, in place
+    of the square; each micro-batch is of one ratio."""
+    bucket_step: int = 64
+    """Both sides of a bucket are multiples of it."""
+    max_aspect: float = 2.0
+    """The longer side of a bucket is at most so many times the shorter one; what lies beyond is cropped."""
     caption_dropout: float = 0.1
     """Share of positions without their caption ("" in its place) and label (-1), for classifier-free guidance."""
     frames: int = 1

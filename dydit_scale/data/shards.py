@@ -9,15 +9,16 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import webdataset
-from numpy.lib.recfunctions import repack_fields
 from tqdm import tqdm
 
 from dydit_scale.data.decode import (
@@ -34,24 +35,23 @@ from dydit_scale.data.decode import (
     decode_image,
     decode_label,
 )
+from dydit_scale.data.foreign import ForeignIndexError, agreeing_indexes
+from dydit_scale.data.gather import SCANNED, Gatherer, ScannedShard, slice_index
 from dydit_scale.data.index import (
     INDEX_FILE,
-    SAMPLE,
     ShardIndex,
     ShardInfo,
-    compute_digest,
     file_sha256,
     find_shards,
     load_index,
+    read_index,
     save_index,
 )
+from dydit_scale.data.processes import Advance, run_jobs
 from dydit_scale.data.tar import REPAIR, Member, read_at, split_name, walk_members
 from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPackageError, scan_clip
 
-__all__ = ["ShardIndex", "ShardInfo", "build_index", "load_index", "write_shards"]
-
-_SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("label", "<i8")])
-"""What a scan finds of a sample; frames and labels become arrays of their own."""
+__all__ = ["ShardIndex", "ShardInfo", "build_index", "index_folder", "load_index", "write_shards"]
 
 
 def write_shards(
@@ -107,77 +107,129 @@ def _check_key(key: object) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Indexed:
+    """What ``dydit data index`` did."""
+
+    index: ShardIndex
+    reused: int
+    """Shards whose part of the old index was kept."""
+    foreign: dict[str, int]
+    """By tool: shards beside which an index file of another tool was found to agree."""
+
+
 def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = True) -> ShardIndex:
+    """The index of ``index_folder``, made in this process."""
+    return index_folder(folder, bad_shards=bad_shards, progress=progress).index
+
+
+def index_folder(
+    folder: Path | str, *, bad_shards: int = 0, workers: int = 1, update: bool = False, progress: bool = True
+) -> Indexed:
     """Index the ``*.tar`` files of ``folder``: a strict walk, then a checksum and a trial decode of every sample.
 
-    The tars stay as they are; ``index.json`` and its arrays are written beside them.
-    A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file of its
-    own may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in the
-    index as ``bad``, with the reason.
+    The tars stay as they are; ``index.json`` and its arrays are written beside them, the same for any number of
+    workers. A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file
+    of its own may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in
+    the index as ``bad``, with the reason.
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
+        workers: Processes that read and decode.
+        update: Keep what the index that is there says of shards with an unchanged SHA-256; the others are scanned.
 
     Raises ValueError naming shard and sample on a damaged or truncated tar, a shard without samples, members that are
     no regular files or have unsafe names, once there are more of them than ``bad_shards``; on a key that comes twice;
-    and on a folder without shards, saying what to run. MissingPackageError where there are clips and no PyAV.
+    on an index file of another tool that does not describe its shard; and on a folder without shards, saying what to
+    run. MissingPackageError where there are clips and no PyAV.
     """
     folder = Path(folder)
-    shards: list[ShardInfo] = []
-    scanned: list[Scanned] = []
-    broken: dict[str, str] = {}
-    owners: dict[str, str] = {}
-    for path in tqdm(find_shards(folder), desc="indexing", unit="shard", disable=None if progress else True):
-        try:
-            found = _whole_shard(path)
-        except MissingPackageError:
-            raise
-        except ValueError as error:
-            broken[path.name] = str(error)
-            _check_budget(broken, bad_shards)
-            continue
-        for sample in found:
-            if owners.setdefault(sample.key, path.name) != path.name:
-                raise ValueError(
-                    f"{path.name}: sample {sample.key!r} is also in {owners[sample.key]}; keys must differ, rename one"
-                )
-        scanned += found
-        shards.append(ShardInfo(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path), count=len(found)))
-    if not scanned:
-        raise ValueError(f"{folder}: every shard is broken: {'; '.join(broken.values())}")
-    rows = np.stack([sample.row for sample in scanned])
-    rows["key_end"] = np.cumsum([len(sample.key.encode()) for sample in scanned])
-    index = ShardIndex(
-        folder=folder,
-        shards=tuple(shards),
-        digest="",
-        samples=repack_fields(rows[list(SAMPLE.names or ())]),
-        key_bytes=np.frombuffer("".join(sample.key for sample in scanned).encode(), np.uint8),
-        bad={n: sample.reason for n, sample in enumerate(scanned) if sample.reason is not None},
-        broken=broken,
-        labels=rows["label"].copy() if (rows["label"] >= 0).any() else None,
-        frames=rows["frames"].copy() if rows["frames"].any() else None,
+    paths = find_shards(folder)
+    old = _old_index(folder) if update else None
+    numbers = {} if old is None else {shard.name: number for number, shard in enumerate(old.shards)}
+    known = [None if old is None or path.name not in numbers else old.shards[numbers[path.name]] for path in paths]
+    results = run_jobs(
+        _index_shard,
+        list(zip(paths, known, strict=True)),
+        workers=min(workers, len(paths)),
+        total_bytes=sum(path.stat().st_size for path in paths),
+        title="indexing",
+        progress=progress,
     )
-    index = replace(index, digest=compute_digest(index))
-    save_index(index)
-    return index
+    broken: dict[str, str] = {}
+    foreign: Counter[str] = Counter()
+    reused = 0
+    with Gatherer(folder) as gatherer, closing(results):
+        for path, found in zip(paths, results, strict=True):
+            if isinstance(found, str):
+                broken[path.name] = found
+                _check_budget(broken, bad_shards)
+                continue
+            if isinstance(found, _Unchanged):
+                assert old is not None
+                reused += 1
+                found = slice_index(old, numbers[path.name])._replace(foreign=found.foreign)
+            gatherer.add(found)
+            foreign.update(found.foreign)
+        if len(broken) == len(paths):
+            raise ValueError(f"{folder}: every shard is broken: {'; '.join(broken.values())}")
+        save_index(gatherer.index(broken))
+    return Indexed(index=load_index(folder), reused=reused, foreign=dict(foreign))
 
 
-class Scanned(NamedTuple):
-    """One sample as found in its tar."""
+class _Unchanged(NamedTuple):
+    """A shard that the old index describes."""
 
-    key: str
-    row: np.ndarray
-    """A record of ``_SCANNED``."""
-    reason: str | None
-    """Why it is bad, if it is."""
+    foreign: tuple[str, ...]
 
 
-def _whole_shard(path: Path) -> list[Scanned]:
-    found = [Scanned(*sample) for sample in _scan_shard(path)]
-    if not found:
+def _old_index(folder: Path) -> ShardIndex | None:
+    try:
+        return read_index(folder)
+    except ValueError:
+        return None
+
+
+def _index_shard(job: tuple[Path, ShardInfo | None], advance: Advance) -> ScannedShard | _Unchanged | str:
+    """What a shard holds, or that it is as known, or why it is broken."""
+    path, known = job
+    try:
+        size, sha256 = path.stat().st_size, file_sha256(path)
+        if known is not None and known.sha256 == sha256:
+            advance(size)
+            return _Unchanged(agreeing_indexes(path, sha256))
+        keys, rows, bad = _scan_whole(path, advance)
+    except (MissingPackageError, ForeignIndexError):
+        raise
+    except OSError as error:
+        return f"{path.name}: cannot be read ({error}); {REPAIR}"
+    except ValueError as error:
+        return str(error)
+    info = ShardInfo(name=path.name, bytes=size, sha256=sha256, count=len(rows))
+    return ScannedShard(info, rows, keys, bad, agreeing_indexes(path, sha256))
+
+
+def _scan_whole(path: Path, advance: Advance) -> tuple[bytes, np.ndarray, dict[int, str]]:
+    """Keys, records and bad rows of a shard."""
+    keys: list[bytes] = []
+    rows: list[np.ndarray] = []
+    bad: dict[int, str] = {}
+    told = 0
+    for key, row, reason in _scan_shard(path):
+        keys.append(key.encode())
+        rows.append(row)
+        if reason is not None:
+            bad[len(rows) - 1] = reason
+        end = int(row["image_offset"] + row["image_bytes"])
+        if end > told:
+            advance(end - told)
+            told = end
+    if not rows:
         raise ValueError(f"{path.name}: holds no samples; remove it, or {REPAIR}")
-    return found
+    advance(path.stat().st_size - told)
+    scanned = np.stack(rows)
+    scanned["key_end"] = np.cumsum([len(key) for key in keys])
+    return b"".join(keys), scanned, bad
 
 
 def _check_budget(broken: dict[str, str], bad_shards: int) -> None:
@@ -205,7 +257,7 @@ def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
                     "key or, if its files belong together, write the shard again in the order of the files' names"
                 )
             seen.add(key)
-            row = np.zeros((), _SCANNED)
+            row = np.zeros((), SCANNED)
             yield key, row, _scan_sample(file.fileno(), members, row)
 
 

@@ -32,6 +32,8 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+    header: int
+    """Where its header begins, or the first of the extended ones that belong to it."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -58,7 +60,7 @@ def walk_members(path: Path) -> Iterator[Member]:
     """
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size
-        offset, place = 0, f"{path.name}: at its start"
+        offset, start, place = 0, 0, f"{path.name}: at its start"
         overrides: dict[str, str] = {}
         while (header := _read_header(file, offset, end, place)) is not None:
             extension = header.type in _EXTENSIONS
@@ -70,12 +72,14 @@ def walk_members(path: Path) -> Iterator[Member]:
                 place = f"{path.name}: sample {split_name(name)[0]!r}, member {name!r}"
             if size < 0 or data + size > end:
                 raise ValueError(f"{place}: says {size} bytes at {data}, but the shard ends at {end}; {REPAIR}")
+            offset = data + -(-size // BLOCK) * BLOCK
             if extension:
                 overrides |= _read_extension(file, header, place)
+                start = offset if header.type == tarfile.XGLTYPE else start
             else:
-                yield Member(name, data, size)
+                yield Member(name, data, size, start)
                 overrides, place = {}, f"{path.name}: after sample {split_name(name)[0]!r}, member {name!r}"
-            offset = data + -(-size // BLOCK) * BLOCK
+                start = offset
         if overrides:
             raise ValueError(f"{place}: the end mark comes where a member was announced (zeroed bytes?); {REPAIR}")
 

@@ -83,6 +83,14 @@ def decode_clip(data: bytes, wanted: range, image_size: int) -> Float32[Tensor, 
     raise BadSampleError(f"clip of {count} frames, expected at least {wanted[-1] + 1}")
 
 
+def first_frame(data: bytes) -> Image.Image:
+    """The first frame, upright; BadSampleError if it cannot be decoded, or the clip is foreign or beyond a limit."""
+    with closing(_frames(data)) as frames:
+        for frame in frames:
+            return _upright(frame)
+    raise BadSampleError("broken video (no frame can be decoded)")
+
+
 def encode_mp4(frames: np.ndarray, fps: int, *, lossless: bool = False) -> bytes:
     """An H.264 MP4 of ``frames`` (uint8 [frames, height, width, 3]); the same bytes for the same frames and libraries.
 

@@ -43,6 +43,10 @@ class _Axis(NamedTuple):
         share = (np.clip(values, self.low, self.high) - self.low) / ((self.high - self.low) or 1.0)
         return self.start + share * (self.end - self.start)
 
+    def at(self, value: float) -> float:
+        """The pixel of one value."""
+        return float(self(np.array(value)))
+
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten in ``low``..``high``, about that many."""
@@ -256,3 +260,132 @@ def lying_bars(bars: Sequence[tuple[str, float, str, str]], *, label: str, width
         parts.append(el("rect", x=left, y=y, width=end - left, height=26, rx=1.5, class_=f"bar {colour}"))
         parts.append(_text(words, end + 8, y + 18, "number"))
     return _svg(width, 4 + 38 * len(bars), label, *parts)
+
+
+def histogram(
+    counts: Sequence[int],
+    names: Sequence[str],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str = "samples",
+    width: int = HALF,
+    colour: str = "c-dynamic",
+) -> Html:
+    """Upright bars; ``names`` are those of the bars or, one more of them, of the edges between the bars."""
+    height, top = 280, 26
+    bottom = height - 42
+    high = float(max(counts)) or 1.0
+    ticks = [tick for tick in nice_ticks(0.0, high, 4) if tick == round(tick)]
+    left = 14 + _CHARACTER * max(len(_tick_text(tick, ticks)) for tick in ticks)
+    y_axis = _Axis(0.0, high, bottom, top)
+    across = (width - 22 - left) / len(counts)
+    between = len(names) == len(counts) + 1
+    # Labels are thinned out until they stand apart.
+    every = math.ceil((10 + _CHARACTER * max(len(name) for name in names)) / across)
+    words = [
+        _text(name, left + across * (place if between else place + 0.5), bottom + 17, "tick middle")
+        for place, name in enumerate(names)
+        if place % every == 0
+    ]
+    # Bars with names of their own need not touch.
+    bar = across - min(3.0, 0.2 * across) if between else min(0.8 * across, 64.0)
+    bars = []
+    for place, value in enumerate(counts):
+        y = min(y_axis.at(value), bottom - 1.0) if value else bottom
+        name = f"{names[place]} to {names[place + 1]}" if between else names[place]
+        shape = {"x": left + across * (place + 0.5) - bar / 2, "y": y, "width": bar, "height": bottom - y}
+        bars.append(el("g", el("title", f"{name}: {value:,}"), el("rect", class_=f"bar {colour}", **shape)))
+    base = el("line", x1=left, x2=width - 22, y1=bottom, y2=bottom, class_="base")
+    return _svg(
+        width,
+        height,
+        label,
+        _y_grid(y_axis, ticks, left, width - 22),
+        *bars,
+        base,
+        *words,
+        _text(y_label, 0, 11, "axis"),
+        _text(x_label, (left + width - 22) / 2, height - 4, "axis middle"),
+    )
+
+
+class Spot(NamedTuple):
+    """A place on a chart of spots and what lies there."""
+
+    x: float
+    y: float
+    weight: int
+    words: str
+    """Shown under the pointer."""
+
+
+def spots(
+    found: Sequence[Spot],
+    marks: Sequence[tuple[float, float]],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str,
+    width: int = HALF,
+) -> Html:
+    """Discs whose areas are weights over two axes of octaves, and hollow squares at ``marks``."""
+    height = 280
+    every = [(spot.x, spot.y) for spot in found] + list(marks)
+    x_ticks, y_ticks = _octaves([x for x, _ in every]), _octaves([y for _, y in every])
+    left = 14 + _CHARACTER * max(len(f"{tick:g}") for tick in y_ticks)
+    x_axis = _Axis(math.log2(x_ticks[0]), math.log2(x_ticks[-1]), left, width - 22)
+    y_axis = _Axis(math.log2(y_ticks[0]), math.log2(y_ticks[-1]), height - 42, 26)
+    most, largest = max(spot.weight for spot in found), min(16.0, max(5.0, 130 / math.sqrt(len(found))))
+    discs = []
+    for spot in sorted(found, key=lambda spot: -spot.weight):
+        x, y = x_axis.at(math.log2(spot.x)), y_axis.at(math.log2(spot.y))
+        radius = max(1.5, largest * math.sqrt(spot.weight / most))
+        disc = el("circle", cx=round(x, 1), cy=round(y, 1), r=round(radius, 1), class_="spot c-dynamic")
+        discs.append(el("g", el("title", spot.words), disc))
+    squares = [
+        el(
+            "rect",
+            x=float(x_axis(np.log2(x))) - 4,
+            y=float(y_axis(np.log2(y))) - 4,
+            width=8,
+            height=8,
+            class_="mark-at",
+        )
+        for x, y in marks
+    ]
+    columns = [
+        _text(f"{tick:g}", x_axis.at(math.log2(tick)), height - 25, "tick middle")
+        for tick in _apart(x_ticks, x_axis, 40)
+    ]
+    rows = []
+    for tick in _apart(y_ticks, y_axis, 20):
+        line = round(y_axis.at(math.log2(tick)), 1)
+        rows.append(el("line", x1=left, x2=width - 22, y1=line, y2=line, class_="grid"))
+        rows.append(_text(f"{tick:g}", left - 8, line + 4, "tick end"))
+    return _svg(
+        width,
+        height,
+        label,
+        *rows,
+        *columns,
+        *discs,
+        *squares,
+        _text(y_label, 0, 11, "axis"),
+        _text(x_label, (left + width - 22) / 2, height - 4, "axis middle"),
+    )
+
+
+def _octaves(values: Sequence[float]) -> list[float]:
+    """Powers of two and the numbers halfway between them, from below the least value to above the greatest."""
+    first, last = math.floor(2 * math.log2(min(values)) - 0.2), math.ceil(2 * math.log2(max(values)) + 0.2)
+    return [2.0 ** (half // 2) * (1.5 if half % 2 else 1.0) for half in range(first, last + 1)]
+
+
+def _apart(ticks: Sequence[float], axis: _Axis, pixels: float) -> list[float]:
+    """Those of ``ticks`` that leave room for a label each; powers of two first."""
+    step = abs(axis.end - axis.start) / max(1e-9, axis.high - axis.low)
+    octaves = [tick for tick in ticks if math.log2(tick) % 1 == 0]
+    if step / 2.5 >= pixels or len(octaves) < 2:
+        return list(ticks)
+    return octaves[:: math.ceil(pixels / step)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dydit_scale.report.charts import HALF, LEVELS, WIDE, Series
 from dydit_scale.report.inputs import Missing
 from dydit_scale.report.markup import Html, el, join
+from dydit_scale.report.style import style_sheet
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Figure(NamedTuple):
@@ -25,6 +30,46 @@ class Column(NamedTuple):
     head: str
     cells: Sequence[str]
     align: Literal["left", "right"] = "right"
+
+
+def document(title: str, *parts: str) -> Html:
+    """A whole page that loads nothing from elsewhere."""
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", title),
+        el("style", Html(style_sheet())),
+    )
+    return Html("<!doctype html>\n" + el("html", head, el("body", SYMBOLS, el("main", *parts)), lang="en") + "\n")
+
+
+def masthead(kind: str, title: str, facts: Sequence[str], links: Sequence[str]) -> Html:
+    """The page's head line, what it is about, and links to its sections."""
+    return el(
+        "header",
+        el("p", f"dydit_scale · {kind}", class_="kind"),
+        el("h1", title),
+        el("p", " · ".join(facts), class_="facts"),
+        el("nav", *(el("a", name, href=f"#{name}") for name in links)),
+    )
+
+
+def tile(name: str, value: str, below: str) -> Html:
+    """One number of the row under the masthead."""
+    parts = (("name", name), ("value", value), ("below", below))
+    return el("div", *(el("p", words, class_=style) for style, words in parts), class_="tile")
+
+
+def write_page(page: str, out: Path) -> Path:
+    """Write a page aside and rename it into place."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(out)
+    return out
 
 
 def section(name: str, title: str, lead: str, *content: str) -> Html:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 
 from dydit_scale.report import gallery, sections
 from dydit_scale.report.inputs import EVALUATE, EXPORT, ExportFile, Missing, RunData, read_run
-from dydit_scale.report.layout import SYMBOLS
+from dydit_scale.report.layout import document, masthead, tile, write_page
 from dydit_scale.report.markup import Html, el
-from dydit_scale.report.style import style_sheet
 from dydit_scale.report.units import DASH, count, duration, fixed, percent, with_prefix
 
 _PARTS = (
@@ -25,7 +23,6 @@ _PARTS = (
     sections.settings,
 )
 _LINKS = ("training", "width", "experts", "tokens", "samples", "scores", "speed", "export", "settings")
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _ADAPTERS = ("td-lora", "td_lora", "lora-experts", "lora-ranges", "diffusers", "peft", "kohya", "comfyui")
 """From the most faithful on."""
 
@@ -38,27 +35,13 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Errors: ValueError when the folder has no recipe.yaml or metrics.jsonl, or recipe.yaml is not a mapping.
     """
     written = render(read_run(run), datetime.date.today())
-    out = run / "report.html" if out is None else out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside.write_text(written, encoding="utf-8")
-    aside.replace(out)
-    return out
+    return write_page(written, run / "report.html" if out is None else out)
 
 
 def render(run: RunData, date: datetime.date) -> Html:
     """The page as text."""
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{run.recipe_name} · dydit_scale report"),
-        el("style", Html(style_sheet())),
-    )
-    main = el("main", _masthead(run, date), _tiles(run), _notices(run), *(part(run) for part in _PARTS))
-    return Html("<!doctype html>\n" + el("html", head, el("body", SYMBOLS, main), lang="en") + "\n")
+    parts = (part(run) for part in _PARTS)
+    return document(f"{run.recipe_name} · dydit_scale report", _masthead(run, date), _tiles(run), _notices(run), *parts)
 
 
 def _masthead(run: RunData, date: datetime.date) -> Html:
@@ -70,24 +53,12 @@ def _masthead(run: RunData, date: datetime.date) -> Html:
         *([f"trained {duration(seconds)}"] if seconds else []),
         f"report of {date.isoformat()}",
     ]
-    shown = [name for name in _LINKS if name != "experts" or run.experts is not None]
-    links = el("nav", *(el("a", name, href=f"#{name}") for name in shown))
-    kind = el("p", "dydit_scale · training report", class_="kind")
-    return el("header", kind, el("h1", run.recipe_name), el("p", " · ".join(facts), class_="facts"), links)
+    links = [name for name in _LINKS if name != "experts" or run.experts is not None]
+    return masthead("training report", run.recipe_name, facts, links)
 
 
 def _tiles(run: RunData) -> Html:
     return el("div", _ratio(run), _saved(run), _speed_up(run), _score(run), _adapter(run), class_="tiles")
-
-
-def _tile(name: str, value: str, below: str) -> Html:
-    return el(
-        "div",
-        el("p", name, class_="name"),
-        el("p", value, class_="value"),
-        el("p", below, class_="below"),
-        class_="tile",
-    )
 
 
 def _ratio(run: RunData) -> Html:
@@ -95,42 +66,42 @@ def _ratio(run: RunData) -> Html:
     aim = "no target logged" if target is None else f"target {fixed(target, 3)}"
     evaluated, trained = run.metrics.curve("ratio_eval"), run.metrics.curve("ratio")
     if evaluated.last is not None:
-        return _tile("Cost ratio at evaluation", fixed(evaluated.last, 3), aim)
+        return tile("Cost ratio at evaluation", fixed(evaluated.last, 3), aim)
     if trained.last is not None:
-        return _tile("Cost ratio in training", fixed(trained.last, 3), aim)
-    return _tile("Cost ratio", DASH, aim)
+        return tile("Cost ratio in training", fixed(trained.last, 3), aim)
+    return tile("Cost ratio", DASH, aim)
 
 
 def _saved(run: RunData) -> Html:
     if isinstance(run.speed, Missing):
-        return _tile("MACs saved", DASH, EVALUATE)
+        return tile("MACs saved", DASH, EVALUATE)
     per_picture = f"{with_prefix(run.speed.macs_dynamic, '')} instead of {with_prefix(run.speed.macs_static, '')}"
-    return _tile("MACs saved", percent(1 - run.speed.macs_dynamic / run.speed.macs_static), per_picture)
+    return tile("MACs saved", percent(1 - run.speed.macs_dynamic / run.speed.macs_static), per_picture)
 
 
 def _speed_up(run: RunData) -> Html:
     if isinstance(run.speed, Missing):
-        return _tile("Speed-up, realised", DASH, EVALUATE)
+        return tile("Speed-up, realised", DASH, EVALUATE)
     below = f"ideal {fixed(run.speed.ideal, 2)}×, {percent(run.speed.share)} of it"
-    return _tile("Speed-up, realised", f"{fixed(run.speed.realised, 2)}×", below)
+    return tile("Speed-up, realised", f"{fixed(run.speed.realised, 2)}×", below)
 
 
 def _score(run: RunData) -> Html:
     if isinstance(run.scores, Missing):
-        return _tile("Prompts right, dynamic", DASH, EVALUATE)
+        return tile("Prompts right, dynamic", DASH, EVALUATE)
     dynamic, control = (run.scores.models.get(name) for name in ("dynamic", "control"))
     if dynamic is None:
-        return _tile("Prompts right, dynamic", DASH, "dynamic not scored")
+        return tile("Prompts right, dynamic", DASH, "dynamic not scored")
     error = 100 * sections.standard_error(dynamic.overall, run.scores.prompts)
     below = f"control {percent(control.overall, 1)}" if control else "control not scored"
-    return _tile("Prompts right, dynamic", percent(dynamic.overall, 1), f"{below}, ± {fixed(error, 1)}")
+    return tile("Prompts right, dynamic", percent(dynamic.overall, 1), f"{below}, ± {fixed(error, 1)}")
 
 
 def _adapter(run: RunData) -> Html:
     if isinstance(run.exports, Missing) or not run.exports:
-        return _tile("Adapter size", DASH, EXPORT)
+        return tile("Adapter size", DASH, EXPORT)
     chosen = _adapter_file(run.exports)
-    return _tile(
+    return tile(
         "Adapter size" if chosen.format in _ADAPTERS else "Export size", with_prefix(chosen.bytes, "B"), chosen.format
     )
 
