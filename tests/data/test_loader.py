@@ -89,7 +89,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def cut(batch: Batch, count: int) -> Batch:
-    return Batch(*(None if part is None else part[:count] for part in batch))
+    return Batch(*(part if part is None or isinstance(part, int) else part[:count] for part in batch))
 
 
 def assert_same(one: Batch, other: Batch) -> None:
