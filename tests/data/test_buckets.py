@@ -205,7 +205,7 @@ def test_units_come_in_the_order_of_the_groups_in_which_they_begin(given: tuple)
         assert group_of[epoch, shard] >= last
         last = group_of[epoch, shard]
         seen[bucket] += unit
-    assert last >= shards, "not one epoch was read"
+    assert sum(seen.values()) >= plain.num_samples
 
 
 @settings(max_examples=30, deadline=None)

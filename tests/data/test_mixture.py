@@ -59,7 +59,7 @@ def test_too_many_sources_are_refused() -> None:
     st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 2**40), st.integers(1, 300)
 )
 def test_sources_are_continued_by_whole_units(weights: list[float], unit: int, seed: int, units: int) -> None:
-    mixture = Mixture(weights, unit, seed)
+    mixture, again = Mixture(weights, unit, seed), Mixture(weights, unit, seed)
     total = int(mixture.shares.sum())
     given_by: Counter[int] = Counter()
     for number in range(units):
@@ -70,7 +70,8 @@ def test_sources_are_continued_by_whole_units(weights: list[float], unit: int, s
         if (number + 1) % total == 0:
             rounds = (number + 1) // total
             assert [given_by[n] for n in range(len(weights))] == [rounds * unit * int(n) for n in mixture.shares]
-    assert [mixture[n * unit] for n in range(units)] == [Mixture(weights, unit, seed)[n * unit] for n in range(units)]
+    backwards = [again[number * unit] for number in reversed(range(units))]
+    assert backwards[::-1] == [mixture[number * unit] for number in range(units)]
 
 
 def test_rounds_and_seeds_differ() -> None:
