@@ -286,6 +286,9 @@ def test_each_source_has_its_own_budget_of_bad_samples(tmp_path: Path) -> None:
         assert len(batches(config, 40, quarantine=quarantine)) == 40
         with pytest.raises(BadDataError, match="2 bad samples, more than the budget of 1"):
             batches(mixed(one, other, buckets=False, bad_samples=1), 40)
+        plain = batches(config, 40)
+    orders = [[key for batch in plain if batch.source == n for key in batch.keys] for n in (0, 1)]
+    assert orders[0][: len(orders[1])] != orders[1], "sources of equal size are in step"
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert sorted((line["folder"], line["key"]) for line in lines) == [
         (str(folder), key) for folder in (one.folder, other.folder) for key in ("0001", "0002")
