@@ -6,7 +6,7 @@ import io
 import json
 import re
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,18 +60,21 @@ def _check_picture(image: Image.Image) -> None:
         raise BadSampleError(f"image of mode {image.mode}, expected 8 bits a channel")
 
 
-def image_tensor(image: Image.Image, image_size: int) -> Float32[Tensor, "3 image_size image_size"]:
-    """The centre square of an RGB picture at ``image_size``, in [-1, 1].
+def image_tensor(image: Image.Image, height: int, width: int) -> Float32[Tensor, "3 height width"]:
+    """The centre of an RGB picture at ``height`` x ``width``, in [-1, 1].
 
-    The shorter side is resized to ``image_size`` (bicubic) and the longer one cropped at both ends.
+    The picture is resized until it just covers that size (bicubic), and cropped at both ends of what is too long.
     """
-    if image.size != (image_size, image_size):
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        # Resizing the centre square alone bounds the memory for a long strip; its borders still see their neighbours.
-        box = (left, top, left + side, top + side)
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    if image.size != (width, height):
+        across, down = image.size
+        # The greatest box of the wanted aspect ratio; one of its sides is the picture's own.
+        box_width, box_height = (
+            (across, across * height / width) if across * height < down * width else (down * width / height, down)
+        )
+        left, top = (across - box_width) / 2, (down - box_height) / 2
+        # Resizing this box alone bounds the memory for a long strip; its borders still see their neighbours.
+        box = (left, top, left + box_width, top + box_height)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return rearrange(pixels, "height width channels -> channels height width").contiguous() / 127.5 - 1
 
@@ -79,7 +82,8 @@ def image_tensor(image: Image.Image, image_size: int) -> Float32[Tensor, "3 imag
 class Fields(NamedTuple):
     """What a ``.json`` says of its sample."""
 
-    caption: str | None
+    captions: tuple[str, ...]
+    """Of which each reading takes one; none if it has no caption."""
     label: int | None
 
 
@@ -100,23 +104,34 @@ def decode_label(data: bytes) -> int:
 
 
 def decode_fields(data: bytes) -> Fields:
-    """The string under "caption", stripped, and the integer under "label" of a ``.json``; null is None.
+    """The strings under "captions", or else under "caption", stripped, and the integer under "label" of a ``.json``.
 
-    Raises BadSampleError if the JSON is broken or either has another type.
+    Under either key there may be one string or a list of them; null and an empty list are as nothing. Raises
+    BadSampleError if the JSON is broken or one of them has another type.
     """
     try:
         fields = json.loads(data.decode("utf-8"))
-        caption, label = (fields.get(name) if isinstance(fields, dict) else None for name in ("caption", "label"))
-        if isinstance(caption, str):
-            # JSON may spell half a surrogate pair, which no later file or tokenizer can take.
-            caption.encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"broken caption ({type(error).__name__}: {error})") from error
-    if caption is not None and not isinstance(caption, str):
-        raise BadSampleError('broken caption: the .json holds no string under "caption"')
+    if not isinstance(fields, dict):
+        return Fields((), None)
+    captions, label = _captions(fields, "captions") or _captions(fields, "caption"), fields.get("label")
     if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
         raise BadSampleError('broken label: the .json holds no integer under "label"')
-    return Fields(None if caption is None else caption.strip(), None if label is None else _checked_label(label))
+    return Fields(captions, None if label is None else _checked_label(label))
+
+
+def _captions(fields: dict[str, Any], key: str) -> tuple[str, ...]:
+    found = fields.get(key)
+    texts = [] if found is None else [found] if isinstance(found, str) else found
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadSampleError(f'broken caption: the .json holds no string under "{key}", nor a list of them')
+    try:
+        # JSON may spell half a surrogate pair, which no later file or tokenizer can take.
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadSampleError(f"broken caption ({type(error).__name__}: {error})") from error
+    return tuple(text.strip() for text in texts)
 
 
 def _checked_label(label: int) -> int:

@@ -12,75 +12,28 @@ import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from dydit_scale.data.config import DataConfig, SourceConfig
+from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.reader import BadSample, Batch, Failure, Reader
 
-__all__ = ["BadDataError", "Batch", "DataConfig", "Loader", "make_loader"]
+__all__ = ["BadDataError", "Batch", "DataConfig", "DataSet", "Loader", "SourceConfig", "make_loader"]
 
 
 class BadDataError(ValueError):
     """More unusable samples than the budget allows."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read and how."""
-
-    path: str
-    """Folder with the shards and their index."""
-    image_size: int = 32
-    """Side of the square pictures, in pixels; others are resized on the shorter side and cropped at the centre."""
-    buckets: bool = False
-    """Read each picture in the nearest of several aspect ratios, all of about ``image_size`` squared pixels, in place
-    of the square; each micro-batch is of one ratio."""
-    bucket_step: int = 64
-    """Both sides of a bucket are multiples of it."""
-    max_aspect: float = 2.0
-    """The longer side of a bucket is at most so many times the shorter one; what lies beyond is cropped."""
-    caption_dropout: float = 0.1
-    """Share of positions without their caption ("" in its place) and label (-1), for classifier-free guidance."""
-    frames: int = 1
-    """Frames of a clip, from a start drawn for each position; 1 makes pictures, of clips one frame."""
-    frame_stride: int = 1
-    """A clip takes every so many-th frame of its source."""
-    images_per_clip: int = 0
-    """Single pictures of other samples that follow each clip's frames, for joint training on clips and pictures."""
-    workers: int = 0
-    """Processes that read and decode; 0 does it in the training process. The batches are the same."""
-    bad_samples: int = 100
-    """How many different unusable samples one process puts up with, those marked in the index included."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("data.path is empty; expected a folder of shards")
-        if self.image_size < 1:
-            raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"data.caption_dropout must lie in [0, 1], got {self.caption_dropout}")
-        if self.frames < 1 or self.frame_stride < 1:
-            raise ValueError(
-                f"data.frames and data.frame_stride must be at least 1, got {self.frames} and {self.frame_stride}"
-            )
-        if self.images_per_clip < 0 or (self.images_per_clip and self.frames == 1):
-            raise ValueError(
-                f"data.images_per_clip is {self.images_per_clip} with data.frames {self.frames}; expected 0 or more "
-                "beside clips of at least 2 frames, and 0 for pictures"
-            )
-        if self.workers < 0:
-            raise ValueError(f"data.workers cannot be negative, got {self.workers}")
-        if self.bad_samples < 0:
-            raise ValueError(f"data.bad_samples cannot be negative, got {self.bad_samples}")
-
-
 def make_loader(
     config: DataConfig,
-    index: ShardIndex,
+    data: DataSet | ShardIndex,
     *,
     seed: int,
     rank: int,
@@ -94,36 +47,32 @@ def make_loader(
 
     Step s reads the positions ``consumed + s * global_batch + [0, global_batch)``. The n-th micro-batches of all ranks
     are its n-th part, of which rank r takes the r-th: the same samples meet, however many ranks share the work. What is
-    read at a position depends on (index, seed, position) alone.
+    read at a position depends on (config, data, seed, position) alone. Where there are buckets or several sources, each
+    micro-batch is of one bucket and one source.
 
     Args:
+        data: the indexes of the config's sources; the index itself will do for one.
         quarantine: a file that gets one JSON line for each bad sample met; give each rank its own.
 
-    Raises ValueError when the batch does not divide, naming the nearest that do, the index has more bad samples than
-    ``config.bad_samples`` (BadDataError), no clip has the frames asked for, or clips are to be read without PyAV.
+    Raises ValueError when the batch does not divide, naming the nearest that do, micro-batches do not divide
+    ``config.bucket_batch`` where they must, an index has more bad samples than ``config.bad_samples`` (BadDataError),
+    no clip has the frames asked for, or clips are to be read without PyAV.
     While iterating: beyond that budget, or when a shard has vanished.
     """
+    data = DataSet((data,)) if isinstance(data, ShardIndex) else data
     _check_split(rank, world_size, global_batch, micro_batch, consumed)
-    log = _BadSampleLog(config.bad_samples, index, quarantine, rank)
+    _check_unit(config, micro_batch, consumed)
+    logs = [_BadSampleLog(config.bad_samples, index, quarantine, rank) for index in data.indexes]
     first = consumed + rank * micro_batch
     positions = _Positions(first=first, stride=world_size * micro_batch, micro_batch=micro_batch)
-    reader = Reader(
-        index,
-        seed=seed,
-        image_size=config.image_size,
-        caption_dropout=config.caption_dropout,
-        frames=config.frames,
-        frame_stride=config.frame_stride,
-        images_per_clip=config.images_per_clip,
-    )
-    return Loader(reader, positions, log, config.workers)
+    return Loader(Reader(config, data, seed=seed), positions, logs, config.workers)
 
 
 class Loader:
     """Endless micro-batches; every ``iter()`` begins at the same position again."""
 
-    def __init__(self, reader: Reader, positions: _Positions, log: _BadSampleLog, workers: int) -> None:
-        self._reader, self._positions, self._log, self._workers = reader, positions, log, workers
+    def __init__(self, reader: Reader, positions: _Positions, logs: list[_BadSampleLog], workers: int) -> None:
+        self._reader, self._positions, self._logs, self._workers = reader, positions, logs, workers
 
     def __iter__(self) -> Iterator[Batch]:
         results: DataLoader[Any] = DataLoader(
@@ -140,7 +89,7 @@ class Loader:
             for result in results:
                 if isinstance(result, Failure):
                     raise ValueError(result.message) from RuntimeError(result.trace)
-                self._log.add(result.bad)
+                self._logs[result.batch.source].add(result.bad)
                 yield result.batch
         finally:
             self._reader.close()
@@ -159,7 +108,7 @@ class _Positions:
 
 
 class _BadSampleLog:
-    """Counts the different bad samples of this process, names each once and stops beyond the budget."""
+    """Counts the different bad samples of a source in this process, names each once and stops beyond the budget."""
 
     def __init__(self, budget: int, index: ShardIndex, quarantine: Path | None, rank: int) -> None:
         self._budget, self._folder, self._quarantine, self._rank = budget, index.folder, quarantine, rank
@@ -178,9 +127,10 @@ class _BadSampleLog:
 
     def _write(self, entry: BadSample) -> None:
         if self._quarantine is not None:
+            line = {"rank": self._rank, "folder": str(self._folder), **asdict(entry)}
             self._quarantine.parent.mkdir(parents=True, exist_ok=True)
             with self._quarantine.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"rank": self._rank, **asdict(entry)}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _check(self) -> None:
         if len(self._found) > self._budget:
@@ -226,4 +176,13 @@ def _check_split(rank: int, world_size: int, global_batch: int, micro_batch: int
             f"data: a rank's share of {share} (global batch {global_batch} over {world_size} ranks) cannot be cut in "
             f"micro-batches of {micro_batch}; take micro-batches of {' or '.join(map(str, sizes))}, or a global batch "
             f"of {nearest}"
+        )
+
+
+def _check_unit(config: DataConfig, micro_batch: int, consumed: int) -> None:
+    config.check_micro_batch(micro_batch)
+    if config.unit and consumed % micro_batch:
+        raise ValueError(
+            f"data: after {consumed} samples, micro-batches of {micro_batch} would hold several buckets or sources; "
+            f"take micro-batches that divide {gcd(consumed, config.unit)} (train.batch_size, train.accumulation)"
         )

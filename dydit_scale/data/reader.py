@@ -12,14 +12,20 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dydit_scale.data.buckets import Bucket, bucket_numbers, config_buckets
+from dydit_scale.data.config import DataConfig
+from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
 from dydit_scale.data.index import ShardIndex
+from dydit_scale.data.mixture import Mixture
 from dydit_scale.data.position import SampleOrder
 from dydit_scale.data.storage import ShardFiles
 from dydit_scale.data.video import decode_clip, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
 MAX_SUBSTITUTES = 100
+SUBSTITUTES_OF_BUCKET = 50
+"""The first so many come from the bucket of the bad sample, the others from all samples, cropped as it asks."""
 
 
 class Batch(NamedTuple):
@@ -39,6 +45,8 @@ class Batch(NamedTuple):
     """[batch][images_per_clip], of the single pictures beside clips; each is dropped on its own."""
     picture_labels: Int64[Tensor, "batch images_per_clip"] | None = None
     """Of the single pictures beside clips; None if there are none or no sample of the data has a label."""
+    source: int = 0
+    """The number of the source that the samples come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,41 +93,52 @@ class _Sample(NamedTuple):
 class Reader(Dataset[Any]):
     """``reader[range of positions]`` is a micro-batch; copies of a reader in other processes give the same."""
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        *,
-        seed: int,
-        image_size: int,
-        caption_dropout: float,
-        frames: int = 1,
-        frame_stride: int = 1,
-        images_per_clip: int = 0,
-    ) -> None:
-        self._index, self._seed, self._image_size = index, int(seed), image_size
-        self._clip, self._images_per_clip = range(0, frames * frame_stride, frame_stride), images_per_clip
-        self._dropped_below = int(caption_dropout * 2**63)
-        self._order = SampleOrder([shard.count for shard in index.shards], self._seed)
-        self._shards = ShardFiles(index.folder)
-        if frames > 1:
-            _check_clips(index, self._clip[-1] + 1)
-        if index.frames is not None:
-            require_av()
+    def __init__(self, config: DataConfig, data: DataSet, *, seed: int) -> None:
+        self._mixture = Mixture(config.weights, config.bucket_batch, seed)
+        self._sources = []
+        for source, (own, index) in enumerate(zip(config.split(), data.indexes, strict=True)):
+            order_seed = keyed_seed(seed, "source", source) if len(data.indexes) > 1 else seed
+            self._sources.append(_SourceReader(own, index, source=source, seed=seed, order_seed=order_seed))
 
     def __getitem__(self, positions: range) -> Read | Failure:
+        draw = self._mixture[positions.start]
         try:
-            return self._read_batch(positions)
+            return self._sources[draw.source].read(positions, draw.position)
         # torch would raise a worker's exception with its traceback as the message; this way the message stays.
         except (ValueError, OSError) as error:
             return Failure(str(error), traceback.format_exc())
 
     def close(self) -> None:
         """Close the shards that this process holds open."""
+        for source in self._sources:
+            source.close()
+
+
+class _SourceReader:
+    """Micro-batches of one source."""
+
+    def __init__(self, config: DataConfig, index: ShardIndex, *, source: int, seed: int, order_seed: int) -> None:
+        self._index, self._source, self._seed = index, source, int(seed)
+        self._clip = range(0, config.frames * config.frame_stride, config.frame_stride)
+        self._images_per_clip = config.images_per_clip
+        self._dropped_below = int(config.caption_dropout * 2**63)
+        self._sizes = config_buckets(config)
+        buckets = bucket_numbers(index, self._sizes)
+        counts = [shard.count for shard in index.shards]
+        self._order = SampleOrder(counts, order_seed, buckets=buckets, unit=config.bucket_batch)
+        self._shards = ShardFiles(index.folder)
+        if config.frames > 1:
+            _check_clips(index, self._clip[-1] + 1)
+        if index.frames is not None:
+            require_av()
+
+    def close(self) -> None:
         self._shards.close()
 
-    def _read_batch(self, positions: range) -> Read:
+    def read(self, positions: range, first: int) -> Read:
+        """The samples from place ``first`` of the source's own order on, at ``positions`` of the training stream."""
         bad: list[BadSample] = []
-        rows = [self._read_position(position, bad) for position in positions]
+        rows = [self._read_position(position, place, bad) for place, position in enumerate(positions, first)]
         labels = torch.tensor([[sample.label for sample in row] for row in rows])  # [batch, 1 + images_per_clip]
         has_labels, has_pictures = self._index.labels is not None, self._images_per_clip > 0
         batch = Batch(
@@ -130,33 +149,40 @@ class Reader(Dataset[Any]):
             labels=labels[:, 0] if has_labels else None,
             picture_captions=tuple(tuple(p.caption for p in row[1:]) for row in rows) if has_pictures else (),
             picture_labels=labels[:, 1:] if has_labels and has_pictures else None,
+            source=self._source,
         )
         return Read(batch, tuple(bad))
 
-    def _read_position(self, position: int, bad: list[BadSample]) -> list[_Sample]:
+    def _read_position(self, position: int, place: int, bad: list[BadSample]) -> list[_Sample]:
         """The position's sample and the single pictures beside it; bad ones met on the way are added to ``bad``."""
-        place = self._order[position]
-        first = self._read_good(int(self._index.starts[place.shard]) + place.row, self._clip, bad, position)
+        shard, shard_row = self._order[place]
+        sample = int(self._index.starts[shard]) + shard_row
+        bucket = self._order.bucket_of(sample)
+        first = self._read_good(sample, bucket, self._clip, bad, position)
         row, others = [first], max(1, self._index.num_samples - 1)
         for picture in range(self._images_per_clip):
             step = 1 + keyed_seed(self._seed, "picture", position, picture) % others
             other = (first.number + step) % self._index.num_samples
-            row.append(self._read_good(other, range(1), bad, position, picture))
+            row.append(self._read_good(other, bucket, range(1), bad, position, picture))
         return row
 
-    def _read_good(self, sample: int, clip: range, bad: list[BadSample], position: int, *picture: int) -> _Sample:
-        """The sample or, if it is bad, the first good one in a fixed list; caption and label dropped by lot."""
+    def _read_good(
+        self, sample: int, bucket: int, clip: range, bad: list[BadSample], position: int, *picture: int
+    ) -> _Sample:
+        """The sample in the bucket's size or, if it is bad, the first good one in a fixed list; caption and label
+        dropped by lot."""
         reasons: list[str] = []
         for attempt in range(MAX_SUBSTITUTES + 1):
             try:
-                found = self._read_sample(sample, clip, position, *picture)
+                found = self._read_sample(sample, self._sizes[bucket], clip, position, *picture)
             except BadSampleError as error:
                 shard = self._index.shards[self._index.shard_of(sample)].name
                 key = self._index.key(sample)
                 bad.append(BadSample(position=position, sample=sample, shard=shard, key=key, reason=str(error)))
                 reasons.append(str(bad[-1]))
                 drawn = keyed_seed(self._seed, "substitute", position, *picture, attempt)
-                sample = drawn % self._index.num_samples
+                own = attempt < SUBSTITUTES_OF_BUCKET
+                sample = self._order.sample_of(bucket, drawn) if own else drawn % self._index.num_samples
             else:
                 dropped = keyed_seed(self._seed, "caption", position, *picture) < self._dropped_below
                 return found._replace(caption="", label=-1) if dropped else found
@@ -165,29 +191,39 @@ class Reader(Dataset[Any]):
             f"first: {'; '.join(reasons[:3])}. Restore the shards, or index them again if they were replaced"
         )
 
-    def _read_sample(self, sample: int, clip: range, *draw: int) -> _Sample:
+    def _read_sample(self, sample: int, size: Bucket, clip: range, *draw: int) -> _Sample:
         if sample in self._index.bad:
             raise BadSampleError(self._index.bad[sample])
-        pixels = self._read_pixels(sample, clip, *draw)
-        row, labels = self._index.samples[sample], self._index.labels
-        caption = ""
-        if row["caption_offset"]:
-            data = self._read_part(sample, "caption")
-            caption = (decode_fields(data).caption if row["caption_is_json"] else decode_caption(data)) or ""
+        pixels = self._read_pixels(sample, size, clip, *draw)
+        labels = self._index.labels
         label = -1 if labels is None else int(labels[sample])
-        return _Sample(sample, pixels, caption, label, self._index.key(sample))
+        return _Sample(sample, pixels, self._read_caption(sample, *draw), label, self._index.key(sample))
 
-    def _read_pixels(self, sample: int, clip: range, *draw: int) -> Tensor:
-        """[frames, 3, side, side], or [3, side, side] for a single frame; a clip starts at a frame drawn by lot."""
+    def _read_caption(self, sample: int, *draw: int) -> str:
+        """The sample's caption, of several one drawn by lot; "" if it has none."""
+        row = self._index.samples[sample]
+        if not row["caption_offset"]:
+            return ""
+        data = self._read_part(sample, "caption")
+        if not row["caption_is_json"]:
+            return decode_caption(data)
+        captions = decode_fields(data).captions
+        if len(captions) < 2:
+            return "".join(captions)
+        return captions[keyed_seed(self._seed, "caption choice", *draw) % len(captions)]
+
+    def _read_pixels(self, sample: int, size: Bucket, clip: range, *draw: int) -> Tensor:
+        """[frames, 3, height, width], or [3, height, width] for a single frame; a clip starts at a frame drawn by
+        lot."""
         held = 0 if self._index.frames is None else int(self._index.frames[sample])
         if held == 0 and len(clip) == 1:
-            return image_tensor(decode_image(self._read_part(sample, "image")), self._image_size)
+            return image_tensor(decode_image(self._read_part(sample, "image")), size.height, size.width)
         if held <= clip[-1]:
             kind = f"clip of {held} frames" if held else "a picture"
             raise BadSampleError(f"{kind}, expected at least {clip[-1] + 1} frames (data.frames, data.frame_stride)")
         start = keyed_seed(self._seed, "clip start", *draw) % (held - clip[-1])
         wanted = range(start, start + clip.stop, clip.step)
-        frames = decode_clip(self._read_part(sample, "image"), wanted, self._image_size)
+        frames = decode_clip(self._read_part(sample, "image"), wanted, size.height, size.width)
         return frames if len(clip) > 1 else frames[0]
 
     def _read_part(self, sample: int, part: str) -> bytes:

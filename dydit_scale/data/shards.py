@@ -130,8 +130,8 @@ def index_folder(
 
     The tars stay as they are; ``index.json`` and its arrays are written beside them, the same for any number of
     workers. A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file
-    of its own may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in
-    the index as ``bad``, with the reason.
+    of its own may stand in a ``.json`` under "caption" ("captions" if there are several) and "label". Samples without
+    them, or with broken ones, stay in the index as ``bad``, with the reason.
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
@@ -300,7 +300,7 @@ def _scan_texts(fd: int, members: dict[str, Member], row: np.ndarray) -> None:
     if fields is not None and (text is None or label is None):
         data = _read(fd, "caption", fields, MAX_CAPTION_BYTES)
         found = decode_fields(data)
-        if text is None and found.caption is not None:
+        if text is None and found.captions:
             row["caption_is_json"] = True
             _note(row, "caption", fields, data)
         if label is None and found.label is not None:

@@ -186,7 +186,7 @@ class _Parts:
         data = self.read(sample, "caption") if row["caption_offset"] else None
         if data is None:
             return None
-        return decode_fields(data).caption if row["caption_is_json"] else decode_caption(data)
+        return next(iter(decode_fields(data).captions), None) if row["caption_is_json"] else decode_caption(data)
 
     def picture(self, sample: int) -> Image.Image | None:
         """The picture or the first frame; None if it has changed."""

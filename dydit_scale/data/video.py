@@ -66,7 +66,7 @@ def scan_clip(data: bytes) -> ClipInfo:
     return ClipInfo(count, *first.size)
 
 
-def decode_clip(data: bytes, wanted: range, image_size: int) -> Float32[Tensor, "frames 3 image_size image_size"]:
+def decode_clip(data: bytes, wanted: range, height: int, width: int) -> Float32[Tensor, "frames 3 height width"]:
     """The frames numbered ``wanted``, as ``decode.image_tensor`` makes pictures.
 
     Frames are numbered from 0 in the order in which they are shown, whatever their times, so a variable frame rate is
@@ -77,7 +77,7 @@ def decode_clip(data: bytes, wanted: range, image_size: int) -> Float32[Tensor, 
     with closing(_frames(data)) as frames:
         for count, frame in enumerate(frames, 1):
             if count - 1 in wanted:
-                tensors.append(image_tensor(_upright(frame), image_size))
+                tensors.append(image_tensor(_upright(frame), height, width))
             if len(tensors) == len(wanted):
                 return torch.stack(tensors)
     raise BadSampleError(f"clip of {count} frames, expected at least {wanted[-1] + 1}")

@@ -106,6 +106,11 @@ def shard_units(network: nn.Module) -> list[nn.Module]:
 def _check_size_and_target(recipe: Recipe, family: Family, network: Any, pipeline: Any) -> None:
     size = sample_size(recipe)
     family.image_tokens(pipeline, size)
+    if recipe.data.buckets and (over := recipe.data.bucket_step % (side := family.token_side(pipeline))):
+        raise ValueError(
+            f"data.bucket_step {recipe.data.bucket_step}: expected a multiple of {side} pixels, the side of one token; "
+            f"take {recipe.data.bucket_step + side - over}"
+        )
     drawn = family.clip_lengths(network.config)[0]
     if size.frames != drawn:
         raise ValueError(

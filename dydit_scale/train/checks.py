@@ -14,7 +14,8 @@ from dydit_scale.train.recipe import Recipe
 
 
 def check_batch(recipe: Recipe, world: World) -> None:
-    """ValueError, with the nearest sizes that fit, unless batches divide over ranks and micro-batches."""
+    """ValueError, with the nearest sizes that fit, unless batches divide over ranks and micro-batches, and these divide
+    what the data give of one size."""
     accumulation, ranks = recipe.train.accumulation, world.world_size
     for name, parts in (("batch_size", ranks * accumulation), ("evaluate_samples", ranks)):
         size = getattr(recipe.train, name)
@@ -24,6 +25,7 @@ def check_batch(recipe: Recipe, world: World) -> None:
                 f"train.{name} {size}: not divisible by {ranks} ranks{micro}; "
                 f"the nearest that fit are {max(parts, size - size % parts)} and {size - size % parts + parts}"
             )
+    recipe.data.check_micro_batch(recipe.train.batch_size // ranks // accumulation)
 
 
 def check_data(recipe: Recipe, index: ShardIndex) -> None:

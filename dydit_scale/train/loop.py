@@ -56,10 +56,10 @@ def train(recipe: Recipe, world: World, *, resume: bool = False, stop: StopReque
     """
     stop = stop or StopRequest()
     with Watchdog(world, Path(recipe.run), recipe.limits, code=Exit.STUCK) as watchdog:
-        index = check_first(recipe, world, resume=resume)
+        data = check_first(recipe, world, resume=resume)
         leave_if_asked(stop)
         with _held(recipe, world, stop, watchdog) as attempt:
-            run = start(recipe, index, world, stop=stop, watchdog=watchdog, attempt=attempt)
+            run = start(recipe, data, world, stop=stop, watchdog=watchdog, attempt=attempt)
             try:
                 _steps(run)
             finally:
@@ -280,7 +280,7 @@ def _save(run: Run, *, must: bool) -> None:
         "step": run.step,
         "consumed": run.consumed,
         "recipe": asdict(run.recipe),
-        "data": run.index.digest,
+        "data": run.data.digest,
         "base": run.base,
         "guard": run.guard.state(),
     }
@@ -298,7 +298,7 @@ def _averaged(run: Run) -> AbstractContextManager[None]:
 def _batches(run: Run) -> Iterator[Batch]:
     train, world = run.recipe.train, run.world
     loader = make_loader(
-        run.recipe.data, run.index, seed=run.recipe.seed, rank=world.rank, world_size=world.world_size,
+        run.recipe.data, run.data, seed=run.recipe.seed, rank=world.rank, world_size=world.world_size,
         global_batch=train.batch_size, micro_batch=train.batch_size // world.world_size // train.accumulation,
         consumed=run.consumed, quarantine=run.folder / f"quarantine-{world.rank}.jsonl",
     )  # fmt: skip

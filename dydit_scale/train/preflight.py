@@ -13,7 +13,7 @@ from typing import Any
 
 import dydit_scale
 from dydit_scale.checkpoint.folder import list_checkpoints
-from dydit_scale.data.shards import ShardIndex, load_index
+from dydit_scale.data.dataset import DataSet, load_data
 from dydit_scale.parallel.engine import ParamGroup
 from dydit_scale.parallel.world import World, gather_objects, on_main
 from dydit_scale.train.attempt import Attempt, read_holder
@@ -22,17 +22,17 @@ from dydit_scale.train.recipe import Recipe, flat_values
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy", "safetensors")
 
 
-def check_agreement(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex:
-    """The index of the recipe's data, once all ranks agree on recipe, data, packages and code. Collective.
+def check_agreement(recipe: Recipe, world: World, *, resume: bool) -> DataSet:
+    """The recipe's data, once all ranks agree on recipe, data, packages and code. Collective.
 
     Raises ValueError on every rank, naming what differs and on which ranks, or the rank that cannot read its data.
     """
-    index, problem = None, None
+    data, problem = None, None
     try:
-        index = load_index(Path(recipe.data.path))
+        data = load_data(recipe.data)
     except (ValueError, OSError) as error:
         problem = str(error)
-    told = gather_objects(world, (problem, _facts(recipe, index) | {"--resume": str(resume)}))
+    told = gather_objects(world, (problem, _facts(recipe, data) | {"--resume": str(resume)}))
     for rank, (said, _) in enumerate(told):
         if said is not None:
             raise ValueError(said if world.world_size == 1 else f"rank {rank}: {said}")
@@ -41,8 +41,8 @@ def check_agreement(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex
         raise ValueError(
             f"the ranks do not agree:\n  {lines}\nStart every process with the same recipe, data, packages and code"
         )
-    assert index is not None
-    return index
+    assert data is not None
+    return data
 
 
 def disagreements(facts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -100,12 +100,12 @@ def check_disk(recipe: Recipe, folder: Path, groups: Sequence[ParamGroup], world
     on_main(world, check)
 
 
-def _facts(recipe: Recipe, index: ShardIndex | None) -> dict[str, str]:
+def _facts(recipe: Recipe, data: DataSet | None) -> dict[str, str]:
     """What must be the same on every rank."""
     facts = {f"recipe {key}": repr(value) for key, value in flat_values(recipe).items()}
     facts |= {f"package {name}": _version(name) for name in PACKAGES}
     facts["run folder"] = str(Path(recipe.run).resolve())
-    facts["data index"] = "none" if index is None else index.digest[:12]
+    facts["data index"] = "none" if data is None else data.digest[:12]
     facts["code of dydit_scale"] = code_digest()[:12]
     return facts
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dydit_scale.data.loader import DataConfig
+from dydit_scale.data.config import DataConfig
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.losses import TargetSchedule
 from dydit_scale.parallel.engine import EngineConfig
@@ -324,7 +324,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"recipe: {where}: expected keys below it; got {value!r}")
         return build(typing.cast(type, hint), value, f"{where}.")
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(v, args[0], where) for v in value)
+        return tuple(_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a word

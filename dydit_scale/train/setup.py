@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dydit_scale.checkpoint.folder import has_checkpoints
 from dydit_scale.checkpoint.state import engine_name, restore
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
 from dydit_scale.checkpoint.writer import CheckpointWriter, SaveReport
-from dydit_scale.data.shards import ShardIndex
+from dydit_scale.data.dataset import DataSet
 from dydit_scale.models.family import frozen_parts
 from dydit_scale.models.loading import base_digest
 from dydit_scale.models.registry import family_of
@@ -40,7 +40,7 @@ class Run:
     recipe: Recipe
     world: World
     folder: Path
-    index: ShardIndex
+    data: DataSet
     engine: Engine
     ema: Ema | None
     objective: Objective
@@ -99,21 +99,22 @@ def hold_folder(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watch
     return attempt
 
 
-def check_first(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex:
+def check_first(recipe: Recipe, world: World, *, resume: bool) -> DataSet:
     """What can be refused at once, before the run's folder is touched. Collective; ValueError on every rank."""
-    index = check_agreement(recipe, world, resume=resume)
+    data = check_agreement(recipe, world, resume=resume)
     check_batch(recipe, world)
-    check_data(recipe, index)
+    for config, index in zip(recipe.data.split(), data.indexes, strict=True):
+        check_data(replace(recipe, data=config), index)
     folder = Path(recipe.run)
     if not resume and broadcast_object(world, has_checkpoints(folder / "checkpoints")):
         raise ValueError(
             f"run {folder} holds checkpoints already: continue it with --resume, or choose another run=FOLDER"
         )
-    return index
+    return data
 
 
 def start(
-    recipe: Recipe, index: ShardIndex, world: World, *, stop: StopRequest, watchdog: Watchdog, attempt: Attempt
+    recipe: Recipe, data: DataSet, world: World, *, stop: StopRequest, watchdog: Watchdog, attempt: Attempt
 ) -> Run:
     """Build the run and restore its newest good checkpoint, if there is one. Collective.
 
@@ -124,7 +125,7 @@ def start(
     checkpoint = _find_checkpoint(folder, recipe, world)
     base = base_digest(recipe.model.base)
     if checkpoint is not None:
-        check_same(checkpoint, folder, data=index.digest, base=base)
+        check_same(checkpoint, folder, data=data.digest, base=base)
     leave_if_asked(stop)
     parts = build_parts(recipe)
     if recipe.train.gradient_checkpointing != "none":
@@ -149,7 +150,7 @@ def start(
     leave_if_asked(stop)
     objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device)
     run = Run(
-        recipe, world, folder, index, engine, ema, objective, Validator(recipe, index, objective, world), gates, None,
+        recipe, world, folder, data, engine, ema, objective, Validator(recipe, data, objective, world), gates, None,
         base, Guard(recipe.guard), stop, watchdog, attempt,
         _writer(recipe, world, attempt, lambda report: run.told(report)),
     )  # fmt: skip
@@ -161,7 +162,7 @@ def start(
     if world.is_main:
         save_recipe(recipe, folder / "recipe.yaml")
         run.metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=run.step)
-        run.say(_summary(recipe, engine, groups, index, run.step))
+        run.say(_summary(recipe, engine, groups, data, run.step))
     run.writer.start()
     return run
 
@@ -193,9 +194,9 @@ def _find_checkpoint(folder: Path, recipe: Recipe, world: World) -> Checkpoint |
     return checkpoint
 
 
-def _summary(recipe: Recipe, engine: Engine, groups: Sequence[ParamGroup], index: ShardIndex, step: int) -> str:
+def _summary(recipe: Recipe, engine: Engine, groups: Sequence[ParamGroup], data: DataSet, step: int) -> str:
     counts = ", ".join(f"{sum(p.numel() for p in g.params.values()) / 1e6:.2f} M {g.name}" for g in groups)
     total = engine.parameters / 1e6
     where = f"{engine.config.name} x {engine.world.world_size} on {engine.world.device.type}, {engine.config.precision}"
     begins = f", from step {step}" if step else ""
-    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {index.num_samples} samples{begins}"
+    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {data.num_samples} samples{begins}"

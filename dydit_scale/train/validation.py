@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.loader import Batch, make_loader
-from dydit_scale.data.shards import ShardIndex
 from dydit_scale.diffusion.randomness import keyed_seed
 from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.parallel.reduce import mean_values, sum_tensor
@@ -31,14 +32,15 @@ class Evaluation(NamedTuple):
 class Validator:
     """The same pictures, noise and noise levels at every evaluation, and for every run with the same seed and data."""
 
-    def __init__(self, recipe: Recipe, index: ShardIndex, objective: Objective, world: World) -> None:
+    def __init__(self, recipe: Recipe, data: DataSet, objective: Objective, world: World) -> None:
         self.recipe, self.objective, self.world = recipe, objective, world
         samples = recipe.train.evaluate_samples
         share = samples // world.world_size
-        micro = next(n for n in range(min(share, 64), 0, -1) if share % n == 0)
+        whole = gcd(share, recipe.data.unit)
+        micro = next(n for n in range(min(whole, 64), 0, -1) if whole % n == 0)
         self.seed = keyed_seed(recipe.seed, "evaluation")
         loader = make_loader(
-            recipe.data, index, seed=self.seed, rank=world.rank, world_size=world.world_size,
+            recipe.data, data, seed=self.seed, rank=world.rank, world_size=world.world_size,
             global_batch=samples, micro_batch=micro, consumed=0,
         )  # fmt: skip
         batches = iter(loader)

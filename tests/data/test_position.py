@@ -78,7 +78,7 @@ def test_a_group_is_read_before_the_next_begins() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="at least one sample each"):
         SampleOrder([3, 0], 0)
-    with pytest.raises(ValueError, match="shards_per_group must be at least 1"):
+    with pytest.raises(ValueError, match="shards_per_group and unit must be at least 1"):
         SampleOrder([3], 0, 0)
     with pytest.raises(ValueError, match="positions start at 0, got -1"):
         SampleOrder([3], 0)[-1]

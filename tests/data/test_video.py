@@ -58,9 +58,9 @@ def test_lossless_clips_come_back_exactly() -> None:
     data = encode_mp4(frames, 8, lossless=True)
     assert data == encode_mp4(frames, 8, lossless=True)
     assert scan_clip(data) == (12, SIDE, SIDE)
-    assert (as_bytes(decode_clip(data, range(12), SIDE)) == frames).all()
-    assert (as_bytes(decode_clip(data, range(3, 11, 3), SIDE)) == frames[3:11:3]).all()
-    assert decode_clip(data, range(2), 8).shape == (2, 3, 8, 8)
+    assert (as_bytes(decode_clip(data, range(12), SIDE, SIDE)) == frames).all()
+    assert (as_bytes(decode_clip(data, range(3, 11, 3), SIDE, SIDE)) == frames[3:11:3]).all()
+    assert decode_clip(data, range(2), 8, 8).shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,8 @@ def test_other_containers_are_read(kind: str, codec: str, pixels: str) -> None:
     ramp = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None] * 30, (8, 32, 32, 3)).copy()
     data = encoded(ramp, kind, codec, pixels)
     assert scan_clip(data) == (8, 32, 32)
-    assert abs(as_bytes(decode_clip(data, range(8), 32)).astype(int) - ramp).max() <= (0 if pixels == "rgb24" else 6)
+    found = as_bytes(decode_clip(data, range(8), 32, 32)).astype(int)
+    assert abs(found - ramp).max() <= (0 if pixels == "rgb24" else 6)
 
 
 def test_frames_count_as_they_are_shown_whatever_their_times() -> None:
@@ -79,7 +80,7 @@ def test_frames_count_as_they_are_shown_whatever_their_times() -> None:
     with av.open(io.BytesIO(data)) as container:
         packets = [p for p in container.demux(video=0) if p.pts is not None]
     assert [p.pts for p in packets] != sorted(p.pts for p in packets), "expected frames stored out of order"
-    assert abs(as_bytes(decode_clip(data, range(0, 9, 2), SIDE)).astype(int) - frames[::2]).max() < 14
+    assert abs(as_bytes(decode_clip(data, range(0, 9, 2), SIDE, SIDE)).astype(int) - frames[::2]).max() < 14
 
 
 @pytest.mark.parametrize(("matrix", "turn"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
@@ -91,7 +92,7 @@ def test_turned_clips_are_shown_upright(matrix: tuple[int, int, int, int], turn:
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     want = np.rot90(frames, turn, axes=(1, 2))
     assert scan_clip(bytes(data)) == (8, *want.shape[2:0:-1])
-    side = as_bytes(decode_clip(bytes(data), range(1), SIDE))[0]
+    side = as_bytes(decode_clip(bytes(data), range(1), SIDE, SIDE))[0]
     middle = want[0][8:24] if want.shape[1] == 32 else want[0][:, 8:24]
     assert (side == middle).all()
 
@@ -121,7 +122,7 @@ def test_cut_clips_are_bad_samples(kind: str, share: float) -> None:
 def test_short_clips_and_limits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode_mp4(numbered(0, 8), 8, lossless=True)
     with pytest.raises(BadSampleError, match="clip of 8 frames, expected at least 10"):
-        decode_clip(data, range(0, 12, 3), SIDE)
+        decode_clip(data, range(0, 12, 3), SIDE, SIDE)
     for name, limit, message in [
         ("MAX_VIDEO_BYTES", 1000, rf"video of {len(data)} bytes, more than the limit of 1000"),
         ("MAX_FRAME_PIXELS", 255, "video of 16 x 16 pixels, more than the limit of 255"),

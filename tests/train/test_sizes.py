@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 
-from dydit_scale.data.shards import load_index
+from dydit_scale.data.dataset import load_data
+from dydit_scale.data.loader import make_loader
+from dydit_scale.data.shards import load_index, write_shards
 from dydit_scale.models.family import SampleSize
 from dydit_scale.models.loading import load_pipeline, load_transformer
 from dydit_scale.models.registry import family_of
 from dydit_scale.parallel.world import World
 from dydit_scale.train import validation
 from dydit_scale.train.build import build_parts, shard_units
+from dydit_scale.train.loop import train
+from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.objective import Objective, size_of
 from dydit_scale.train.recipe import Recipe
 from dydit_scale.train.recompute import checkpoint_function
@@ -52,6 +59,13 @@ def objective_of(recipe: Recipe, checkpointing: str = "none") -> Objective:
         function = checkpoint_function(parts.network, shard_units(parts.network), checkpointing)  # type: ignore[arg-type]
         parts.network.enable_gradient_checkpointing(function)
     return Objective(recipe, parts.network.train(), parts.pipeline, parts.teacher, CPU)
+
+
+def _pictures() -> Iterator[dict[str, bytes | str]]:
+    for i in range(12):
+        file, (height, width) = io.BytesIO(), ((20, 30), (30, 20), (24, 24))[i % 3]
+        Image.radial_gradient("L").resize((width, height)).convert("RGB").save(file, "PNG")
+        yield {"__key__": f"{i:03d}", "png": file.getvalue(), "txt": "a red circle"}
 
 
 def terms_of(objective: Objective, positions: range, height: int, width: int) -> tuple[torch.Tensor, ...]:
@@ -170,6 +184,32 @@ def test_the_size_of_clips_with_pictures_is_read_from_the_batch() -> None:
     batch = batch_of(range(2), 8, 16)._replace(pixels=torch.zeros(2, 10, 3, 8, 16), picture_captions=(("", ""),) * 2)
     assert size_of(batch) == SampleSize(height=8, width=16, frames=8, images=2)
     assert size_of(batch._replace(picture_captions=())) == SampleSize(height=8, width=16, frames=10)
+
+
+def test_a_run_with_buckets_reads_evaluates_and_goes_on(worlds: Path, tmp_path: Path) -> None:
+    write_shards(_pictures(), tmp_path / "shards", samples_per_shard=5, progress=False)
+    recipe = recipe_of(worlds, "flux")
+    data = replace(recipe.data, path=str(tmp_path / "shards"), buckets=True, bucket_step=4, bucket_batch=4)
+    runs = []
+    for name, steps in (("whole", (4,)), ("parts", (2, 4))):
+        for n, last in enumerate(steps):
+            train_config = replace(recipe.train, steps=last, evaluate_every=2, final_lr=1.0, sample_every=0)
+            one = replace(recipe, run=str(tmp_path / name), data=data, train=train_config)
+            train(one, World(), resume=n > 0)
+        runs.append({r["step"]: r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r})
+    assert sorted(runs[0]) == sorted(runs[1]) == [0, 1, 2, 3]
+    for step, record in runs[0].items():
+        assert record["loss"] == pytest.approx(runs[1][step]["loss"], rel=1e-6)
+    batches = iter(
+        make_loader(data, load_data(data), seed=0, rank=0, world_size=1, global_batch=4, micro_batch=4, consumed=0)
+    )
+    assert len({tuple(next(batches).pixels.shape[-2:]) for _ in range(8)}) > 1, "the data must have several sizes"
+
+
+def test_a_step_of_buckets_that_is_no_token_is_refused(worlds: Path) -> None:
+    recipe = recipe_of(worlds, "flux")
+    with pytest.raises(ValueError, match=r"data\.bucket_step 2: expected a multiple of 4 pixels, .* take 4"):
+        build_parts(replace(recipe, data=replace(recipe.data, buckets=True, bucket_step=2)))
 
 
 def test_latte_learns_from_single_pictures_between_clips(worlds: Path) -> None:
