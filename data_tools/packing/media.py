@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageOps
+from PIL import Image, ImageCms, ImageColor
 
 from data_tools.packing.config import PackConfig
 from data_tools.packing.inputs import CLIP_EXTENSIONS, UnfitError
@@ -33,6 +33,15 @@ _SAVED: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "quality": 95},
 }
 _ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What libav calls the containers that are moved to MP4.
 _DEMUXERS = {"mov": "mov", "m4v": "mov", "avi": "avi"}
 _SAME_COLOUR = 2  # of 255: what rounding alone makes of sRGB
@@ -78,7 +87,10 @@ def _prepare_picture(data: bytes, config: PackConfig) -> Media:
         return Media(_KEPT_FORMATS[kind], data, ())
     chosen = {"auto": "jpg" if kind in ("JPEG", "MPO") else "png", "jpeg": "jpg"}.get(config.format, config.format)
     file = io.BytesIO()
-    image.convert("RGB").save(file, **_SAVED[chosen])
+    plain = image.convert("RGB")
+    # Pillow would write the profile and EXIF data of the original beside pixels that they no longer fit.
+    plain.info.clear()
+    plain.save(file, **_SAVED[chosen])
     return Media(chosen, file.getvalue(), tuple(changes))
 
 
@@ -94,16 +106,15 @@ def _to_8_bits(image: Image.Image, changes: list[str]) -> Image.Image:
 
 def _upright(image: Image.Image, changes: list[str]) -> Image.Image:
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-        upright = ImageOps.exif_transpose(image) if turned else image
-    # Pillow raises a dozen unrelated types on broken EXIF data; the picture itself was read.
+        orientation = image.getexif().get(_ORIENTATION)
+    # The reader, like Pillow, would fail on such a picture, though its pixels are sound.
     except Exception:
-        image.info.pop("exif", None)
         changes.append("broken EXIF")
         return image
-    if turned:
-        changes.append("orientation")
-    return upright
+    if orientation not in _TURNS:
+        return image
+    changes.append("orientation")
+    return image.transpose(_TURNS[orientation])
 
 
 def _to_srgb(image: Image.Image, changes: list[str]) -> Image.Image:
@@ -253,8 +264,9 @@ def _give_times(packet: Any, stream: Any) -> None:
 
 @contextmanager
 def _as_unfit(reason: str) -> Iterator[None]:
-    """Errors of a decoder as UnfitError; its warnings of decompression bombs are errors."""
+    """Errors of a decoder as UnfitError. Of its warnings, that of a decompression bomb is an error."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             yield

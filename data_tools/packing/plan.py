@@ -79,6 +79,7 @@ def make_plan(listing: Listing, config: PackConfig, *, state: Path, workers: int
     inputs, dropped = _without_texts(listing.inputs, config)
     if not config.keep_duplicates:
         inputs = _hash_candidates(inputs, known, workers, progress)
+        known = {item.name: item.sha256 for item in inputs}
         inputs, duplicates = _drop_duplicates(inputs, config)
         dropped += duplicates
     if config.shuffle:
@@ -87,7 +88,7 @@ def make_plan(listing: Listing, config: PackConfig, *, state: Path, workers: int
         PlannedShard(name=f"shard-{number:06d}.tar", samples=tuple(samples), config=config)
         for number, samples in enumerate(_cut(_keyed(inputs), config))
     )
-    _save(state, listing, config, {item.name: item.sha256 for item in inputs} | known)
+    _save(state, listing, config, known)
     total = len(listing.inputs) + len(listing.dropped)
     everything = tuple(sorted([*listing.dropped, *dropped]))
     assert total == len(everything) + sum(len(shard.samples) for shard in shards), "the plan lost an input"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,20 +135,29 @@ def _arrow(path: Path) -> _Arrow:
         raise MissingPackageError(
             f"{path}: needs pyarrow, which cannot be imported ({error}); run `pip install 'dydit_scale[tables]'`"
         ) from error
-    try:
+
+    def read_group(group: int, names: list[str]) -> Any:
+        with _readable(path, pyarrow):
+            return file.read_row_group(group, names)
+
+    with _readable(path, pyarrow):
         if path.suffix.lower() == ".parquet":
             file = pyarrow.parquet.ParquetFile(path)
-            return _Arrow(
-                file.schema_arrow, file.num_row_groups, lambda group, names: file.read_row_group(group, names)
-            )
+            return _Arrow(file.schema_arrow, file.num_row_groups, read_group)
         mapped = pyarrow.memory_map(str(path))
         # HF datasets writes the streaming format; feather files have the other.
         opened = pyarrow.ipc.open_file if mapped.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
         mapped.seek(0)
         table = opened(mapped).read_all()
+        return _Arrow(table.schema, 1, lambda group, names: table.select(names))
+
+
+@contextmanager
+def _readable(path: Path, pyarrow: Any) -> Iterator[None]:
+    try:
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
-    return _Arrow(table.schema, 1, lambda group, names: table.select(names))
 
 
 def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -163,7 +173,7 @@ def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"expected {len(reader.fieldnames or ())} fields")
                 yield row
         except (csv.Error, ValueError) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from error
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
