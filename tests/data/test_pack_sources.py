@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import os
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from data_tools.pack import REPORT_FILE, PackSummary, Part, pack
 from data_tools.packing import sources
 from data_tools.packing.config import PackConfig
 from dydit_scale.data.shards import load_index
+from dydit_scale.data.video import encode_mp4
 
 
 def png(number: int) -> bytes:
@@ -452,10 +456,43 @@ def test_data_sets_saved_on_disk(tmp_path: Path, file_format: bool) -> None:
     assert mixed.packed == 5
 
 
-def test_emoji_recipe(tmp_path: Path) -> None:
-    import importlib.util
-    import tarfile
+# Clips
 
+
+def test_clips_beside_pictures(tmp_path: Path) -> None:
+    frames = np.random.RandomState(0).randint(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    mp4 = encode_mp4(frames, 8)
+    # A table's bytes have no extension; they are told by how they begin.
+    table = pyarrow.table({"video": [mp4, png(0)], "caption": ["a clip", "a picture"]})
+    put(tmp_path / "in", {"a.mp4": mp4, "a.txt": "a clip", "b.png": png(0), "b.txt": "a picture"})
+    (tmp_path / "table").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "table" / "rows.parquet")
+    for name in ("in", "table"):
+        summary = pack(tmp_path / name, tmp_path / f"out-{name}")
+        index = load_index(tmp_path / f"out-{name}")
+        assert (index.bad, summary.packed) == ({}, 2)
+        assert index.frames is not None and index.frames.tolist() == [5, 0]
+
+
+def test_clips_without_pyav_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = put(tmp_path / "in", {"a.mp4": b"any", "a.txt": "a clip"})
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"pip install 'dydit_scale\[video\]'"):
+        pack(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_without_pyarrow_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = put(tmp_path / "in", {"rows.parquet": b"any"})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install 'dydit_scale\[tables\]'"):
+        pack(source, tmp_path / "out")
+
+
+# The recipe
+
+
+def test_emoji_recipe(tmp_path: Path) -> None:
     recipe = Path(__file__).resolve().parents[2] / "recipes" / "emoji" / "unpack.py"
     spec = importlib.util.spec_from_file_location("unpack", recipe)
     assert spec is not None and spec.loader is not None
