@@ -170,7 +170,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
 
     def stuck(*args: Any) -> Media:
         os.write(writer, b".")
-        time.sleep(600)
+        time.sleep(120)
         raise AssertionError("slept through")
 
     def run() -> None:
@@ -285,19 +285,21 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
 
 def test_two_runs_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = captioned(tmp_path / "in", 4), tmp_path / "out"
-    met = []
+    refused: list[str] = []
+    begun: list[bool] = []
 
     def second(*args: Any) -> Media:
-        if not met:
+        if not begun:
+            begun.append(True)
             with pytest.raises(ValueError, match="another run is packing there") as caught:
-                pack(source, out, SMALL)
-            met.append(caught)
+                pack(source, out, SMALL, workers=1)
+            refused.append(str(caught.value))
         return original(*args)
 
     original = writing.prepare
     monkeypatch.setattr(writing, "prepare", second)
     pack(source, out, SMALL, workers=1)
-    assert len(met) == 1
+    assert len(refused) == 1
 
 
 def test_nothing_packed_is_an_error_that_names_the_report(tmp_path: Path) -> None:
