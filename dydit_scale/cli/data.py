@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dydit_scale.cli.pack import add_pack
+
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The subcommands of ``dydit data``."""
@@ -20,6 +22,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--samples-per-shard", type=int, default=2048)
     shapes.add_argument("--workers", type=int, help="processes that draw (default: one on each core, at most 8)")
     shapes.set_defaults(run=_run_shapes)
+    add_pack(kinds.add_parser("pack", help="pack folders or tables of pictures and clips into webdataset shards"))
     index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
     index.add_argument("folder", type=Path)
     index.add_argument("--bad-shards", type=int, default=0, help="how many broken tars to leave out before giving up")

@@ -1,0 +1,192 @@
+"""``dydit data pack``: pictures and clips of a folder, a table or a saved HF data set become webdataset shards.
+
+What goes where is planned from the listing alone. Every shard is written aside by one process, renamed when it is
+whole, and noted beside the plan; so neither the number of processes and machines nor an interruption shows in the
+bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data_tools.packing.config import PackConfig
+from data_tools.packing.inputs import CLIP_EXTENSIONS, Dropped, extension_of
+from data_tools.packing.plan import PLAN_FILE, Plan, make_plan, replace_file
+from data_tools.packing.sources import list_source
+from data_tools.packing.writing import Desk, find_record, write_all
+from data_tools.shapes import CLASSES_FILE
+from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
+from dydit_scale.data.shards import build_index
+from dydit_scale.data.video import require_av
+
+STATE_FOLDER = ".pack"
+REPORT_FILE = "pack-report.jsonl"
+
+
+class Part(NamedTuple):
+    """Machine ``number`` of ``of`` that pack one source together: it writes every ``of``-th shard."""
+
+    number: int = 1
+    of: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """What was packed, in this run and before."""
+
+    total: int
+    """Inputs of this part."""
+    packed: int
+    dropped: Counter[str]
+    """Inputs by reason."""
+    changes: Counter[str]
+    left_out: int
+    """Captions beyond a limit of samples that were packed with others."""
+    ignored: Counter[str]
+    """Other files of the source, by extension."""
+    notes: list[str]
+    written: int
+    """Shards written by this run."""
+    found: int
+    """Shards that an earlier run had written."""
+    report: Path
+    index: ShardIndex | None
+    """None for a part."""
+
+
+def pack(
+    source: Path | str,
+    out: Path | str,
+    config: PackConfig | None = None,
+    *,
+    part: Part | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> PackSummary:
+    """Write the inputs of ``source`` as ``out/shard-000000.tar``, ..., index them and report what was left out.
+
+    A run on the same source, options and folder goes on where an earlier one ended. The same inputs and options give
+    the same tars, byte for byte, with the same versions of Pillow and PyAV.
+
+    Args:
+        source: see ``list_source``.
+        part: write only this part's shards, and leave the index to a run without parts.
+        workers: processes that convert and write; None for one on each core, at most 8.
+
+    Raises ValueError, before anything is written, for a source without inputs, a folder with other shards or begun
+    with other inputs or options, another run at work there; and when nothing at all could be packed.
+    """
+    source, out, config, part = Path(source), Path(out), config or PackConfig(), part or Part()
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    _check_arguments(source, out, part, workers)
+    listing = list_source(source, config, progress=progress)
+    if any(extension_of(item.name) in CLIP_EXTENSIONS for item in listing.inputs):
+        require_av()
+    with _desk(out, part) as desk:
+        plan = make_plan(listing, config, state=desk.state, workers=workers, progress=progress)
+        mine = plan.shards[part.number - 1 :: part.of]
+        _check_foreign(out, plan)
+        records = {shard.name: record for shard in mine if (record := find_record(desk, shard)) is not None}
+        missing = [shard for shard in mine if shard.name not in records]
+        done = sum(len(shard.samples) for shard in mine if shard.name in records)
+        records |= write_all(missing, desk, workers=workers, done=done, progress=progress)
+        if listing.classes is not None:
+            replace_file(out / CLASSES_FILE, [json.dumps(listing.classes, indent=1, ensure_ascii=False) + "\n"])
+    dropped = [*plan.dropped] if part.number == 1 else []
+    left_out: list[Dropped] = []
+    for record in (records[shard.name] for shard in mine):
+        dropped += record.dropped
+        left_out += record.left_out
+    report = out / (REPORT_FILE if part.of == 1 else f"pack-report-{part.number}-of-{part.of}.jsonl")
+    replace_file(report, (json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in (*dropped, *left_out)))
+    packed = sum(record.packed for record in records.values())
+    total = sum(len(shard.samples) for shard in mine) + (len(plan.dropped) if part.number == 1 else 0)
+    assert total == packed + len(dropped), f"{total} inputs, but {packed} packed and {len(dropped)} dropped"
+    if part.of == 1 and not packed:
+        reasons = Counter(line.reason for line in dropped)
+        raise ValueError(f"{source}: nothing could be packed ({_counts(reasons)}); see {report}")
+    return PackSummary(
+        total=total,
+        packed=packed,
+        dropped=Counter(line.reason for line in dropped),
+        changes=sum((Counter(record.changes) for record in records.values()), Counter()),
+        left_out=len(left_out),
+        ignored=listing.ignored,
+        notes=listing.notes,
+        written=len(missing),
+        found=len(mine) - len(missing),
+        report=report,
+        index=_index(out, len(missing), packed, progress) if part.of == 1 else None,
+    )
+
+
+def describe(summary: PackSummary) -> Iterator[str]:
+    """The summary in lines."""
+    yield from summary.notes
+    dropped = sum(summary.dropped.values())
+    yield f"{summary.total} inputs: {summary.packed} packed, {dropped} dropped"
+    if dropped:
+        yield f"  dropped: {_counts(summary.dropped)}; each with its reason in {summary.report}"
+    if summary.left_out:
+        yield f"  captions left out of packed samples: {summary.left_out}, in the same file"
+    if summary.changes:
+        yield f"  converted: {_counts(summary.changes)}"
+    if summary.ignored:
+        yield f"  other files, ignored: {_counts(summary.ignored)}"
+    yield f"  shards: {summary.written} written" + (f", {summary.found} found whole" if summary.found else "")
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(
+        f"{name} {count}" for name, count in sorted(counter.items(), key=lambda entry: (-entry[1], entry[0]))
+    )
+
+
+def _check_arguments(source: Path, out: Path, part: Part, workers: int) -> None:
+    if part.of < 1 or not 1 <= part.number <= part.of:
+        raise ValueError(f"part: expected 1/{part.of} to {part.of}/{part.of}, got {part.number}/{part.of}")
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder or a new path, got the file {out}; choose another path")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"out: {out} lies inside the source {source}; choose a folder outside")
+    held = sorted(path.name for path in (*out.glob("*.tar"), *out.glob(INDEX_FILE)))
+    if held and not (out / STATE_FOLDER / PLAN_FILE).is_file():
+        raise ValueError(f"{out}: already holds other shards ({', '.join(held[:5])}); choose another folder")
+
+
+def _check_foreign(out: Path, plan: Plan) -> None:
+    foreign = sorted({path.name for path in out.glob("*.tar")} - {shard.name for shard in plan.shards})
+    if foreign:
+        raise ValueError(f"{out}: holds shards that are not of this source ({', '.join(foreign[:5])}); move them away")
+
+
+@contextmanager
+def _desk(out: Path, part: Part) -> Iterator[Desk]:
+    """Where plan, records and unfinished shards are kept, for one run of each part at a time."""
+    state, name = out / STATE_FOLDER, f"{part.number}-of-{part.of}"
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / f"lock-{name}").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out}: another run is packing there; wait for it") from error
+        for unfinished in state.glob(f"*.{name}"):
+            unfinished.unlink()
+        yield Desk(out, state, name)
+
+
+def _index(out: Path, written: int, packed: int, progress: bool) -> ShardIndex:
+    fresh = written or not (out / INDEX_FILE).is_file()
+    index = build_index(out, progress=progress) if fresh else load_index(out)
+    assert index.num_samples == packed, f"{packed} samples packed, but {index.num_samples} in the index"
+    return index
