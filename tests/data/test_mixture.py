@@ -40,6 +40,7 @@ def test_shares_are_the_nearest_whole_numbers(weights: list[float], shares: tupl
     assert whole_shares(weights) == shares
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20))
 def test_shares_are_near_the_weights(weights: list[float]) -> None:
     shares = whole_shares(weights)
