@@ -40,6 +40,7 @@ def test_shares_are_the_nearest_whole_numbers(weights: list[float], shares: tupl
     assert whole_shares(weights) == shares
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20))
 def test_shares_are_near_the_weights(weights: list[float]) -> None:
     shares = whole_shares(weights)
@@ -56,9 +57,9 @@ def test_too_many_sources_are_refused() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 2**40), st.integers(1, 300)
+    st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 2**40), st.integers(1, 100)
 )
-def test_sources_are_continued_by_whole_units(weights: list[float], unit: int, seed: int, units: int) -> None:
+def test_sources_are_continued_by_whole_units(weights: list[int], unit: int, seed: int, units: int) -> None:
     mixture, again = Mixture(weights, unit, seed), Mixture(weights, unit, seed)
     total = int(mixture.shares.sum())
     given_by: Counter[int] = Counter()
