@@ -302,7 +302,7 @@ def test_other_containers_move_to_mp4_without_a_change_of_frames(kind: str, code
 def test_a_turned_clip_stays_turned() -> None:
     upright, turned = (prepare(clip("mov", rotation=degrees), "mov", PLAIN).data for degrees in (0, 90))
     assert scan_clip(turned)[1:] == (32, 48)
-    plain, other = (decode_clip(data, range(1), 32)[0] for data in (upright, turned))
+    plain, other = (decode_clip(data, range(1), 32, 32)[0] for data in (upright, turned))
     assert (plain.rot90(1, (1, 2)) - other).abs().max() < 0.05 or (plain.rot90(-1, (1, 2)) - other).abs().max() < 0.05
 
 
