@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from pathlib import Path
 
 
@@ -24,6 +25,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     index.add_argument("folder", type=Path)
     index.add_argument("--bad-shards", type=int, default=0, help="how many broken tars to leave out before giving up")
     index.set_defaults(run=_run_index)
+    encode = kinds.add_parser("encode", help="compute the latents and text embeddings of a recipe's data once")
+    encode.add_argument("recipe", type=Path, help="YAML file; its data, model and precision count")
+    encode.add_argument("words", nargs="+", metavar="OUT [key=value]", help="folder for the shards; dotted overrides")
+    encode.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of what is stored (default: the precision)")
+    encode.add_argument("--batch", type=int, default=16, help="pictures, frames or captions in an encoder at a time")
+    encode.add_argument("--update", action="store_true", help="encode again what changed in the data since")
+    encode.set_defaults(run=_run_encode)
 
 
 def _run_shapes(args: argparse.Namespace) -> None:
@@ -56,3 +64,29 @@ def _run_index(args: argparse.Namespace) -> None:
         print(f"unusable: {index.name(sample)}: {reason}")
     bad = f", {len(index.bad)} of them unusable" if index.bad else ""
     print(f"{args.folder}: {index.num_samples} samples in {len(index.shards)} shards{bad}, digest {index.digest[:12]}")
+
+
+def _run_encode(args: argparse.Namespace) -> None:
+    from dydit_scale.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    from dydit_scale.parallel.world import close, init_world
+    from dydit_scale.train.recipe import load_recipe
+    from dydit_scale.workflows.encode import encode_data
+
+    outs = [word for word in args.words if "=" not in word]
+    if len(outs) != 1:
+        raise ValueError(f"expected one folder OUT beside key=value overrides, got {outs or 'none'}")
+    recipe = load_recipe(args.recipe, [word for word in args.words if "=" in word])
+    world = init_world(timedelta(days=30))  # ranks that are done wait for the others
+    done = encode_data(recipe, Path(outs[0]), world, dtype=args.dtype, batch=args.batch, update=args.update)
+    if world.is_main:
+        index = done.index
+        for sample, reason in list(index.bad.items())[:10]:
+            print(f"unusable: {index.name(sample)}: {reason}")
+        bad = f", {len(index.bad)} of them unusable" if index.bad else ""
+        print(
+            f"{outs[0]}: {index.num_samples} samples in {len(index.shards)} shards{bad}, {done.written} encoded now, "
+            f"{sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB, digest {index.digest[:12]}"
+        )
+    close(world)

@@ -34,6 +34,18 @@ from dydit_scale.data.decode import (
     decode_image,
     decode_label,
 )
+from dydit_scale.data.encoded import (
+    ENTRY_EXTENSION,
+    MAX_ENTRY_BYTES,
+    MAX_TENSOR_BYTES,
+    TENSORS_EXTENSION,
+    Encoding,
+    check_tensors,
+    decode_entry,
+    decode_tensors,
+    find_encoding,
+    read_empty,
+)
 from dydit_scale.data.index import (
     INDEX_FILE,
     SAMPLE,
@@ -114,6 +126,7 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
     A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file of its
     own may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in the
     index as ``bad``, with the reason.
+    Where the folder has an ``encoders.json``, its samples are encoded ones (see encoded.py).
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
@@ -123,6 +136,9 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
     and on a folder without shards, saying what to run. MissingPackageError where there are clips and no PyAV.
     """
     folder = Path(folder)
+    encoding = find_encoding(folder)
+    if encoding is not None:
+        read_empty(folder, encoding)
     shards: list[ShardInfo] = []
     scanned: list[Scanned] = []
     broken: dict[str, str] = {}
@@ -157,6 +173,7 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
         broken=broken,
         labels=rows["label"].copy() if (rows["label"] >= 0).any() else None,
         frames=rows["frames"].copy() if rows["frames"].any() else None,
+        encoding=encoding,
     )
     index = replace(index, digest=compute_digest(index))
     save_index(index)
@@ -189,6 +206,7 @@ def _check_budget(broken: dict[str, str], bad_shards: int) -> None:
 def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
     """Key, index record and, if bad, the reason for each sample: consecutive members with the same key."""
     seen: set[str] = set()
+    encoding = find_encoding(path.parent)
     with path.open("rb") as file:
         for key, group in groupby(walk_members(path), key=lambda member: split_name(member.name)[0]):
             members: dict[str, Member] = {}
@@ -206,15 +224,20 @@ def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
                 )
             seen.add(key)
             row = np.zeros((), _SCANNED)
-            yield key, row, _scan_sample(file.fileno(), members, row)
+            yield key, row, _scan_sample(file.fileno(), members, row, (path.name, key), encoding)
 
 
-def _scan_sample(fd: int, members: dict[str, Member], row: np.ndarray) -> str | None:
-    """Fill a sample's index record; the reason if the sample is bad."""
+def _scan_sample(
+    fd: int, members: dict[str, Member], row: np.ndarray, place: tuple[str, str], encoding: Encoding | None
+) -> str | None:
+    """Fill the index record of the sample at ``place`` (shard, key); the reason if the sample is bad."""
     row["label"] = -1
     try:
-        _scan_media(fd, members, row)
-        _scan_texts(fd, members, row)
+        if encoding is None:
+            _scan_media(fd, members, row)
+            _scan_texts(fd, members, row)
+        else:
+            _scan_encoded(fd, members, row, place, encoding)
     except BadSampleError as error:
         return str(error)
     return None
@@ -258,6 +281,31 @@ def _scan_texts(fd: int, members: dict[str, Member], row: np.ndarray) -> None:
             "caption missing, and label: neither .txt nor .cls, and "
             + ("no .json" if fields is None else 'the .json holds no string under "caption" nor integer under "label"')
         )
+
+
+def _scan_encoded(
+    fd: int, members: dict[str, Member], row: np.ndarray, place: tuple[str, str], encoding: Encoding
+) -> None:
+    """Entry and tensors: loaded as a trial."""
+    entry_file, tensor_file = (members.get(name) for name in (ENTRY_EXTENSION, TENSORS_EXTENSION))
+    if entry_file is None or members.keys() - {ENTRY_EXTENSION, TENSORS_EXTENSION}:
+        raise BadSampleError(
+            f"{', '.join(sorted(members))} in an encoded sample, expected {ENTRY_EXTENSION} and {TENSORS_EXTENSION}"
+        )
+    entry_data = _read(fd, "entry", entry_file, MAX_ENTRY_BYTES)
+    entry = decode_entry(entry_data)
+    row["width"], row["height"], row["frames"] = entry.source.width, entry.source.height, entry.frames
+    row["label"], row["caption_is_json"] = entry.label, True
+    _note(row, "caption", entry_file, entry_data)
+    if (entry.source.shard, entry.source.key) != place:
+        raise BadSampleError(f"the entry is of {entry.source.shard} sample {entry.source.key!r}: renamed or moved")
+    if entry.bad is not None:
+        raise BadSampleError(entry.bad)
+    if tensor_file is None:
+        raise BadSampleError(f"no {TENSORS_EXTENSION} beside the entry")
+    data = _read(fd, "encoded sample", tensor_file, MAX_TENSOR_BYTES)
+    check_tensors(data, entry_data, decode_tensors(data, entry, encoding), encoding)
+    _note(row, "image", tensor_file, data)
 
 
 def _read(fd: int, part: str, member: Member, limit: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.dynamic.gates import logistic_noise
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.models.encoders import Posterior
 from dydit_scale.models.family import Family, Prompts, SampleSize
 from dydit_scale.models.registry import family_of
+from dydit_scale.train.encoded import EncodedInputs
 from dydit_scale.train.recipe import Recipe
 
 
@@ -63,12 +66,20 @@ class Objective:
     call."""
 
     def __init__(
-        self, recipe: Recipe, network: Any, pipeline: Any, teacher: nn.Module | None, device: torch.device
+        self,
+        recipe: Recipe,
+        network: Any,
+        pipeline: Any,
+        teacher: nn.Module | None,
+        device: torch.device,
+        encoded: EncodedInputs | None = None,
     ) -> None:
+        """``encoded`` is for batches that come encoded."""
         self.recipe, self.network, self.pipeline, self.device = recipe, network, pipeline, device
         self.family = family_of(pipeline)
         self.process = make_process(recipe, self.family)
         self.size = sample_size(recipe)
+        self.encoded = encoded
         self.teacher = None if teacher is None else teacher.to(device)
         self.is_dynamic = recipe.dynamic is not None
         self.guided = recipe.supervision.guidance > 1
@@ -84,7 +95,7 @@ class Objective:
         family, pipeline, model = self.family, self.pipeline, self.recipe.model
         shape = family.latent_shape(pipeline, self.size)
         posterior = sample_noise(seed, batch.positions, shape, "posterior").to(self.device)
-        x0 = family.pack(family.encode(pipeline, batch.pixels.to(self.device), posterior))
+        x0 = family.pack(family.latents(pipeline, self._posterior(batch), posterior))
         noise = family.pack(sample_noise(seed, batch.positions, shape)).to(self.device)
         level = level.to(self.device)
         if unprompted:
@@ -99,12 +110,23 @@ class Objective:
             text_tokens=model.text_tokens,
             guidance=model.guidance,
         )
+        if batch.encoded is not None and self.encoded is not None:
+            text = self.encoded.text(batch.encoded, prompts.all_captions, self.device, pipeline.vae.dtype)
+            prompts = replace(prompts, text=text)
+        conditions = family.conditions(pipeline, prompts, self.size)
         arguments = {
             "hidden_states": noisy,
             "timestep": self.process.timestep(level),
-            **family.conditions(pipeline, prompts, self.size),
+            **{n: c.to(self.device) if isinstance(c, Tensor) else c for n, c in conditions.items()},
         }
         return Inputs(x0, noise, noisy, level, arguments, model.text_tokens)
+
+    def _posterior(self, batch: Batch) -> Posterior:
+        if batch.encoded is None:
+            assert batch.pixels is not None, "a batch has pixels or comes encoded"
+            return self.family.posterior(self.pipeline, batch.pixels.to(self.device))
+        assert self.encoded is not None, "the objective was not told of encoded batches"
+        return self.encoded.posterior(batch.encoded, self.device)
 
     def training_levels(self, step: int, places: Tensor) -> Shaped[Tensor, " batch"]:
         """Noise levels for the given places in the global batch of a step."""

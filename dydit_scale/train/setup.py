@@ -22,6 +22,7 @@ from dydit_scale.parallel.world import World, broadcast_object, on_main
 from dydit_scale.train.attempt import Attempt, take_folder
 from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.checks import check_batch, check_data, check_same
+from dydit_scale.train.encoded import EncodedInputs, check_encoded
 from dydit_scale.train.gates import GateLog, make_gate_log
 from dydit_scale.train.guard import Guard
 from dydit_scale.train.metrics import Metrics
@@ -104,6 +105,7 @@ def check_first(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex:
     index = check_agreement(recipe, world, resume=resume)
     check_batch(recipe, world)
     check_data(recipe, index)
+    on_main(world, lambda: check_encoded(recipe, index))
     folder = Path(recipe.run)
     if not resume and broadcast_object(world, has_checkpoints(folder / "checkpoints")):
         raise ValueError(
@@ -126,7 +128,8 @@ def start(
     if checkpoint is not None:
         check_same(checkpoint, folder, data=index.digest, base=base)
     leave_if_asked(stop)
-    parts = build_parts(recipe)
+    encodes = index.encoding is None or (bool(recipe.train.sample_prompts) and recipe.train.sample_every > 0)
+    parts = build_parts(recipe, text_encoders=encodes)
     if recipe.train.gradient_checkpointing != "none":
         function = checkpoint_function(
             parts.network, shard_units(parts.network), recipe.train.gradient_checkpointing,
@@ -139,15 +142,17 @@ def start(
     check_disk(recipe, folder, groups, world)
     leave_if_asked(stop)
     adamw = AdamWConfig(betas=recipe.train.betas)
-    for part in frozen_parts(parts.pipeline):
-        part.to(world.device)
+    if encodes:  # or decodes samples
+        for part in frozen_parts(parts.pipeline):
+            part.to(world.device)
     engine = make_engine(
         recipe.engine, parts.network, groups, world,
         shard_units=shard_units(parts.network), accumulation=recipe.train.accumulation, adamw=adamw,
     )  # fmt: skip
     ema = Ema(engine, recipe.train.ema) if recipe.train.ema is not None else None
     leave_if_asked(stop)
-    objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device)
+    encoded = None if index.encoding is None else EncodedInputs(index.folder, index.encoding)
+    objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device, encoded)
     run = Run(
         recipe, world, folder, index, engine, ema, objective, Validator(recipe, index, objective, world), gates, None,
         base, Guard(recipe.guard), stop, watchdog, attempt,
