@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import webdataset
 from tqdm import tqdm
@@ -40,7 +40,8 @@ MADE = ".made.json"
 """Ends the name of the file beside a shard that says what it was made of."""
 
 
-class Encoded(NamedTuple):
+@dataclass(frozen=True)
+class Encoded:
     """What was done."""
 
     index: ShardIndex
@@ -83,6 +84,7 @@ def encode_data(
     if dtype not in DTYPES or batch < 1:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)} and a batch of 1 or more; got {dtype}, {batch}")
     index = load_index(recipe.data.path)
+    on_main(world, lambda: _check_source(recipe, index, out))
     with _locked(out, world):
         plan = on_main(world, lambda: _plan(recipe, index, out, dtype, update))
         encoder = Encoder(recipe, dtype, batch, world.device) if plan.shards else None
@@ -120,7 +122,6 @@ def _lock(out: Path) -> int:
 
 def _plan(recipe: Recipe, index: ShardIndex, out: Path, dtype: str, update: bool) -> Plan:
     """What is missing in ``out``, or does not belong there any more."""
-    _check_source(recipe, index, out)
     family = family_of_base(recipe.model.base)
     wanted = Encoding(
         family=family.name,
@@ -228,9 +229,11 @@ def _begin(out: Path, plan: Plan, encoder: Encoder | None) -> Encoding:
 
 def _finish(out: Path, source: ShardIndex) -> ShardIndex:
     """The index of the whole: that which is there, if nothing was done, or a new one."""
+    if missing := [shard.name for shard in source.shards if not (out / shard.name).is_file()]:
+        raise ValueError(f"{out}: {_listed(missing)} are missing; have all ranks written to the same folder?")
     index = load_index(out) if (out / INDEX_FILE).is_file() else build_index(out)
-    shards = [(shard.name, shard.count) for shard in index.shards]
-    assert shards == [(shard.name, shard.count) for shard in source.shards], f"{out}: other shards than the source"
+    shards = [[(shard.name, shard.count) for shard in of.shards] for of in (index, source)]
+    assert shards[0] == shards[1], f"{out}: other shards than the source"
     assert bytes(index.key_bytes) == bytes(source.key_bytes), f"{out}: other keys than the source"
     return index
 

@@ -80,7 +80,7 @@ class Encoder:
             counts = [pictures[n].shape[:-3].numel() for n in rows]
             for name, moments in zip(("mean", "std"), self._posterior(frames), strict=True):
                 for n, own in zip(rows, () if moments is None else moments.split(counts), strict=moments is not None):
-                    found[n][name] = own.reshape(*pictures[n].shape[:-3], *own.shape[1:]).clone()
+                    found[n][name] = _copy(own.reshape(*pictures[n].shape[:-3], *own.shape[1:]))
         return found
 
     def _posterior(self, frames: Tensor) -> Posterior:
@@ -101,7 +101,7 @@ class Encoder:
                 own = {name: tensor[row] for name, tensor in embedded.items()}
                 if (mask := own.pop("mask", None)) is not None:
                     own[TEXT] = own[TEXT][: int(mask.sum())]
-                found.append({name: tensor.to("cpu", self._dtype).clone() for name, tensor in own.items()})
+                found.append({name: _copy(tensor.to("cpu", self._dtype)) for name, tensor in own.items()})
         return found
 
     def _embed(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -209,10 +209,15 @@ class Packer:
             raise BadDataError(
                 f"{self._index.folder}: {len(self._refused)} samples cannot be encoded, {len(self._index.bad)} are bad "
                 f"anyway, more than the budget of {self._budget} (data.bad_samples); first: "
-                f"{'; '.join(self._refused[:3])}. Encode with engine.precision=fp32 and --dtype fp32, which hold larger "
-                "numbers, or raise data.bad_samples"
+                f"{'; '.join(self._refused[:3])}. Encode with engine.precision=fp32 and --dtype fp32, or raise "
+                "data.bad_samples"
             )
         return reason
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Of its own memory and in plain order, as safetensors asks."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _sha256(data: bytes) -> str:
