@@ -254,16 +254,15 @@ def _encode_share(recipe: Recipe, index: ShardIndex, out: Path, plan: Plan, enco
 
 def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[str, Any], bar: tqdm) -> None:
     """Write a shard aside and move it to its place; only then say what it was made of."""
-    aside, made = out / f"{ASIDE}{name}", _made_file(out, name)
+    aside, made = out / f"{ASIDE}{name}.part", _made_file(out, name)
     made.unlink(missing_ok=True)
     with _told_when_full(out):
         with aside.open("wb") as file:
             # pax headers take names of any length; short ones are written as they always were
-            writer = webdataset.TarWriter(file, encoder=False, mtime=0, compress=False, format="PAX_FORMAT")
-            for sample in samples:
-                writer.write(sample)
-                bar.update()
-            writer.close()
+            with webdataset.TarWriter(file, encoder=False, mtime=0, compress=False, format="PAX_FORMAT") as writer:
+                for sample in samples:
+                    writer.write(sample)
+                    bar.update()
             file.flush()
             os.fsync(file.fileno())
         size = aside.stat().st_size
@@ -272,7 +271,7 @@ def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[s
 
 
 def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(f"{ASIDE}{path.name}")
+    aside = path.with_name(f"{ASIDE}{path.name}.part")
     with _told_when_full(path.parent), aside.open("wb") as file:
         file.write(data)
         file.flush()

@@ -1,4 +1,4 @@
-"""Bases with a learned autoencoder, and data with all that can befall it, small enough to encode and train in a test."""
+"""Bases with a learned autoencoder, and data with a bad sample, small enough to encode and train in a test."""
 
 from __future__ import annotations
 

@@ -48,9 +48,7 @@ def curve(recipe: Recipe) -> list[dict[str, float]]:
 
 def batches(recipe: Recipe, count: int) -> list[Batch]:
     index = load_index(recipe.data.path)
-    loader = make_loader(
-        recipe.data, index, seed=3, rank=0, world_size=1, global_batch=4, micro_batch=4, consumed=0
-    )
+    loader = make_loader(recipe.data, index, seed=3, rank=0, world_size=1, global_batch=4, micro_batch=4, consumed=0)
     found = iter(loader)
     return [next(found) for _ in range(count)]
 
