@@ -311,6 +311,7 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_two_ranks_encode_and_train_as_one_does_on_pixels(made: Path, tmp_path: Path) -> None:
     with Ranks("tests.workflows.encode_ranks", str(made), str(tmp_path)) as ranks:
         train(encoded_recipe(made, "flux", made / "shards", run=str(tmp_path / "pixels-run")), World())
