@@ -254,8 +254,7 @@ def _encode_share(recipe: Recipe, index: ShardIndex, out: Path, plan: Plan, enco
 
 def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[str, Any], bar: tqdm) -> None:
     """Write a shard aside and move it to its place; only then say what it was made of."""
-    aside, made = out / f"{ASIDE}{name}.part", _made_file(out, name)
-    made.unlink(missing_ok=True)
+    aside = out / f"{ASIDE}{name}.part"
     with _told_when_full(out):
         with aside.open("wb") as file:
             # pax headers take names of any length; short ones are written as they always were
@@ -267,7 +266,7 @@ def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[s
             os.fsync(file.fileno())
         size = aside.stat().st_size
         os.replace(aside, out / name)
-        _write(made, json.dumps({**making, "bytes": size}, indent=1, sort_keys=True).encode())
+        _write(_made_file(out, name), json.dumps({**making, "bytes": size}, indent=1, sort_keys=True).encode())
 
 
 def _write(path: Path, data: bytes) -> None:
