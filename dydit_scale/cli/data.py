@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 from pathlib import Path
 
 from dydit_scale.cli.pack import add_pack
@@ -43,6 +44,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     summarize.add_argument("--image-size", type=int, help="show squares of that size, as a recipe would have them")
     summarize.add_argument("--buckets", action="store_true", help="with --image-size: aspect buckets of that area")
     summarize.set_defaults(run=_run_summarize)
+    encode = kinds.add_parser("encode", help="compute the latents and text embeddings of a recipe's data once")
+    encode.add_argument("recipe", type=Path, help="YAML file; its data, model and precision count")
+    encode.add_argument("words", nargs="+", metavar="OUT [key=value]", help="folder for the shards; dotted overrides")
+    encode.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of what is stored (default: the precision)")
+    encode.add_argument("--batch", type=int, default=16, help="pictures, frames or captions in an encoder at a time")
+    encode.add_argument("--update", action="store_true", help="encode again what changed in the data since")
+    encode.set_defaults(run=_run_encode)
 
 
 def _run_shapes(args: argparse.Namespace) -> None:
@@ -107,3 +115,29 @@ def _run_summarize(args: argparse.Namespace) -> None:
         args.folder, out=args.out, recipes=args.recipes, image_size=args.image_size, buckets=args.buckets
     ):
         print(line)
+
+
+def _run_encode(args: argparse.Namespace) -> None:
+    from dydit_scale.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    from dydit_scale.parallel.world import close, init_world
+    from dydit_scale.train.recipe import load_recipe
+    from dydit_scale.workflows.encode import encode_data
+
+    outs = [word for word in args.words if "=" not in word]
+    if len(outs) != 1:
+        raise ValueError(f"expected one folder OUT beside key=value overrides, got {outs or 'none'}")
+    recipe = load_recipe(args.recipe, [word for word in args.words if "=" in word])
+    world = init_world(timedelta(days=30))  # ranks that are done wait for the others
+    done = encode_data(recipe, Path(outs[0]), world, dtype=args.dtype, batch=args.batch, update=args.update)
+    if world.is_main:
+        index = done.index
+        for sample, reason in list(index.bad.items())[:10]:
+            print(f"unusable: {index.name(sample)}: {reason}")
+        bad = f", {len(index.bad)} of them unusable" if index.bad else ""
+        print(
+            f"{outs[0]}: {index.num_samples} samples in {len(index.shards)} shards{bad}, {done.written} encoded now, "
+            f"{sum(shard.bytes for shard in index.shards) / 1e6:.1f} MB, digest {index.digest[:12]}"
+        )
+    close(world)

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
+from dydit_scale.data.encoded import Encoding
 from dydit_scale.data.index import SAMPLE, ShardIndex, ShardInfo, compute_digest
 
 SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("label", "<i8")])
@@ -87,7 +88,7 @@ class Gatherer:
         self._key_bytes += len(shard.keys)
         self._shards.append(shard.info)
 
-    def index(self, broken: dict[str, str]) -> ShardIndex:
+    def index(self, broken: dict[str, str], encoding: Encoding | None) -> ShardIndex:
         """The index of all shards so far, which must be saved before this gatherer is left."""
         index = ShardIndex(
             folder=self._folder,
@@ -97,6 +98,7 @@ class Gatherer:
             key_bytes=_mapped(self._files["keys"], np.dtype(np.uint8)),
             bad=self._bad,
             broken=broken,
+            encoding=encoding,
             **{name: _mapped(self._files[name], SCANNED[_OPTIONAL[name][0]]) for name in self._present},
         )
         return replace(index, digest=compute_digest(index))

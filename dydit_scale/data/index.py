@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dydit_scale.data.encoded import ENCODERS_FILE, Encoding, encoding_digest, find_encoding
+
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index-samples.npy"
 KEYS_FILE = "index-keys.npy"
@@ -39,7 +41,8 @@ SAMPLE = np.dtype(
         ("key_end", "<i8"),
     ]
 )
-"""One sample. ``image_*`` is its picture or clip; a ``caption_offset`` of 0 says that it has no caption."""
+"""One sample. ``image_*`` is its picture or clip; a ``caption_offset`` of 0 says that it has no caption. Of an encoded
+sample ``image_*`` are the tensors and ``caption_*`` is the entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,8 @@ class ShardIndex:
     """int64 [num_samples], -1 for samples without one; None if no sample has a label."""
     frames: np.ndarray | None = None
     """int32 [num_samples], 0 for pictures; None if no sample is a clip."""
+    encoding: Encoding | None = None
+    """How the samples were encoded; None for pictures and clips."""
 
     @property
     def num_samples(self) -> int:
@@ -107,7 +112,10 @@ def compute_digest(index: ShardIndex) -> str:
     """What ``index.digest`` must be; a copy of the shards elsewhere, or with other times in their headers, has the
     same."""
     shards = [[shard.name, shard.count] for shard in index.shards]
-    digest = hashlib.sha256(json.dumps({"format": FORMAT, "shards": shards, "bad": sorted(index.bad)}).encode())
+    header = {"format": FORMAT, "shards": shards, "bad": sorted(index.bad)}
+    if index.encoding is not None:
+        header["encoding"] = encoding_digest(index.encoding)
+    digest = hashlib.sha256(json.dumps(header).encode())
     for array in _arrays(index).values():
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
@@ -151,6 +159,8 @@ def save_index(index: ShardIndex) -> None:
         "broken": index.broken,
         "bad": [{"sample": s, "name": index.name(s), "reason": reason} for s, reason in sorted(index.bad.items())],
     }
+    if index.encoding is not None:
+        content["encoding"] = encoding_digest(index.encoding)
     text = json.dumps(content, indent=1, ensure_ascii=False).encode()
     _replace(index.folder / INDEX_FILE, lambda file: file.write(text))
     for name in {LABELS_FILE, FRAMES_FILE} - hashes.keys():
@@ -192,6 +202,9 @@ def _read_index(folder: Path) -> ShardIndex:
     content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
         raise ValueError(f"{INDEX_FILE} has format {content['format']!r}, expected {FORMAT!r}")
+    encoding = find_encoding(folder)
+    if content.get("encoding") != (None if encoding is None else encoding_digest(encoding)):
+        raise ValueError(f"{ENCODERS_FILE} does not belong to {INDEX_FILE}")
     arrays = {}
     optional = [name for name in (LABELS_FILE, FRAMES_FILE) if name in content["arrays"]]
     for name in (SAMPLES_FILE, KEYS_FILE, *optional):
@@ -209,6 +222,7 @@ def _read_index(folder: Path) -> ShardIndex:
         broken={str(name): str(reason) for name, reason in content.get("broken", {}).items()},
         labels=arrays.get(LABELS_FILE),
         frames=arrays.get(FRAMES_FILE),
+        encoding=encoding,
     )
     if compute_digest(index) != index.digest:
         raise ValueError("its digest does not match its content")

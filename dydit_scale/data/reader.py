@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dydit_scale.data.buckets import Bucket, bucket_numbers, config_buckets
 from dydit_scale.data.config import DataConfig
 from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
+from dydit_scale.data.encoded import EncodedBatch, decode_entry, decode_tensors, join_texts
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.mixture import Mixture
 from dydit_scale.data.position import SampleOrder
@@ -33,8 +35,9 @@ class Batch(NamedTuple):
 
     positions: Int64[Tensor, " batch"]
     """In the training stream; what keys noise and timesteps."""
-    pixels: Float32[Tensor, "batch *frames 3 height width"]
-    """In [-1, 1]; for clips ``frames`` is those of the clip and then ``images_per_clip`` single pictures."""
+    pixels: Float32[Tensor, "batch *frames 3 height width"] | None
+    """In [-1, 1]; for clips ``frames`` is those of the clip and then ``images_per_clip`` single pictures. None where
+    ``encoded`` stands for them."""
     captions: tuple[str, ...]
     """"" where the caption was dropped."""
     keys: tuple[str, ...]
@@ -47,6 +50,8 @@ class Batch(NamedTuple):
     """Of the single pictures beside clips; None if there are none or no sample of the data has a label."""
     source: int = 0
     """The number of the source that the samples come from."""
+    encoded: EncodedBatch | None = None
+    """Latents and embeddings, of data that were encoded before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +87,26 @@ class Failure(NamedTuple):
     trace: str
 
 
+class Source(NamedTuple):
+    """A sample as it is encoded: all of its frames, nothing drawn by lot."""
+
+    pixels: Float32[Tensor, "*frames 3 height width"]
+    captions: Sequence[str]
+    label: int
+    """-1 for none."""
+    media: bytes
+    """The file of the picture or clip."""
+    caption: bytes
+    """The file that holds the caption; empty if there is none."""
+
+
 class _Sample(NamedTuple):
     number: int
-    pixels: Tensor
+    pixels: Tensor  # or an encoded sample's moments
     caption: str
     label: int
     key: str
+    text: dict[str, Tensor]  # of an encoded sample's caption
 
 
 class Reader(Dataset[Any]):
@@ -98,7 +117,7 @@ class Reader(Dataset[Any]):
         self._sources = []
         for source, (own, index) in enumerate(zip(config.split(), data.indexes, strict=True)):
             order_seed = keyed_seed(seed, "source", source) if len(data.indexes) > 1 else seed
-            self._sources.append(_SourceReader(own, index, source=source, seed=seed, order_seed=order_seed))
+            self._sources.append(SourceReader(own, index, source=source, seed=seed, order_seed=order_seed))
 
     def __getitem__(self, positions: range) -> Read | Failure:
         draw = self._mixture[positions.start]
@@ -114,7 +133,7 @@ class Reader(Dataset[Any]):
             source.close()
 
 
-class _SourceReader:
+class SourceReader:
     """Micro-batches of one source."""
 
     def __init__(self, config: DataConfig, index: ShardIndex, *, source: int, seed: int, order_seed: int) -> None:
@@ -129,7 +148,7 @@ class _SourceReader:
         self._shards = ShardFiles(index.folder)
         if config.frames > 1:
             _check_clips(index, self._clip[-1] + 1)
-        if index.frames is not None:
+        if index.frames is not None and index.encoding is None:
             require_av()
 
     def close(self) -> None:
@@ -141,15 +160,19 @@ class _SourceReader:
         rows = [self._read_position(position, place, bad) for place, position in enumerate(positions, first)]
         labels = torch.tensor([[sample.label for sample in row] for row in rows])  # [batch, 1 + images_per_clip]
         has_labels, has_pictures = self._index.labels is not None, self._images_per_clip > 0
+        pixels = torch.stack([_joined(row) for row in rows])
+        texts = [sample.text for row in rows for sample in row]
+        encoded = None if self._index.encoding is None else EncodedBatch(pixels, *join_texts(texts))
         batch = Batch(
             torch.tensor(positions),
-            torch.stack([_joined(row) for row in rows]),
+            pixels if encoded is None else None,
             tuple(row[0].caption for row in rows),
             tuple(row[0].key for row in rows),
             labels=labels[:, 0] if has_labels else None,
             picture_captions=tuple(tuple(p.caption for p in row[1:]) for row in rows) if has_pictures else (),
             picture_labels=labels[:, 1:] if has_labels and has_pictures else None,
             source=self._source,
+            encoded=encoded,
         )
         return Read(batch, tuple(bad))
 
@@ -194,42 +217,63 @@ class _SourceReader:
     def _read_sample(self, sample: int, size: Bucket, clip: range, *draw: int) -> _Sample:
         if sample in self._index.bad:
             raise BadSampleError(self._index.bad[sample])
-        pixels = self._read_pixels(sample, size, clip, *draw)
-        labels = self._index.labels
-        label = -1 if labels is None else int(labels[sample])
-        return _Sample(sample, pixels, self._read_caption(sample, *draw), label, self._index.key(sample))
+        frames = self._choose_frames(sample, clip, *draw)
+        captions: Sequence[str]
+        texts: list[dict[str, Tensor]] = []
+        if self._index.encoding is not None:
+            entry = decode_entry(self._read_part(sample, "caption"))
+            if (entry.height, entry.width) != size:
+                raise BadSampleError(
+                    f"encoded at {entry.height} x {entry.width} pixels, the batch has {size.height} x {size.width}"
+                )
+            moments, texts = decode_tensors(self._read_part(sample, "image"), entry, self._index.encoding)
+            captions, pixels = entry.captions, moments[frames.start : frames.stop : frames.step] if frames else moments
+        else:
+            pixels = _decode(self._read_part(sample, "image"), frames, size)
+            captions = self._read_captions(sample)[0]
+        choice = keyed_seed(self._seed, "caption choice", *draw) % len(captions) if captions else 0
+        caption, text = captions[choice] if captions else "", texts[choice] if texts else {}
+        one = pixels[0] if len(frames) == 1 else pixels
+        return _Sample(sample, one, caption, self._label(sample), self._index.key(sample), text)
 
-    def _read_caption(self, sample: int, *draw: int) -> str:
-        """The sample's caption, of several one drawn by lot; "" if it has none."""
+    def read_source(self, sample: int) -> Source:
+        """A whole sample, to be encoded. Raises BadSampleError."""
+        if sample in self._index.bad:
+            raise BadSampleError(self._index.bad[sample])
+        media = self._read_part(sample, "image")
+        captions, data = self._read_captions(sample)
+        pixels = _decode(media, range(self._frames_of(sample)), self._sizes[self._order.bucket_of(sample)])
+        return Source(pixels, captions, self._label(sample), media, data)
+
+    def _read_captions(self, sample: int) -> tuple[Sequence[str], bytes]:
+        """The captions, and the file that holds them."""
         row = self._index.samples[sample]
         if not row["caption_offset"]:
-            return ""
+            return (), b""
         data = self._read_part(sample, "caption")
-        if not row["caption_is_json"]:
-            return decode_caption(data)
-        captions = decode_fields(data).captions
-        if len(captions) < 2:
-            return "".join(captions)
-        return captions[keyed_seed(self._seed, "caption choice", *draw) % len(captions)]
+        return decode_fields(data).captions if row["caption_is_json"] else (decode_caption(data),), data
 
-    def _read_pixels(self, sample: int, size: Bucket, clip: range, *draw: int) -> Tensor:
-        """[frames, 3, height, width], or [3, height, width] for a single frame; a clip starts at a frame drawn by
-        lot."""
-        held = 0 if self._index.frames is None else int(self._index.frames[sample])
+    def _label(self, sample: int) -> int:
+        return -1 if self._index.labels is None else int(self._index.labels[sample])
+
+    def _frames_of(self, sample: int) -> int:
+        return 0 if self._index.frames is None else int(self._index.frames[sample])
+
+    def _choose_frames(self, sample: int, clip: range, *draw: int) -> range:
+        """Which frames to take, from one drawn by lot on; none of a picture."""
+        held = self._frames_of(sample)
         if held == 0 and len(clip) == 1:
-            return image_tensor(decode_image(self._read_part(sample, "image")), size.height, size.width)
+            return range(0)
         if held <= clip[-1]:
             kind = f"clip of {held} frames" if held else "a picture"
             raise BadSampleError(f"{kind}, expected at least {clip[-1] + 1} frames (data.frames, data.frame_stride)")
         start = keyed_seed(self._seed, "clip start", *draw) % (held - clip[-1])
-        wanted = range(start, start + clip.stop, clip.step)
-        frames = decode_clip(self._read_part(sample, "image"), wanted, size.height, size.width)
-        return frames if len(clip) > 1 else frames[0]
+        return range(start, start + clip.stop, clip.step)
 
     def _read_part(self, sample: int, part: str) -> bytes:
         row = self._index.samples[sample]
         size = int(row[f"{part}_bytes"])
-        name = "video" if part == "image" and self._index.frames is not None and self._index.frames[sample] else part
+        name = "video" if part == "image" and self._frames_of(sample) else part
         shard = self._index.shards[self._index.shard_of(sample)].name
         data = self._shards.read(shard, int(row[f"{part}_offset"]), size)
         if len(data) != size:
@@ -239,6 +283,13 @@ class _SourceReader:
         if zlib.crc32(data) != int(row[f"{part}_crc"]):
             raise BadSampleError(f"{name} checksum (CRC32) differs from the index: its bytes changed since")
         return data
+
+
+def _decode(media: bytes, frames: range, size: Bucket) -> Tensor:
+    """The given frames of a clip [frames, 3, height, width], or without any a picture [3, height, width]."""
+    if frames:
+        return decode_clip(media, frames, size.height, size.width)
+    return image_tensor(decode_image(media), size.height, size.width)
 
 
 def _joined(row: list[_Sample]) -> Tensor:

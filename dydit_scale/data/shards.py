@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,18 @@ from dydit_scale.data.decode import (
     decode_fields,
     decode_image,
     decode_label,
+)
+from dydit_scale.data.encoded import (
+    ENTRY_EXTENSION,
+    MAX_ENTRY_BYTES,
+    MAX_TENSOR_BYTES,
+    TENSORS_EXTENSION,
+    Encoding,
+    check_tensors,
+    decode_entry,
+    decode_tensors,
+    find_encoding,
+    read_empty,
 )
 from dydit_scale.data.foreign import ForeignIndexError, agreeing_indexes
 from dydit_scale.data.gather import SCANNED, Gatherer, ScannedShard, slice_index
@@ -131,7 +144,8 @@ def index_folder(
     The tars stay as they are; ``index.json`` and its arrays are written beside them, the same for any number of
     workers. A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file
     of its own may stand in a ``.json`` under "caption" ("captions" if there are several) and "label". Samples without
-    them, or with broken ones, stay in the index as ``bad``, with the reason.
+    them, or with broken ones, stay in the index as ``bad``, with the reason. Where the folder has an ``encoders.json``,
+    its samples are encoded ones (see encoded.py).
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
@@ -144,12 +158,17 @@ def index_folder(
     run. MissingPackageError where there are clips and no PyAV.
     """
     folder = Path(folder)
+    encoding = find_encoding(folder)
+    if encoding is not None:
+        read_empty(folder, encoding)
     paths = find_shards(folder)
     old = _old_index(folder) if update else None
+    if old is not None and old.encoding != encoding:
+        old = None
     numbers = {} if old is None else {shard.name: number for number, shard in enumerate(old.shards)}
     known = [None if old is None or path.name not in numbers else old.shards[numbers[path.name]] for path in paths]
     results = run_jobs(
-        _index_shard,
+        partial(_index_shard, encoding=encoding),
         list(zip(paths, known, strict=True)),
         workers=min(workers, len(paths)),
         total_bytes=sum(path.stat().st_size for path in paths),
@@ -173,7 +192,7 @@ def index_folder(
             foreign.update(found.foreign)
         if len(broken) == len(paths):
             raise ValueError(f"{folder}: every shard is broken: {'; '.join(broken.values())}")
-        save_index(gatherer.index(broken))
+        save_index(gatherer.index(broken, encoding))
     return Indexed(index=load_index(folder), reused=reused, foreign=dict(foreign))
 
 
@@ -190,7 +209,9 @@ def _old_index(folder: Path) -> ShardIndex | None:
         return None
 
 
-def _index_shard(job: tuple[Path, ShardInfo | None], advance: Advance) -> ScannedShard | _Unchanged | str:
+def _index_shard(
+    job: tuple[Path, ShardInfo | None], advance: Advance, encoding: Encoding | None
+) -> ScannedShard | _Unchanged | str:
     """What a shard holds, or that it is as known, or why it is broken."""
     path, known = job
     try:
@@ -198,7 +219,7 @@ def _index_shard(job: tuple[Path, ShardInfo | None], advance: Advance) -> Scanne
         if known is not None and known.sha256 == sha256:
             advance(size)
             return _Unchanged(agreeing_indexes(path, sha256))
-        keys, rows, bad = _scan_whole(path, advance)
+        keys, rows, bad = _scan_whole(path, encoding, advance)
     except (MissingPackageError, ForeignIndexError):
         raise
     except OSError as error:
@@ -209,13 +230,13 @@ def _index_shard(job: tuple[Path, ShardInfo | None], advance: Advance) -> Scanne
     return ScannedShard(info, rows, keys, bad, agreeing_indexes(path, sha256))
 
 
-def _scan_whole(path: Path, advance: Advance) -> tuple[bytes, np.ndarray, dict[int, str]]:
+def _scan_whole(path: Path, encoding: Encoding | None, advance: Advance) -> tuple[bytes, np.ndarray, dict[int, str]]:
     """Keys, records and bad rows of a shard."""
     keys: list[bytes] = []
     rows: list[np.ndarray] = []
     bad: dict[int, str] = {}
     told = 0
-    for key, row, reason in _scan_shard(path):
+    for key, row, reason in _scan_shard(path, encoding):
         keys.append(key.encode())
         rows.append(row)
         if reason is not None:
@@ -238,7 +259,7 @@ def _check_budget(broken: dict[str, str], bad_shards: int) -> None:
         raise ValueError("; ".join(broken.values()) + hint)
 
 
-def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
+def _scan_shard(path: Path, encoding: Encoding | None) -> Iterator[tuple[str, np.ndarray, str | None]]:
     """Key, index record and, if bad, the reason for each sample: consecutive members with the same key."""
     seen: set[str] = set()
     with path.open("rb") as file:
@@ -258,15 +279,20 @@ def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
                 )
             seen.add(key)
             row = np.zeros((), SCANNED)
-            yield key, row, _scan_sample(file.fileno(), members, row)
+            yield key, row, _scan_sample(file.fileno(), members, row, (path.name, key), encoding)
 
 
-def _scan_sample(fd: int, members: dict[str, Member], row: np.ndarray) -> str | None:
-    """Fill a sample's index record; the reason if the sample is bad."""
+def _scan_sample(
+    fd: int, members: dict[str, Member], row: np.ndarray, place: tuple[str, str], encoding: Encoding | None
+) -> str | None:
+    """Fill the index record of the sample at ``place`` (shard, key); the reason if the sample is bad."""
     row["label"] = -1
     try:
-        _scan_media(fd, members, row)
-        _scan_texts(fd, members, row)
+        if encoding is None:
+            _scan_media(fd, members, row)
+            _scan_texts(fd, members, row)
+        else:
+            _scan_encoded(fd, members, row, place, encoding)
     except BadSampleError as error:
         return str(error)
     return None
@@ -310,6 +336,31 @@ def _scan_texts(fd: int, members: dict[str, Member], row: np.ndarray) -> None:
             "caption missing, and label: neither .txt nor .cls, and "
             + ("no .json" if fields is None else 'the .json holds no string under "caption" nor integer under "label"')
         )
+
+
+def _scan_encoded(
+    fd: int, members: dict[str, Member], row: np.ndarray, place: tuple[str, str], encoding: Encoding
+) -> None:
+    """Entry and tensors: loaded as a trial."""
+    entry_file, tensor_file = (members.get(name) for name in (ENTRY_EXTENSION, TENSORS_EXTENSION))
+    if entry_file is None or members.keys() - {ENTRY_EXTENSION, TENSORS_EXTENSION}:
+        raise BadSampleError(
+            f"{', '.join(sorted(members))} in an encoded sample, expected {ENTRY_EXTENSION} and {TENSORS_EXTENSION}"
+        )
+    entry_data = _read(fd, "entry", entry_file, MAX_ENTRY_BYTES)
+    entry = decode_entry(entry_data)
+    row["width"], row["height"], row["frames"] = entry.source.width, entry.source.height, entry.frames
+    row["label"], row["caption_is_json"] = entry.label, True
+    _note(row, "caption", entry_file, entry_data)
+    if (entry.source.shard, entry.source.key) != place:
+        raise BadSampleError(f"the entry is of {entry.source.shard} sample {entry.source.key!r}: renamed or moved")
+    if entry.bad is not None:
+        raise BadSampleError(entry.bad)
+    if tensor_file is None:
+        raise BadSampleError(f"no {TENSORS_EXTENSION} beside the entry")
+    data = _read(fd, "encoded sample", tensor_file, MAX_TENSOR_BYTES)
+    check_tensors(data, entry_data, decode_tensors(data, entry, encoding), encoding)
+    _note(row, "image", tensor_file, data)
 
 
 def _read(fd: int, part: str, member: Member, limit: int) -> bytes:

@@ -7,6 +7,7 @@ sizes with fixed random weights, and an exact pixel autoencoder, so that a whole
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
@@ -55,15 +56,26 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-def encode_pictures(
-    vae: AutoencoderKL | PixelAutoencoder,
-    pixels: Float[Tensor, "batch 3 height width"],
-    noise: Float[Tensor, "batch channels rows cols"] | None = None,
-) -> Float[Tensor, "batch channels rows cols"]:
-    """Latents in fp32 as the transformer sees them: drawn from the encoder's distribution (its mean without ``noise``),
-    then shifted and scaled (FLUX: ``(z - 0.1159) * 0.3611``)."""
+class Posterior(NamedTuple):
+    """The autoencoder's distribution over latents, before they are shifted and scaled."""
+
+    mean: Float[Tensor, "*batch channels rows cols"]
+    std: Float[Tensor, "*batch channels rows cols"] | None
+    """None where the distribution has no width."""
+
+
+def posterior_of(vae: AutoencoderKL | PixelAutoencoder, pixels: Float[Tensor, "batch 3 height width"]) -> Posterior:
+    """What the encoder makes of pictures, in its own dtype."""
     (latents,) = vae.encode(pixels.to(vae.dtype), return_dict=False)
-    z = latents.mean.float() if noise is None else latents.mean.float() + latents.std.float() * noise
+    return Posterior(latents.mean, None if latents.deterministic else latents.std)
+
+
+def draw_latents(vae: AutoencoderKL | PixelAutoencoder, posterior: Posterior, noise: Tensor) -> Tensor:
+    """Latents in fp32 as the transformer sees them: drawn by unit Gaussian ``noise`` of their shape, then shifted and
+    scaled (FLUX: ``(z - 0.1159) * 0.3611``)."""
+    z = posterior.mean.float()
+    if posterior.std is not None:
+        z = z + posterior.std.float() * noise
     return (z - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import ModelCost
 from dydit_scale.models.base import DynamicModelMixin
-from dydit_scale.models.encoders import encode_pictures
+from dydit_scale.models.encoders import Posterior, draw_latents, posterior_of
 
 ObjectiveKind = Literal["flow", "flow_data_last", "ddpm"]
 
@@ -91,6 +91,14 @@ class Prompts:
     """Length to which captions are padded."""
     guidance: float = 1.0
     """Distilled guidance, where the model has an embedder for it."""
+    text: Mapping[str, Tensor] | None = None
+    """What ``Family.embed`` made of ``all_captions`` before; None to make it now."""
+
+    @property
+    def all_captions(self) -> list[str]:
+        """Each clip's or picture's caption, and behind it those of the pictures beside the clip."""
+        pictures = self.picture_captions or [()] * len(self.captions)
+        return [c for first, others in zip(self.captions, pictures, strict=True) for c in (first, *others)]
 
 
 class Family(ABC):
@@ -201,15 +209,38 @@ class Family(ABC):
         pipeline.register_modules(transformer=transformer)
         return pipeline
 
-    def encode(self, pipeline: Any, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Latents of pictures [batch, 3, height, width] or videos [batch, frames, 3, height, width], drawn by
-        ``noise``; to a family of videos a picture is one of a single frame."""
-        if self.makes_videos and pixels.ndim == 4:
-            pixels = pixels[:, None]
+    def posterior(self, pipeline: Any, pixels: Tensor) -> Posterior:
+        """The distribution [batch, channels, rows, cols] of pictures, or [batch, frames, channels, rows, cols] of
+        videos, frame by frame."""
         if pixels.ndim == 4:
-            return encode_pictures(pipeline.vae, pixels, noise)
-        z = encode_pictures(pipeline.vae, pixels.flatten(0, 1), noise.transpose(1, 2).flatten(0, 1))
-        return z.unflatten(0, pixels.shape[:2]).transpose(1, 2)  # [batch, channels, frames, rows, cols]
+            return posterior_of(pipeline.vae, pixels)
+        mean, std = posterior_of(pipeline.vae, pixels.flatten(0, 1))
+        batch = pixels.shape[:2]
+        return Posterior(mean.unflatten(0, batch), None if std is None else std.unflatten(0, batch))
+
+    def latents(self, pipeline: Any, posterior: Posterior, noise: Tensor) -> Tensor:
+        """Latents [batch, channels, *frames, rows, cols], drawn by ``noise`` of the same shape; to a family of videos
+        a picture is one of a single frame."""
+        mean, std = posterior
+        if self.makes_videos and mean.ndim == 4:
+            mean, std = mean[:, None], None if std is None else std[:, None]
+        if mean.ndim == 5:
+            posterior = Posterior(mean.transpose(1, 2), None if std is None else std.transpose(1, 2))
+        return draw_latents(pipeline.vae, posterior, noise)
+
+    def embed(self, pipeline: Any, captions: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
+        """Embeddings of captions by name, each [captions, ...], on the pipeline's device; none for classes.
+
+        ``text`` [captions, tokens, dim] is that of their tokens. Where there is a ``mask`` [captions, tokens] of ones
+        and then zeros, what ``text`` holds behind the ones has no influence.
+        """
+        return {}
+
+    def embedded(self, pipeline: Any, prompts: Prompts) -> dict[str, Tensor]:
+        """What :meth:`embed` makes of all captions of a batch, unless the prompts bring it."""
+        if prompts.text is not None:
+            return dict(prompts.text)
+        return self.embed(pipeline, prompts.all_captions, prompts.text_tokens)
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents as the transformer takes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,19 @@ def family_of_base(base: str) -> Family:
     return family_named(config["_class_name"], f"model.base {base}")
 
 
-def load_pipeline(base: str, family: Family, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline around the transformer (scheduler, autoencoder, text encoders, tokenizers), without it."""
+def load_pipeline(base: str, family: Family, dtype: torch.dtype = torch.float32, *, text_encoders: bool = True) -> Any:
+    """The pipeline around the transformer (scheduler, autoencoder, text encoders, tokenizers), without it.
+
+    Args:
+        text_encoders: False leaves them out too, for data that brings embeddings.
+    """
     _check_folder(base)
     cls = family.pipeline_class
+    left_out = ["transformer"]
     try:
-        pipe = cls.from_pretrained(base, transformer=None, dtype=dtype)
+        if not text_encoders:
+            left_out += [name for name in cls.load_config(base) if name.startswith("text_encoder")]
+        pipe = cls.from_pretrained(base, **dict.fromkeys(left_out), dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model.base {base}: it does not load as a {cls.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -112,6 +120,31 @@ def _check_weights(folder: Path, cls: Any) -> None:
             )
 
 
+_UNSTABLE = ("_diffusers_version", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of a config.json that say who wrote it, not what it computes."""
+
+
+def encoder_digests(base: str) -> dict[str, str]:
+    """SHA-256 of each part of a base that makes latents and embeddings (autoencoder, text encoders, tokenizers), by its
+    name: over the files of its folder. A base on the hub is fetched as for training."""
+    _check_folder(base)
+    folder = Path(base) if Path(base).is_dir() else Path(DiffusionPipeline.download(base))
+    parts = [p for p in sorted(folder.iterdir()) if p.name.startswith(("vae", "text_encoder", "tokenizer"))]
+    return {part.name: _part_digest(part) for part in parts if part.is_dir()}
+
+
+def _part_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if path.name == "config.json":
+            config = json.loads(path.read_text(encoding="utf-8"))
+            stable = {name: value for name, value in config.items() if name not in _UNSTABLE}
+            digest.update(json.dumps(stable, sort_keys=True).encode())
+        else:
+            _add_file(digest, path)
+    return digest.hexdigest()
+
+
 def base_digest(base: str) -> str:
     """What identifies the transformer of a base: the SHA-256 of its weight files, or the name of a base on the hub."""
     files = sorted((Path(base) / "transformer").glob("*.safetensors"))
@@ -119,7 +152,11 @@ def base_digest(base: str) -> str:
         return base
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
+        _add_file(digest, path)
     return digest.hexdigest()
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)

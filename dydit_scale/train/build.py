@@ -27,14 +27,17 @@ class Parts(NamedTuple):
     """The frozen static model to distil from, where it is not the network itself with its adapters off; or None."""
 
 
-def build_parts(recipe: Recipe) -> Parts:
+def build_parts(recipe: Recipe, *, text_encoders: bool = True) -> Parts:
     """Load the base and make of it what the recipe trains; the same tensors on every rank, device CPU.
+
+    Args:
+        text_encoders: False leaves them out of the pipeline.
 
     Raises ValueError if the base does not fit, or the target ratio is below what the architecture can reach.
     """
     dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     family = family_of_base(recipe.model.base)
-    pipeline = load_pipeline(recipe.model.base, family, dtype)
+    pipeline = load_pipeline(recipe.model.base, family, dtype, text_encoders=text_encoders)
     torch.manual_seed(recipe.seed)  # fresh weights (from_scratch, plain LoRA) are equal on every rank
     network = load_transformer(recipe.model.base, family, from_scratch=recipe.model.from_scratch)
     teacher = None

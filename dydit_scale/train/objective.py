@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -18,8 +20,10 @@ from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.dynamic.gates import logistic_noise
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.models.encoders import Posterior
 from dydit_scale.models.family import Family, Prompts, SampleSize
 from dydit_scale.models.registry import family_of
+from dydit_scale.train.encoded import EncodedInputs
 from dydit_scale.train.recipe import Recipe
 
 
@@ -66,11 +70,19 @@ class Objective:
     call."""
 
     def __init__(
-        self, recipe: Recipe, network: Any, pipeline: Any, teacher: nn.Module | None, device: torch.device
+        self,
+        recipe: Recipe,
+        network: Any,
+        pipeline: Any,
+        teacher: nn.Module | None,
+        device: torch.device,
+        encoded: Mapping[int, EncodedInputs] | None = None,
     ) -> None:
+        """``encoded`` is for batches that come encoded, by their source."""
         self.recipe, self.network, self.pipeline, self.device = recipe, network, pipeline, device
         self.family = family_of(pipeline)
         self.process = make_process(recipe, self.family)
+        self.encoded = encoded or {}
         self.teacher = None if teacher is None else teacher.to(device)
         self.is_dynamic = recipe.dynamic is not None
         self.guided = recipe.supervision.guidance > 1
@@ -85,10 +97,11 @@ class Objective:
             unprompted: let the batch follow a second time, the same but for its prompts, which it has none.
         """
         family, pipeline, model = self.family, self.pipeline, self.recipe.model
-        size = size_of(batch)
+        stride = 1 if batch.encoded is None else self.encoded[batch.source].stride
+        size = size_of(batch, stride)
         shape = family.latent_shape(pipeline, size)
         posterior = sample_noise(seed, batch.positions, shape, "posterior").to(self.device)
-        x0 = family.pack(family.encode(pipeline, batch.pixels.to(self.device), posterior))
+        x0 = family.pack(family.latents(pipeline, self._posterior(batch), posterior))
         noise = family.pack(sample_noise(seed, batch.positions, shape)).to(self.device)
         level = level.to(self.device)
         if unprompted:
@@ -103,12 +116,22 @@ class Objective:
             text_tokens=model.text_tokens,
             guidance=model.guidance,
         )
+        if batch.encoded is not None:
+            text = self.encoded[batch.source].text(batch.encoded, prompts.all_captions, self.device, pipeline.vae.dtype)
+            prompts = replace(prompts, text=text)
+        conditions = family.conditions(pipeline, prompts, size)
         arguments = {
             "hidden_states": noisy,
             "timestep": self.process.timestep(level),
-            **family.conditions(pipeline, prompts, size),
+            **{n: c.to(self.device) if isinstance(c, Tensor) else c for n, c in conditions.items()},
         }
         return Inputs(x0, noise, noisy, level, arguments, size, model.text_tokens)
+
+    def _posterior(self, batch: Batch) -> Posterior:
+        if batch.encoded is None:
+            assert batch.pixels is not None, "a batch has pixels or comes encoded"
+            return self.family.posterior(self.pipeline, batch.pixels.to(self.device))
+        return self.encoded[batch.source].posterior(batch.encoded, self.device)
 
     def training_levels(self, step: int, places: Tensor) -> Shaped[Tensor, " batch"]:
         """Noise levels for the given places in the global batch of a step."""
@@ -210,12 +233,14 @@ def _under_guidance(answer: Float[Tensor, "twice *latent"], scale: float) -> Flo
     return unprompted + scale * (prompted - unprompted)
 
 
-def size_of(batch: Batch) -> SampleSize:
-    """Pixels of each sample of a batch; other batches may have others."""
-    *_, height, width = batch.pixels.shape
+def size_of(batch: Batch, stride: int = 1) -> SampleSize:
+    """Pixels of each sample of a batch, of which an encoded one has a latent for every ``stride``; other batches may
+    have others."""
+    shown = batch.pixels if batch.encoded is None else batch.encoded.moments
+    assert shown is not None, "a batch has pixels or comes encoded"
     images = len(batch.picture_captions[0]) if batch.picture_captions else 0
-    frames = batch.pixels.shape[1] - images if batch.pixels.ndim == 5 else 1
-    return SampleSize(height=height, width=width, frames=frames, images=images)
+    frames = shown.shape[1] - images if shown.ndim == 5 else 1
+    return SampleSize(height=stride * shown.shape[-2], width=stride * shown.shape[-1], frames=frames, images=images)
 
 
 def sample_size(recipe: Recipe) -> SampleSize:

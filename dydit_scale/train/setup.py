@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dydit_scale.checkpoint.folder import has_checkpoints
@@ -22,6 +23,7 @@ from dydit_scale.parallel.world import World, broadcast_object, on_main
 from dydit_scale.train.attempt import Attempt, take_folder
 from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.checks import check_batch, check_data, check_same
+from dydit_scale.train.encoded import EncodedInputs, check_encoded
 from dydit_scale.train.gates import GateLog, make_gate_log
 from dydit_scale.train.guard import Guard
 from dydit_scale.train.metrics import Metrics
@@ -104,7 +106,9 @@ def check_first(recipe: Recipe, world: World, *, resume: bool) -> DataSet:
     data = check_agreement(recipe, world, resume=resume)
     check_batch(recipe, world)
     for config, index in zip(recipe.data.split(), data.indexes, strict=True):
-        check_data(replace(recipe, data=config), index)
+        own = replace(recipe, data=config)
+        check_data(own, index)
+        on_main(world, partial(check_encoded, own, index))
     folder = Path(recipe.run)
     if not resume and broadcast_object(world, has_checkpoints(folder / "checkpoints")):
         raise ValueError(
@@ -127,7 +131,9 @@ def start(
     if checkpoint is not None:
         check_same(checkpoint, folder, data=data.digest, base=base)
     leave_if_asked(stop)
-    parts = build_parts(recipe)
+    pixels = any(index.encoding is None for index in data.indexes)
+    encodes = pixels or (bool(recipe.train.sample_prompts) and recipe.train.sample_every > 0)
+    parts = build_parts(recipe, text_encoders=encodes)
     if recipe.train.gradient_checkpointing != "none":
         function = checkpoint_function(
             parts.network, shard_units(parts.network), recipe.train.gradient_checkpointing,
@@ -140,15 +146,17 @@ def start(
     check_disk(recipe, folder, groups, world)
     leave_if_asked(stop)
     adamw = AdamWConfig(betas=recipe.train.betas)
-    for part in frozen_parts(parts.pipeline):
-        part.to(world.device)
+    if encodes:  # or decodes samples
+        for part in frozen_parts(parts.pipeline):
+            part.to(world.device)
     engine = make_engine(
         recipe.engine, parts.network, groups, world,
         shard_units=shard_units(parts.network), accumulation=recipe.train.accumulation, adamw=adamw,
     )  # fmt: skip
     ema = Ema(engine, recipe.train.ema) if recipe.train.ema is not None else None
     leave_if_asked(stop)
-    objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device)
+    encoded = {n: EncodedInputs(i.folder, i.encoding) for n, i in enumerate(data.indexes) if i.encoding is not None}
+    objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device, encoded)
     run = Run(
         recipe, world, folder, data, engine, ema, objective, Validator(recipe, data, objective, world), gates, None,
         base, Guard(recipe.guard), stop, watchdog, attempt,

@@ -10,6 +10,7 @@ import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,9 +93,9 @@ def test_update_scans_only_what_changed(folder: Path, monkeypatch: pytest.Monkey
     scanned: list[str] = []
     scan = shards_module._scan_whole
 
-    def noting(path: Path, advance: Advance) -> tuple[bytes, np.ndarray, dict[int, str]]:
+    def noting(path: Path, *settings: Any) -> tuple[bytes, np.ndarray, dict[int, str]]:
         scanned.append(path.name)
-        return scan(path, advance)
+        return scan(path, *settings)
 
     monkeypatch.setattr(shards_module, "_scan_whole", noting)
     done = index_folder(folder, update=True, progress=False)

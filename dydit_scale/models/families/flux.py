@@ -45,16 +45,24 @@ class FluxFamily(Family):
         """[batch, tokens, 4 * channels]."""
         return pack_latents(latents)
 
+    def embed(self, pipeline: FluxPipeline, captions: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
+        """T5's tokens, which see the padding behind them as FLUX was trained, and CLIP's pooled embedding."""
+        text, pooled, _ = pipeline.encode_prompt(
+            prompt=list(captions),
+            prompt_2=None,
+            device=pipeline.text_encoder_2.device,
+            max_sequence_length=text_tokens,
+        )
+        return {"text": text, "pooled": pooled}
+
     def conditions(self, pipeline: FluxPipeline, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
         """Text, positions and guidance."""
-        device = pipeline.text_encoder_2.device
-        text, pooled, text_ids = pipeline.encode_prompt(
-            prompt=list(prompts.captions), prompt_2=None, device=device, max_sequence_length=prompts.text_tokens
-        )
+        embedded = self.embedded(pipeline, prompts)
+        text, device = embedded["text"], embedded["text"].device
         conditions = {
             "encoder_hidden_states": text,
-            "pooled_projections": pooled,
-            "txt_ids": text_ids,
+            "pooled_projections": embedded["pooled"],
+            "txt_ids": text.new_zeros(text.shape[1], 3),
             "img_ids": image_ids(*self.token_grid(pipeline, size)).to(device),
         }
         if pipeline.transformer.config["guidance_embeds"]:

@@ -132,11 +132,19 @@ class LatteFamily(Family):
         """Patches of all frames and pictures."""
         return _frames(self, pipeline, size) * super().image_tokens(pipeline, size)
 
+    def embed(self, pipeline: Any, captions: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
+        """As LattePipeline encodes a batch, at its own length: zeros behind the caption's end."""
+        inputs = pipeline.tokenizer(
+            list(captions), padding="max_length", max_length=LATTE_TEXT_TOKENS, truncation=True, return_tensors="pt"
+        )
+        device = pipeline.text_encoder.device
+        mask = inputs.attention_mask.to(device)
+        text = pipeline.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
+        return {"text": text * mask[..., None].to(text), "mask": mask}
+
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """The text of the clip, and of the pictures beside it."""
-        pictures = prompts.picture_captions or [()] * len(prompts.captions)
-        captions = [c for clip, others in zip(prompts.captions, pictures, strict=True) for c in (clip, *others)]
-        text = self._encoded(pipeline, captions)
+        text = self.embedded(pipeline, prompts)["text"]
         if not size.images:
             return {"encoder_hidden_states": text}
         return {"encoder_hidden_states": text.unflatten(0, (-1, 1 + size.images)), "images": size.images}
@@ -158,7 +166,7 @@ class LatteFamily(Family):
         config: SampleConfig,
     ) -> np.ndarray:
         """Through LattePipeline, whose scheduler must not ask for the learned variance."""
-        text, none = self._encoded(pipeline, prompts), self._encoded(pipeline, [""] * len(prompts))
+        text, none = (self.embed(pipeline, p, LATTE_TEXT_TOKENS)["text"] for p in (prompts, [""] * len(prompts)))
         frames = pipeline(
             prompt_embeds=text,
             negative_prompt_embeds=none,
@@ -183,15 +191,6 @@ class LatteFamily(Family):
     def clip_lengths(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Single pictures too, on which temporal blocks run as on a clip of one frame."""
         return (config["video_length"], 1)
-
-    def _encoded(self, pipeline: Any, captions: list[str]) -> Float[Tensor, "batch text dim"]:
-        """As LattePipeline encodes a batch: zeros behind the caption's end."""
-        inputs = pipeline.tokenizer(
-            captions, padding="max_length", max_length=LATTE_TEXT_TOKENS, truncation=True, return_tensors="pt"
-        )
-        device, mask = pipeline.vae.device, inputs.attention_mask
-        text = pipeline.text_encoder(inputs.input_ids.to(device), attention_mask=mask.to(device))[0]
-        return text * mask[..., None].to(text)
 
 
 FAMILIES = [ClassLatteFamily(), LatteFamily()]

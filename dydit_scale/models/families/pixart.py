@@ -299,15 +299,20 @@ class PixArtSigmaFamily(Family):
         (rows, cols), config = self.token_grid(pipeline, size), pipeline.transformer.config
         return (config["in_channels"], rows * config["patch_size"], cols * config["patch_size"])
 
-    def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
-        """The text and which of its tokens are padding."""
+    def embed(self, pipeline: Any, captions: Sequence[str], text_tokens: int) -> dict[str, Tensor]:
+        """T5's tokens with their mask, which keeps padding out of T5 and of the transformer."""
         text, mask, _, _ = pipeline.encode_prompt(
-            list(prompts.captions),
+            list(captions),
             do_classifier_free_guidance=False,
             device=pipeline.text_encoder.device,
-            max_sequence_length=prompts.text_tokens,
+            max_sequence_length=text_tokens,
         )
-        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        return {"text": text, "mask": mask}
+
+    def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
+        """The text and which of its tokens are padding."""
+        embedded = self.embedded(pipeline, prompts)
+        return {"encoder_hidden_states": embedded["text"], "encoder_attention_mask": embedded["mask"]}
 
     def timesteps(self, pipeline: Any, config: SampleConfig) -> Float[Tensor, " steps"]:
         """999 (noise) .. 0, as the pipeline's scheduler spaces them."""

@@ -1,0 +1,302 @@
+"""Encoded data sets: latents and text embeddings that were computed once, in shards like any others.
+
+A sample is ``KEY.json`` (what it was made from) and ``KEY.safetensors`` (what was made of it); what was bad in the
+source is a ``KEY.json`` with the reason alone, so that every sample keeps its place. Beside the shards
+``encoders.json`` says how all of it was made, and ``empty.safetensors`` holds the embeddings of the empty prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int64, Shaped
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dydit_scale.data.decode import MAX_LABEL, BadSampleError
+
+ENCODERS_FILE = "encoders.json"
+EMPTY_FILE = "empty.safetensors"
+FORMAT = "dydit-encoded-v1"
+ENTRY_EXTENSION, TENSORS_EXTENSION = "json", "safetensors"
+MAX_ENTRY_BYTES = 1 << 23
+MAX_TENSOR_BYTES = 1 << 31
+MAX_HEADER_BYTES = 1 << 20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXT = "text"
+"""The embeddings of a caption's tokens, as long as the caption; others have one shape for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How a data set was encoded: the content of ``encoders.json``."""
+
+    family: str
+    """Of the pipeline whose captions were embedded."""
+    encoders: dict[str, str]
+    """SHA-256 of autoencoder, text encoders and tokenizers by name."""
+    image_size: int
+    """``data.image_size`` of the recipe."""
+    sizes: list[list[int]]
+    """Height and width of each bucket of the recipe, in pixels; of the square alone without ``data.buckets``."""
+    text_tokens: int
+    """``model.text_tokens`` of the recipe."""
+    computed: str
+    """Precision of the encoders, one of ``DTYPES``."""
+    dtype: str
+    """Of what is stored, one of ``DTYPES``."""
+    source: str
+    """Digest of the index of the shards that were encoded."""
+    channels: int
+    """Of the latents."""
+    stride: int
+    """Pixels along a side of one latent."""
+    spread: bool
+    """Whether the autoencoder's distribution has a width, stored as ``std``."""
+    text: dict[str, list[int]]
+    """Shapes of a caption's embeddings by name, ``text`` at full length; empty for families of classes."""
+    empty: str | None
+    """SHA-256 of ``empty.safetensors``; None for families of classes."""
+
+    def __post_init__(self) -> None:
+        for name in (self.computed, self.dtype):
+            if name not in DTYPES:
+                raise ValueError(f"{ENCODERS_FILE}: dtype {name!r}, expected one of {', '.join(DTYPES)}")
+        if min(self.channels, self.stride, self.image_size) < 1:
+            raise ValueError(f"{ENCODERS_FILE}: channels, stride and image_size must be 1 or more")
+        for name, shape in self.text.items():
+            if not shape or any(type(length) is not int or length < 1 for length in shape):
+                raise ValueError(f"{ENCODERS_FILE}: {name} has the shape {shape!r}, expected lengths of 1 or more")
+
+
+class SourceInfo(NamedTuple):
+    """Which sample was encoded."""
+
+    shard: str
+    key: str
+    width: int
+    """Of the picture as it was, in pixels."""
+    height: int
+    media_sha256: str
+    """Of the bytes of picture or clip; "" for a bad sample."""
+    caption_sha256: str
+    """Of the bytes of the file that holds the caption; "" if there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A sample's ``KEY.json``."""
+
+    source: SourceInfo
+    height: int = 0
+    """Pixels that were encoded, after resizing and cropping."""
+    width: int = 0
+    frames: int = 0
+    """Of a clip, all of them; 0 for a picture."""
+    captions: list[str] = field(default_factory=list)
+    label: int = -1
+    """-1 for none."""
+    bad: str | None = None
+    """Why the sample could not be encoded."""
+
+
+class Decoded(NamedTuple):
+    """What an encoded sample holds."""
+
+    moments: Shaped[Tensor, "*frames moments rows cols"]
+    """The mean and behind it, where there is one, the standard deviation, along the channels."""
+    texts: list[dict[str, Tensor]]
+    """Embeddings of each caption by name."""
+
+
+class EncodedBatch(NamedTuple):
+    """What stands for the pixels of a micro-batch, and for its captions' way through the text encoders."""
+
+    moments: Shaped[Tensor, "batch *frames moments rows cols"]
+    """Of the pictures or frames as ``Batch.pixels`` would show them: mean and, behind it, standard deviation."""
+    text: dict[str, Shaped[Tensor, "captions ..."]]
+    """Embeddings of the captions (each followed by those of its pictures), dropped ones included; ``text`` is as long
+    as its longest."""
+    lengths: Int64[Tensor, " captions"]
+    """Tokens of each in ``text``."""
+
+
+def encoding_bytes(encoding: Encoding) -> bytes:
+    """The content of ``encoders.json``."""
+    return json.dumps({"format": FORMAT, **asdict(encoding)}, indent=1, sort_keys=True).encode()
+
+
+def encoding_digest(encoding: Encoding) -> str:
+    """SHA-256 of ``encoders.json``."""
+    return hashlib.sha256(encoding_bytes(encoding)).hexdigest()
+
+
+def find_encoding(folder: Path) -> Encoding | None:
+    """The ``encoders.json`` of a folder, None if its shards are no encoded ones; ValueError if it is broken or of
+    another format."""
+    path = folder / ENCODERS_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (found := content.pop("format")) != FORMAT:
+            raise ValueError(f"format {found!r}, expected {FORMAT!r}")
+        return Encoding(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: broken or foreign ({error}); encode the data again, or restore the file from its source"
+        ) from error
+
+
+def empty_bytes(text: Mapping[str, Tensor]) -> bytes:
+    """The content of ``empty.safetensors``."""
+    return save({name: tensor.contiguous() for name, tensor in text.items()})
+
+
+def read_empty(folder: Path, encoding: Encoding) -> dict[str, Tensor]:
+    """The empty prompt's embeddings; ValueError if they are not those that ``encoders.json`` names."""
+    if encoding.empty is None:
+        return {}
+    path = folder / EMPTY_FILE
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != encoding.empty:
+            raise ValueError(f"it does not belong to {ENCODERS_FILE}")
+        return _checked_text(_load(data), encoding, "")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; restore the file from its source, or encode the data again") from error
+
+
+def pack_sample(entry: Entry, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The two files of a sample by extension; of a bad one the entry alone.
+
+    The tensors carry the hash of the entry, so that neither can be exchanged unnoticed.
+    """
+    data = json.dumps(
+        {"format": FORMAT, **asdict(entry), "source": entry.source._asdict()}, ensure_ascii=False, sort_keys=True
+    ).encode()
+    if entry.bad is not None:
+        return {ENTRY_EXTENSION: data}
+    metadata = {"entry": hashlib.sha256(data).hexdigest()}
+    return {ENTRY_EXTENSION: data, TENSORS_EXTENSION: save(dict(tensors), metadata)}
+
+
+def caption_tensor(number: int, name: str) -> str:
+    """How the file calls an embedding of the ``number``-th caption."""
+    return f"caption.{number}.{name}"
+
+
+def decode_entry(data: bytes) -> Entry:
+    """A sample's ``KEY.json``; BadSampleError if it is broken."""
+    try:
+        content = json.loads(data.decode("utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"expected the format {FORMAT!r}")
+        entry = Entry(**(content | {"source": SourceInfo(**content["source"])}))
+        _check_entry(entry)
+        return entry
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadSampleError(f"broken entry of an encoded sample ({type(error).__name__}: {error})") from error
+
+
+def _check_entry(entry: Entry) -> None:
+    whole = {"height": entry.height, "width": entry.width, "frames": entry.frames, "label": entry.label}
+    whole |= {"source.width": entry.source.width, "source.height": entry.source.height}
+    for name, number in whole.items():
+        if type(number) is not int or not -1 <= number <= MAX_LABEL or (number < 0 and name != "label"):
+            raise ValueError(f"{name} is {number!r}")
+    texts = [*entry.captions, entry.source.shard, entry.source.key, *([] if entry.bad is None else [entry.bad])]
+    if type(entry.captions) is not list or not all(isinstance(text, str) for text in texts):
+        raise ValueError("captions, shard, key and reason must be strings")
+
+
+def decode_tensors(data: bytes, entry: Entry, encoding: Encoding) -> Decoded:
+    """A sample's ``KEY.safetensors``, with the names, shapes and dtype that belong to its entry; else
+    BadSampleError."""
+    try:
+        tensors = _load(data)
+        moments = [tensors.pop(name) for name in (("mean", "std") if encoding.spread else ("mean",))]
+        frames = (entry.frames,) if entry.frames else ()
+        shape = (*frames, encoding.channels, entry.height // encoding.stride, entry.width // encoding.stride)
+        for tensor in moments:
+            if tensor.shape != shape or tensor.dtype != DTYPES[encoding.dtype]:
+                raise ValueError(
+                    f"latents {tensor.dtype} {list(tensor.shape)}, expected {encoding.dtype} {list(shape)}"
+                )
+        captions = range(len(entry.captions) if encoding.text else 0)
+        texts = [_checked_text(tensors, encoding, caption_tensor(number, "")) for number in captions]
+        if unknown := tensors.keys() - {caption_tensor(n, name) for n in captions for name in encoding.text}:
+            raise ValueError(f"unknown tensors {', '.join(sorted(unknown)[:3])}")
+    except (ValueError, KeyError) as error:
+        reason = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
+        raise BadSampleError(f"broken encoded sample ({reason})") from error
+    return Decoded(moments[0] if len(moments) == 1 else torch.cat(moments, dim=-3), texts)
+
+
+def check_tensors(data: bytes, entry_data: bytes, decoded: Decoded, encoding: Encoding) -> None:
+    """What is looked at once, when a sample is indexed: the tensors are finite, and were made of this entry."""
+    named = {name: tensor for text in decoded.texts for name, tensor in text.items()} | {"latents": decoded.moments}
+    for name, tensor in named.items():
+        if not torch.isfinite(tensor).all():
+            raise BadSampleError(f"broken encoded sample ({name} has values that are NaN or infinite)")
+    if encoding.spread and bool((decoded.moments[..., encoding.channels :, :, :] < 0).any()):
+        raise BadSampleError("broken encoded sample (a negative standard deviation)")
+    if _header(data).get("__metadata__", {}).get("entry") != hashlib.sha256(entry_data).hexdigest():
+        raise BadSampleError("the tensors were made for another entry (caption, picture or label) than the .json")
+
+
+def join_texts(texts: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Int64[Tensor, " captions"]]:
+    """Embeddings of several captions in one tensor each, ``text`` filled with zeros to the longest; and its lengths."""
+    lengths = torch.tensor([len(text.get(TEXT, ())) for text in texts])
+    columns = {name: [text[name] for text in texts] for name in texts[0]}
+    joined = {n: pad_sequence(c, batch_first=True) if n == TEXT else torch.stack(c) for n, c in columns.items()}
+    return joined, lengths
+
+
+def _checked_text(tensors: Mapping[str, Tensor], encoding: Encoding, prefix: str) -> dict[str, Tensor]:
+    """The embeddings of one caption, whose names in the file begin with ``prefix``."""
+    found = {}
+    for name, (tokens, *shape) in encoding.text.items():
+        tensor = tensors[prefix + name]
+        length = len(tensor) if name == TEXT and tensor.ndim else tokens
+        if (
+            list(tensor.shape) != [length, *shape]
+            or not 1 <= length <= tokens
+            or tensor.dtype != DTYPES[encoding.dtype]
+        ):
+            raise ValueError(
+                f"{prefix}{name} {tensor.dtype} {list(tensor.shape)}, expected {encoding.dtype} {[tokens, *shape]}"
+                + (" or shorter" if name == TEXT else "")
+            )
+        found[name] = tensor
+    return found
+
+
+def _load(data: bytes) -> dict[str, Tensor]:
+    _header(data)
+    try:
+        return load(data)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"no whole safetensors file: {error}") from error
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The header of a safetensors file, whose length is looked at first."""
+    size = int.from_bytes(data[:8], "little")
+    if not 2 <= size <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"no safetensors file: a header of {size} bytes in {len(data)}")
+    try:
+        header = json.loads(data[8 : 8 + size])
+    except RecursionError as error:
+        raise ValueError("no safetensors file: its header is nested") from error
+    if not isinstance(header, dict):
+        raise ValueError("no safetensors file: its header is no JSON object")
+    return header

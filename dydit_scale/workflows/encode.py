@@ -1,0 +1,296 @@
+"""``dydit data encode``: latents and text embeddings of a recipe's data, computed once, as shards of their own."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import webdataset
+from tqdm import tqdm
+
+from dydit_scale.data.buckets import config_buckets
+from dydit_scale.data.encoded import (
+    DTYPES,
+    EMPTY_FILE,
+    ENCODERS_FILE,
+    Encoding,
+    encoding_bytes,
+    encoding_digest,
+    find_encoding,
+    read_empty,
+)
+from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
+from dydit_scale.data.loader import BadDataError
+from dydit_scale.data.shards import build_index
+from dydit_scale.models.loading import encoder_digests, family_of_base
+from dydit_scale.parallel.world import World, barrier, on_main
+from dydit_scale.train.checks import check_data
+from dydit_scale.train.recipe import Recipe
+from dydit_scale.workflows.encode_samples import Encoder, Packed, Packer, read_sources
+
+LOCK_FILE = ".encode.lock"
+ASIDE = ".encoding-"
+MADE = ".made.json"
+"""Ends the name of the file beside a shard that says what it was made of."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What was done."""
+
+    index: ShardIndex
+    written: int
+    """Shards that were encoded now; the others were there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, the same on every rank."""
+
+    encoding: Encoding
+    shards: list[int]
+    """Numbers of the source's shards that are to be encoded."""
+    gone: list[str]
+    """Shards to take away, whose source is gone."""
+    fresh: bool
+    """Whether nothing is there yet, and the encoding does not know its encoders' output."""
+
+
+def encode_data(
+    recipe: Recipe, out: Path, world: World, *, dtype: str | None = None, batch: int = 16, update: bool = False
+) -> Encoded:
+    """Encode the data of a recipe into the folder ``out``; every rank takes whole shards. Collective.
+
+    The shards have the names, keys and order of the source's, and what is bad there is bad here, so that a seed gives
+    the same stream of samples. A shard appears when it is whole; a second call goes on with those that are missing.
+
+    Args:
+        dtype: of what is stored, one of ``DTYPES``; None for the precision in which the encoders compute (the
+            recipe's), which loses nothing.
+        batch: pictures, frames or captions that go through an encoder at a time.
+        update: encode again the shards whose source changed since, and take away those whose source is gone.
+
+    Raises ValueError, before anything is loaded, if ``out`` holds something else, was made by other encoders (naming
+    them) or of other data (without ``update``), or the recipe's model cannot learn from the data; later, if the source
+    is not as indexed or the disk is full.
+    """
+    dtype = recipe.engine.precision if dtype is None else dtype
+    if dtype not in DTYPES or batch < 1:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)} and a batch of 1 or more; got {dtype}, {batch}")
+    if recipe.data.sources:
+        raise ValueError("data.sources: encode one at a time, each into a folder of its own: data.path=FOLDER")
+    index = load_index(recipe.data.path)
+    on_main(world, lambda: _check_source(recipe, index, out))
+    with _locked(out, world):
+        plan = on_main(world, lambda: _plan(recipe, index, out, dtype, update))
+        encoder = Encoder(recipe, dtype, batch, world.device) if plan.shards else None
+        encoding = on_main(world, lambda: _begin(out, plan, encoder))
+        if encoder is not None:
+            _encode_share(recipe, index, out, replace(plan, encoding=encoding), encoder, world)
+            barrier(world)
+        made = on_main(world, lambda: _finish(out, index))
+    return Encoded(made, len(plan.shards))
+
+
+@contextmanager
+def _locked(out: Path, world: World) -> Iterator[None]:
+    """Rank 0 holds the lock of ``out`` inside the ``with``; ValueError on every rank if another process does."""
+    lock = on_main(world, lambda: _lock(out))
+    try:
+        yield
+    finally:
+        if world.is_main:
+            os.close(lock)
+
+
+def _lock(out: Path) -> int:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file is in the place of the folder; choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ValueError(f"{out}: another process encodes into it; wait for it, or choose another folder") from error
+    return handle
+
+
+def _plan(recipe: Recipe, index: ShardIndex, out: Path, dtype: str, update: bool) -> Plan:
+    """What is missing in ``out``, or does not belong there any more."""
+    family = family_of_base(recipe.model.base)
+    wanted = Encoding(
+        family=family.name,
+        encoders=encoder_digests(recipe.model.base),
+        image_size=recipe.data.image_size,
+        sizes=[list(bucket) for bucket in config_buckets(recipe.data)],
+        text_tokens=recipe.model.text_tokens,
+        computed=recipe.engine.precision,
+        dtype=dtype,
+        source=index.digest,
+        channels=1, stride=1, spread=False, text={}, empty=None,  # until the encoders are asked
+    )  # fmt: skip
+    found, shards = find_encoding(out), range(len(index.shards))
+    if found is None:
+        if held := sorted(path.name for path in (*out.glob("*.tar"), *out.glob(INDEX_FILE))):
+            raise ValueError(f"{out}: holds shards that are not encoded ({_listed(held)}); choose another OUT")
+        return Plan(wanted, list(shards), [], True)
+    _check_same(out, found, wanted)
+    encoding = replace(found, source=index.digest)
+    made = [_made(out, shard.name) for shard in index.shards]
+    todo = [n for n in shards if made[n] != _making(index, n, encoding)]
+    gone = sorted({p.name for p in out.glob("*.tar")} - {shard.name for shard in index.shards})
+    if foreign := [name for name in gone if _made(out, name) is None]:
+        raise ValueError(f"{out}: {_listed(foreign)} were not encoded here; take them away, or choose another OUT")
+    if found.source != index.digest and not update:
+        stale = [index.shards[n].name for n in todo if made[n] is not None] + gone
+        raise ValueError(
+            f"{out}: {recipe.data.path} is not what was encoded here: {_listed(stale)} no longer belong to it, and "
+            f"{len(todo)} shards are to be encoded. Add --update to do that here, or choose another OUT"
+        )
+    return Plan(encoding, todo, gone, False)
+
+
+def _check_source(recipe: Recipe, index: ShardIndex, out: Path) -> None:
+    if index.encoding is not None:
+        raise ValueError(f"data.path {recipe.data.path}: encoded already; give the shards that it was made of")
+    if out.resolve() == index.folder.resolve():
+        raise ValueError(f"{out}: is the source itself; choose another OUT")
+    if len(index.bad) > recipe.data.bad_samples:
+        first = min(index.bad)
+        raise BadDataError(
+            f"{index.folder}: {len(index.bad)} bad samples, more than the budget of {recipe.data.bad_samples} "
+            f"(data.bad_samples); first: {index.name(first)}: {index.bad[first]}"
+        )
+    check_data(recipe, index)
+
+
+def _check_same(out: Path, found: Encoding, wanted: Encoding) -> None:
+    """ValueError, with all that differs, if ``out`` was made in another way; its source may differ."""
+    size = "image_size" if found.image_size != wanted.image_size else "sizes"
+    names = ("family", size, "text_tokens", "computed", "dtype")
+    pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
+    for name in sorted(found.encoders.keys() | wanted.encoders.keys()):
+        pairs.append((name, found.encoders.get(name, "none")[:12], wanted.encoders.get(name, "none")[:12]))
+    if different := [f"{name} {before}, now {now}" for name, before, now in pairs if before != now]:
+        raise ValueError(
+            f"{out}: was encoded otherwise: {'; '.join(different)}. Two would be mixed: put these back, or choose "
+            "another OUT"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) + more) if names else "no shards"
+
+
+def _made_file(out: Path, shard: str) -> Path:
+    return out / f"{shard}{MADE}"
+
+
+def _making(index: ShardIndex, number: int, encoding: Encoding) -> dict[str, Any]:
+    """What a shard's content depends on."""
+    shard = index.shards[number]
+    rows = range(int(index.starts[number]), int(index.starts[number + 1]))
+    bad = [[row - rows.start, index.bad[row]] for row in rows if row in index.bad] if index.bad else []
+    how = encoding_digest(replace(encoding, source=""))
+    return {"shard": shard.name, "source_sha256": shard.sha256, "bad": bad, "encoding": how}
+
+
+def _made(out: Path, shard: str) -> dict[str, Any] | None:
+    """What a shard in ``out`` was made of; None if it is not there as it was written."""
+    try:
+        made = json.loads(_made_file(out, shard).read_text(encoding="utf-8"))
+        return made if made.pop("bytes") == (out / shard).stat().st_size else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _begin(out: Path, plan: Plan, encoder: Encoder | None) -> Encoding:
+    """Make ``out`` ready for the plan's shards; the encoding with all that it says."""
+    encoding = plan.encoding
+    for path in out.glob(f"{ASIDE}*"):
+        path.unlink()
+    if plan.shards or plan.gone or find_encoding(out) != encoding:
+        (out / INDEX_FILE).unlink(missing_ok=True)
+    for name in plan.gone:
+        _made_file(out, name).unlink()
+        (out / name).unlink()
+    if plan.fresh and encoder is not None:
+        encoding = replace(encoding, **encoder.measure())
+        if encoding.text:
+            _write(out / EMPTY_FILE, encoder.empty())
+    read_empty(out, encoding)
+    _write(out / ENCODERS_FILE, encoding_bytes(encoding))
+    return encoding
+
+
+def _finish(out: Path, source: ShardIndex) -> ShardIndex:
+    """The index of the whole: that which is there, if nothing was done, or a new one."""
+    if missing := [shard.name for shard in source.shards if not (out / shard.name).is_file()]:
+        raise ValueError(f"{out}: {_listed(missing)} are missing; have all ranks written to the same folder?")
+    index = load_index(out) if (out / INDEX_FILE).is_file() else build_index(out)
+    shards = [[(shard.name, shard.count) for shard in of.shards] for of in (index, source)]
+    assert shards[0] == shards[1], f"{out}: other shards than the source"
+    assert bytes(index.key_bytes) == bytes(source.key_bytes), f"{out}: other keys than the source"
+    return index
+
+
+def _encode_share(recipe: Recipe, index: ShardIndex, out: Path, plan: Plan, encoder: Encoder, world: World) -> None:
+    """This rank's shards, one after another."""
+    own = plan.shards[world.rank :: world.world_size]
+    ranges = [range(int(index.starts[n]), int(index.starts[n + 1])) for n in own]
+    sources = read_sources(recipe, index, [sample for samples in ranges for sample in samples])
+    packer = Packer(index, encoder, recipe.data.bad_samples)
+    title = "encoding" + (f" (rank 0 of {world.world_size})" if world.world_size > 1 else "")
+    hidden = None if world.is_main else True
+    with tqdm(total=sum(map(len, ranges)), desc=title, unit="sample", disable=hidden) as bar:
+        for number, samples in zip(own, ranges, strict=True):
+            making = _making(index, number, plan.encoding)
+            _write_shard(out, index.shards[number].name, packer.pack(samples, sources), making, bar)
+
+
+def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[str, Any], bar: tqdm) -> None:
+    """Write a shard aside and move it to its place; only then say what it was made of."""
+    aside = out / f"{ASIDE}{name}.part"
+    with _told_when_full(out):
+        with aside.open("wb") as file:
+            # pax headers take names of any length; short ones are written as they always were
+            with webdataset.TarWriter(file, encoder=False, mtime=0, compress=False, format="PAX_FORMAT") as writer:
+                for sample in samples:
+                    writer.write(sample)
+                    bar.update()
+            file.flush()
+            os.fsync(file.fileno())
+        size = aside.stat().st_size
+        os.replace(aside, out / name)
+        _write(_made_file(out, name), json.dumps({**making, "bytes": size}, indent=1, sort_keys=True).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    aside = path.with_name(f"{ASIDE}{path.name}.part")
+    with _told_when_full(path.parent), aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+@contextmanager
+def _told_when_full(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{out}: the disk is full; free some space and run the command again, it goes on with the shards that are "
+            "missing"
+        ) from error
