@@ -54,5 +54,8 @@ def _run_index(args: argparse.Namespace) -> None:
         print(f"left out: {reason}")
     for sample, reason in list(index.bad.items())[:10]:
         print(f"unusable: {index.name(sample)}: {reason}")
+    if index.ignored:
+        kinds = ", ".join(f"{count} .{extension}" for extension, count in list(index.ignored.items())[:10])
+        print(f"ignored: members that are no part of a sample, by extension: {kinds}")
     bad = f", {len(index.bad)} of them unusable" if index.bad else ""
     print(f"{args.folder}: {index.num_samples} samples in {len(index.shards)} shards{bad}, digest {index.digest[:12]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,9 @@ class DataConfig:
     """Frames of a clip, from a start drawn for each position; 1 makes pictures, of clips one frame."""
     frame_stride: int = 1
     """A clip takes every so many-th frame of its source."""
+    fps: float | None = None
+    """Frames a second of a clip, taken by the times at which its source shows them; where it shows fewer they repeat.
+    None takes them by number, see frame_stride."""
     images_per_clip: int = 0
     """Single pictures of other samples that follow each clip's frames, for joint training on clips and pictures."""
     workers: int = 0
@@ -59,6 +63,11 @@ class DataConfig:
         if self.frames < 1 or self.frame_stride < 1:
             raise ValueError(
                 f"data.frames and data.frame_stride must be at least 1, got {self.frames} and {self.frame_stride}"
+            )
+        if self.fps is not None and not (0 < self.fps < math.inf and self.frames > 1 and self.frame_stride == 1):
+            raise ValueError(
+                f"data.fps is {self.fps} with data.frames {self.frames} and data.frame_stride {self.frame_stride}; "
+                "expected a positive number beside clips of at least 2 frames, with a frame_stride of 1"
             )
         if self.images_per_clip < 0 or (self.images_per_clip and self.frames == 1):
             raise ValueError(
@@ -93,7 +102,7 @@ def make_loader(
         quarantine: a file that gets one JSON line for each bad sample met; give each rank its own.
 
     Raises ValueError when the batch does not divide, naming the nearest that do, the index has more bad samples than
-    ``config.bad_samples`` (BadDataError), no clip has the frames asked for, or clips are to be read without PyAV.
+    ``config.bad_samples`` (BadDataError), no clip is as long as asked for, or clips are to be read without PyAV.
     While iterating: beyond that budget, or when a shard has vanished.
     """
     _check_split(rank, world_size, global_batch, micro_batch, consumed)
@@ -107,6 +116,7 @@ def make_loader(
         caption_dropout=config.caption_dropout,
         frames=config.frames,
         frame_stride=config.frame_stride,
+        fps=config.fps,
         images_per_clip=config.images_per_clip,
     )
     return Loader(reader, positions, log, config.workers)

@@ -16,7 +16,7 @@ from dydit_scale.data.decode import BadSampleError, decode_caption, decode_field
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.position import SampleOrder
 from dydit_scale.data.storage import ShardFiles
-from dydit_scale.data.video import decode_clip, require_av
+from dydit_scale.data.video import decode_clip, decode_clip_at, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
 MAX_SUBSTITUTES = 100
@@ -94,15 +94,17 @@ class Reader(Dataset[Any]):
         caption_dropout: float,
         frames: int = 1,
         frame_stride: int = 1,
+        fps: float | None = None,
         images_per_clip: int = 0,
     ) -> None:
         self._index, self._seed, self._image_size = index, int(seed), image_size
         self._clip, self._images_per_clip = range(0, frames * frame_stride, frame_stride), images_per_clip
+        self._fps = fps
         self._dropped_below = int(caption_dropout * 2**63)
         self._order = SampleOrder([shard.count for shard in index.shards], self._seed)
         self._shards = ShardFiles(index.folder)
         if frames > 1:
-            _check_clips(index, self._clip[-1] + 1)
+            _check_clips(index, self._clip[-1] + 1, fps)
         if index.frames is not None:
             require_av()
 
@@ -181,14 +183,28 @@ class Reader(Dataset[Any]):
         """[frames, 3, side, side], or [3, side, side] for a single frame; a clip starts at a frame drawn by lot."""
         held = 0 if self._index.frames is None else int(self._index.frames[sample])
         if held == 0 and len(clip) == 1:
-            return image_tensor(decode_image(self._read_part(sample, "image")), self._image_size)
+            return image_tensor(decode_image(self._read_part(sample, "image")), self._image_size, self._image_size)
+        if self._fps is not None and len(clip) > 1:
+            return self._read_timed(sample, (len(clip) - 1) / self._fps, len(clip), *draw)
         if held <= clip[-1]:
             kind = f"clip of {held} frames" if held else "a picture"
             raise BadSampleError(f"{kind}, expected at least {clip[-1] + 1} frames (data.frames, data.frame_stride)")
         start = keyed_seed(self._seed, "clip start", *draw) % (held - clip[-1])
         wanted = range(start, start + clip.stop, clip.step)
-        frames = decode_clip(self._read_part(sample, "image"), wanted, self._image_size)
+        frames = decode_clip(self._read_part(sample, "image"), wanted, self._image_size, self._image_size)
         return frames if len(clip) > 1 else frames[0]
+
+    def _read_timed(self, sample: int, span: float, count: int, *draw: int) -> Tensor:
+        """[count, 3, side, side], evenly over ``span`` seconds from a time drawn by lot on."""
+        assert self._index.seconds is not None, "an index without durations passed the check"
+        lasts = float(self._index.seconds[sample])
+        if lasts <= span:
+            clip = self._index.frames is not None and self._index.frames[sample]
+            kind = f"clip of {lasts:g} s" if lasts else "clip whose frames' times do not rise" if clip else "a picture"
+            raise BadSampleError(f"{kind}, expected more than {span:g} s (data.frames, data.fps)")
+        start = (lasts - span) * keyed_seed(self._seed, "clip start", *draw) / 2**63
+        times = [start + span * frame / (count - 1) for frame in range(count)]
+        return decode_clip_at(self._read_part(sample, "image"), times, self._image_size, self._image_size)
 
     def _read_part(self, sample: int, part: str) -> bytes:
         row = self._index.samples[sample]
@@ -211,11 +227,24 @@ def _joined(row: list[_Sample]) -> Tensor:
     return torch.cat([first, torch.stack(pictures)]) if pictures else first
 
 
-def _check_clips(index: ShardIndex, needed: int) -> None:
-    longest = 0 if index.frames is None else int(index.frames.max())
-    if longest < needed:
-        held = f"the longest clip has {longest} frames" if longest else "there are pictures only"
+def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:
+    """ValueError if no clip has ``needed`` frames or, with ``fps``, lasts longer than they are apart."""
+    if fps is not None and index.frames is not None and index.seconds is None:
         raise ValueError(
-            f"{index.folder}: {held}, but data.frames and data.frame_stride ask for clips of {needed} frames; "
-            "lower them, or choose other shards"
+            f"{index.folder}: data.fps needs the clips' durations, which this index does not hold; "
+            f"run `dydit data index {index.folder}` (which makes it another data set)"
         )
+    if index.frames is None:
+        fault = "there are pictures only"
+    elif fps is None and int(index.frames.max()) < needed:
+        fault = f"the longest clip has {int(index.frames.max())} frames"
+    elif fps is not None and index.seconds is not None and float(index.seconds.max()) <= (needed - 1) / fps:
+        fault = f"the longest clip lasts {float(index.seconds.max()):g} s"
+    else:
+        return
+    asked = (
+        f"data.frames and data.frame_stride ask for clips of {needed} frames"
+        if fps is None
+        else f"data.frames and data.fps ask for clips of more than {(needed - 1) / fps:g} s"
+    )
+    raise ValueError(f"{index.folder}: {fault}, but {asked}; change them, or choose other shards")

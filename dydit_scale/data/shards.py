@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +51,11 @@ from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPac
 
 __all__ = ["ShardIndex", "ShardInfo", "build_index", "load_index", "write_shards"]
 
-_SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("label", "<i8")])
-"""What a scan finds of a sample; frames and labels become arrays of their own."""
+READ_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, CAPTION_EXTENSION, LABEL_EXTENSION, FIELDS_EXTENSION)
+"""All that is read of a sample; the bytes of other members are never looked at."""
+
+_SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("seconds", "<f8"), ("label", "<i8")])
+"""What a scan finds of a sample; frames, seconds and labels become arrays of their own."""
 
 
 def write_shards(
@@ -113,7 +117,7 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
     The tars stay as they are; ``index.json`` and its arrays are written beside them.
     A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file of its
     own may stand in a ``.json`` under "caption" and "label". Samples without them, or with broken ones, stay in the
-    index as ``bad``, with the reason.
+    index as ``bad``, with the reason. Members with other extensions are counted as ``ignored`` and never read.
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
@@ -126,6 +130,7 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
     shards: list[ShardInfo] = []
     scanned: list[Scanned] = []
     broken: dict[str, str] = {}
+    ignored: Counter[str] = Counter()
     owners: dict[str, str] = {}
     for path in tqdm(find_shards(folder), desc="indexing", unit="shard", disable=None if progress else True):
         try:
@@ -142,6 +147,7 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
                     f"{path.name}: sample {sample.key!r} is also in {owners[sample.key]}; keys must differ, rename one"
                 )
         scanned += found
+        ignored.update(chain.from_iterable(sample.ignored for sample in found))
         shards.append(ShardInfo(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path), count=len(found)))
     if not scanned:
         raise ValueError(f"{folder}: every shard is broken: {'; '.join(broken.values())}")
@@ -157,6 +163,8 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
         broken=broken,
         labels=rows["label"].copy() if (rows["label"] >= 0).any() else None,
         frames=rows["frames"].copy() if rows["frames"].any() else None,
+        seconds=rows["seconds"].copy() if rows["frames"].any() else None,
+        ignored=dict(ignored.most_common()),
     )
     index = replace(index, digest=compute_digest(index))
     save_index(index)
@@ -171,10 +179,12 @@ class Scanned(NamedTuple):
     """A record of ``_SCANNED``."""
     reason: str | None
     """Why it is bad, if it is."""
+    ignored: tuple[str, ...]
+    """The extensions of its members that are no part of it."""
 
 
 def _whole_shard(path: Path) -> list[Scanned]:
-    found = [Scanned(*sample) for sample in _scan_shard(path)]
+    found = list(_scan_shard(path))
     if not found:
         raise ValueError(f"{path.name}: holds no samples; remove it, or {REPAIR}")
     return found
@@ -186,8 +196,8 @@ def _check_budget(broken: dict[str, str], bad_shards: int) -> None:
         raise ValueError("; ".join(broken.values()) + hint)
 
 
-def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
-    """Key, index record and, if bad, the reason for each sample: consecutive members with the same key."""
+def _scan_shard(path: Path) -> Iterator[Scanned]:
+    """The samples of a shard: consecutive members with the same key."""
     seen: set[str] = set()
     with path.open("rb") as file:
         for key, group in groupby(walk_members(path), key=lambda member: split_name(member.name)[0]):
@@ -206,7 +216,8 @@ def _scan_shard(path: Path) -> Iterator[tuple[str, np.ndarray, str | None]]:
                 )
             seen.add(key)
             row = np.zeros((), _SCANNED)
-            yield key, row, _scan_sample(file.fileno(), members, row)
+            ignored = tuple(extension for extension in members if extension not in READ_EXTENSIONS)
+            yield Scanned(key, row, _scan_sample(file.fileno(), members, row), ignored)
 
 
 def _scan_sample(fd: int, members: dict[str, Member], row: np.ndarray) -> str | None:
@@ -229,7 +240,7 @@ def _scan_media(fd: int, members: dict[str, Member], row: np.ndarray) -> None:
     member = members[found[0]]
     if found[0] in VIDEO_EXTENSIONS:
         data = _read(fd, "video", member, MAX_VIDEO_BYTES)
-        row["frames"], row["width"], row["height"] = scan_clip(data)
+        row["frames"], row["width"], row["height"], row["seconds"] = scan_clip(data)
     else:
         data = _read(fd, "image", member, MAX_IMAGE_BYTES)
         row["width"], row["height"] = decode_image(data).size

@@ -43,7 +43,7 @@ def empty_png(width: int, height: int) -> bytes:
 def test_pixels_of_the_right_size_are_exact() -> None:
     values = np.random.RandomState(0).randint(0, 256, (4, 4, 3), dtype=np.uint8)
     values[0, 0] = (0, 255, 51)
-    tensor = image_tensor(decode_image(encoded(Image.fromarray(values), "PNG")), 4)
+    tensor = image_tensor(decode_image(encoded(Image.fromarray(values), "PNG")), 4, 4)
     assert (tensor.shape, tensor.dtype) == ((3, 4, 4), torch.float32)
     assert torch.allclose(tensor[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
     assert torch.equal(
@@ -55,7 +55,7 @@ def test_pixels_of_the_right_size_are_exact() -> None:
 def test_other_sizes_are_resized_and_cropped_at_the_centre(upright: bool) -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 96)[None, :, None], (48, 96, 3)).astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(ramp.transpose(1, 0, 2) if upright else ramp))
-    tensor = image_tensor(image, 16)
+    tensor = image_tensor(image, 16, 16)
     expected = image.resize((16, 32) if upright else (32, 16), Image.Resampling.BICUBIC)
     expected = expected.crop((0, 8, 16, 24) if upright else (8, 0, 24, 16))
     want = torch.from_numpy(np.array(expected, dtype=np.float32).transpose(2, 0, 1).copy()) / 127.5 - 1
@@ -64,8 +64,8 @@ def test_other_sizes_are_resized_and_cropped_at_the_centre(upright: bool) -> Non
 
 
 def test_small_pictures_and_strips_are_enlarged() -> None:
-    assert image_tensor(Image.new("RGB", (3, 5), (255, 255, 255)), 8).eq(1).all()
-    assert image_tensor(Image.new("RGB", (1, 50_000)), 64).shape == (3, 64, 64)
+    assert image_tensor(Image.new("RGB", (3, 5), (255, 255, 255)), 8, 8).eq(1).all()
+    assert image_tensor(Image.new("RGB", (1, 50_000)), 64, 64).shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_small_pictures_and_strips_are_enlarged() -> None:
 )
 def test_modes_become_rgb(mode: str, kind: str) -> None:
     image = Image.new("RGB", (8, 8), (204, 204, 204)).convert(mode)
-    tensor = image_tensor(decode_image(encoded(image, kind)), 8)
+    tensor = image_tensor(decode_image(encoded(image, kind)), 8, 8)
     assert torch.allclose(tensor, torch.tensor(204 / 127.5 - 1).expand(3, 8, 8), atol=0.05)
 
 
