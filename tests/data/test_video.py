@@ -411,14 +411,10 @@ def test_indexes_without_durations_ask_to_be_made_again(tmp_path: Path) -> None:
     assert len(take(loader(build_index(tmp_path / "clips"), frames=3, fps=4), 2)) == 2
 
 
-def test_clips_do_not_depend_on_ranks_workers_or_restarts(tmp_path: Path) -> None:
-    for settings in ({}, {"fps": 6.5}):
-        _check_ranks_workers_and_restarts(tmp_path / f"clips{len(settings)}", settings)
-
-
-def _check_ranks_workers_and_restarts(folder: Path, settings: dict[str, float]) -> None:
-    index = clips(folder, [8, 9, 12, 20, 8, 16, 10])
-    settings = {"frames": 6, "images_per_clip": 2, "caption_dropout": 0.3} | settings
+@pytest.mark.parametrize("by", [{"frame_stride": 1}, {"fps": 6.5}])
+def test_clips_do_not_depend_on_ranks_workers_or_restarts(tmp_path: Path, by: dict[str, float]) -> None:
+    index = clips(tmp_path / "clips", [8, 9, 12, 20, 8, 16, 10])
+    settings = {"frames": 6, "images_per_clip": 2, "caption_dropout": 0.3} | by
     reference = take(loader(index, **settings), 8)
     ranks = [take(loader(index, rank=rank, world_size=2, workers=rank, **settings), 4) for rank in range(2)]
     resumed = take(loader(index, consumed=8, **settings), 4)
