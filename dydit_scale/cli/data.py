@@ -88,6 +88,9 @@ def _run_index(args: argparse.Namespace) -> None:
         print(f"{tool} index agrees: {count} of {len(index.shards)} shards")
     if args.update:
         print(f"unchanged: {done.reused} of {len(index.shards)} shards")
+    if index.ignored:
+        kinds = ", ".join(f"{count} .{extension}" for extension, count in list(index.ignored.items())[:10])
+        print(f"ignored: members that are no part of a sample, by extension: {kinds}")
     bad = f", {len(index.bad)} of them unusable" if index.bad else ""
     print(f"{args.folder}: {index.num_samples} samples in {len(index.shards)} shards{bad}, digest {index.digest[:12]}")
 

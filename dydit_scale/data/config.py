@@ -18,6 +18,8 @@ class SourceConfig:
     """``data.frames`` of this source; 1 makes a source of pictures beside those of clips."""
     frame_stride: int | None = None
     """``data.frame_stride`` of this source."""
+    fps: float | None = None
+    """``data.fps`` of this source."""
     images_per_clip: int | None = None
     """``data.images_per_clip`` of this source."""
 
@@ -54,6 +56,9 @@ class DataConfig:
     """Frames of a clip, from a start drawn for each position; 1 makes pictures, of clips one frame."""
     frame_stride: int = 1
     """A clip takes every so many-th frame of its source."""
+    fps: float | None = None
+    """Frames a second of a clip, taken by the times at which its source shows them; where it shows fewer they repeat.
+    None takes them by number, see frame_stride."""
     images_per_clip: int = 0
     """Single pictures of other samples that follow each clip's frames, for joint training on clips and pictures."""
     workers: int = 0
@@ -72,6 +77,11 @@ class DataConfig:
         if self.frames < 1 or self.frame_stride < 1:
             raise ValueError(
                 f"data.frames and data.frame_stride must be at least 1, got {self.frames} and {self.frame_stride}"
+            )
+        if self.fps is not None and not (0 < self.fps < math.inf and self.frame_stride == 1):
+            raise ValueError(
+                f"data.fps is {self.fps} with data.frame_stride {self.frame_stride}; expected a positive number and "
+                "a frame_stride of 1"
             )
         if self.images_per_clip < 0 or (self.images_per_clip and self.frames == 1):
             raise ValueError(
@@ -114,7 +124,7 @@ class DataConfig:
             )
 
     def _alone(self, source: SourceConfig) -> DataConfig:
-        own = {name: getattr(source, name) for name in ("frames", "frame_stride", "images_per_clip")}
+        own = {name: getattr(source, name) for name in ("frames", "frame_stride", "fps", "images_per_clip")}
         given = {name: value for name, value in own.items() if value is not None}
         return replace(self, path=source.path, sources=(), **given)
 

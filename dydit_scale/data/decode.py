@@ -12,19 +12,32 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float32
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 CAPTION_EXTENSION, LABEL_EXTENSION, FIELDS_EXTENSION = "txt", "cls", "json"
 MAX_PIXELS = 1 << 26
+MAX_SIDE = 1 << 16
 MAX_IMAGE_BYTES = 1 << 28
 MAX_CAPTION_BYTES = 1 << 20
 MAX_LABEL_BYTES = 64
 MAX_LABEL = (1 << 31) - 1
 
-# The modes that Pillow turns into 8-bit RGB by their meaning; it clips 16-bit and float pictures at 255 instead.
+# The modes that Pillow turns into 8-bit RGB by their meaning.
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+# Of 16-bit colours Pillow keeps the high byte itself; 16-bit grey it would clip at 255.
+_GREY16 = "I;16"
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadSampleError(ValueError):
@@ -34,16 +47,22 @@ class BadSampleError(ValueError):
 def decode_image(data: bytes) -> Image.Image:
     """A loaded 8-bit RGB picture, turned upright by its EXIF orientation, from PNG, JPEG or WebP bytes.
 
-    Raises BadSampleError when the bytes are broken, of another format or mode, or have more than ``MAX_PIXELS`` pixels.
+    Of an animation it is the first picture, of 16 bits a channel the high 8; transparency is left out.
+    Raises BadSampleError when the bytes are broken, of another format or mode, or have more than ``MAX_PIXELS`` pixels
+    or a side of more than ``MAX_SIDE``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # Remarks on EXIF blocks and palettes, for every picture anew.
+        warnings.simplefilter("ignore", UserWarning)
         try:
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
             _check_picture(image)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
+            image = _upright(image)
+            if image.mode == _GREY16:
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image if image.mode == "RGB" else image.convert("RGB")
         except BadSampleError:
             raise
         # Pillow raises a dozen unrelated types on broken bytes (SyntaxError, struct.error, MemoryError, ...).
@@ -56,22 +75,30 @@ def _check_picture(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSampleError(f"image of {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
-    if image.mode not in _MODES:
-        raise BadSampleError(f"image of mode {image.mode}, expected 8 bits a channel")
+    if max(width, height) > MAX_SIDE:
+        raise BadSampleError(f"image of {width} x {height} pixels, more on a side than the limit of {MAX_SIDE}")
+    if image.mode not in _MODES | {_GREY16}:
+        raise BadSampleError(f"image of mode {image.mode}, expected 8 bits a channel, or 16")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; where that cannot be read, as it lies."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # A broken EXIF block raises as many types as a broken picture, but the pixels are whole.
+    except Exception:
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def image_tensor(image: Image.Image, height: int, width: int) -> Float32[Tensor, "3 height width"]:
-    """The centre of an RGB picture at ``height`` x ``width``, in [-1, 1].
-
-    The picture is resized until it just covers that size (bicubic), and cropped at both ends of what is too long.
-    """
+    """An RGB picture at ``height`` x ``width``, in [-1, 1]: resized to cover it (bicubic) and cropped at the centre."""
     if image.size != (width, height):
-        across, down = image.size
-        # The greatest box of the wanted aspect ratio; one of its sides is the picture's own.
-        box_width, box_height = (
-            (across, across * height / width) if across * height < down * width else (down * width / height, down)
-        )
-        left, top = (across - box_width) / 2, (down - box_height) / 2
+        held_width, held_height = image.size
+        # What is kept of the picture: its whole width or its whole height.
+        box_width = min(held_width, held_height * width / height)
+        box_height = min(held_height, held_width * height / width)
+        left, top = (held_width - box_width) / 2, (held_height - box_height) / 2
         # Resizing this box alone bounds the memory for a long strip; its borders still see their neighbours.
         box = (left, top, left + box_width, top + box_height)
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
@@ -88,9 +115,9 @@ class Fields(NamedTuple):
 
 
 def decode_caption(data: bytes) -> str:
-    """The caption of a ``.txt``, stripped; BadSampleError if it is no UTF-8."""
+    """The caption of a ``.txt``, stripped; BadSampleError if it is no UTF-8 text."""
     try:
-        return data.decode("utf-8").strip()
+        return _checked_caption(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadSampleError(f"broken caption ({type(error).__name__}: {error})") from error
 
@@ -131,7 +158,13 @@ def _captions(fields: dict[str, Any], key: str) -> tuple[str, ...]:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadSampleError(f"broken caption ({type(error).__name__}: {error})") from error
-    return tuple(text.strip() for text in texts)
+    return tuple(_checked_caption(text) for text in texts)
+
+
+def _checked_caption(text: str) -> str:
+    if "\0" in text:
+        raise BadSampleError("broken caption (zero bytes)")
+    return text.strip()
 
 
 def _checked_label(label: int) -> int:

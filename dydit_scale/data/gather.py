@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -17,10 +18,10 @@ from numpy.lib.recfunctions import repack_fields
 from dydit_scale.data.encoded import Encoding
 from dydit_scale.data.index import SAMPLE, ShardIndex, ShardInfo, compute_digest
 
-SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("label", "<i8")])
-"""What a scan finds of a sample; frames and labels become arrays of their own."""
+SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("seconds", "<f8"), ("label", "<i8")])
+"""What a scan finds of a sample; frames, seconds and labels become arrays of their own."""
 
-_OPTIONAL: dict[str, tuple[str, Any]] = {"labels": ("label", -1), "frames": ("frames", 0)}
+_OPTIONAL: dict[str, tuple[str, Any]] = {"labels": ("label", -1), "frames": ("frames", 0), "seconds": ("seconds", 0.0)}
 """Arrays of an index that are there if any sample has something else than this value in that field."""
 
 
@@ -36,6 +37,8 @@ class ScannedShard(NamedTuple):
     """Rows that are unusable, and why."""
     foreign: tuple[str, ...] = ()
     """Other tools whose index files were found to agree."""
+    ignored: dict[str, int] = {}
+    """Members that are no part of a sample, by extension."""
 
     def key(self, row: int) -> bytes:
         """A row's key."""
@@ -56,6 +59,7 @@ class Gatherer:
         self._present: set[str] = set()
         self._shards: list[ShardInfo] = []
         self._bad: dict[int, str] = {}
+        self._ignored: Counter[str] = Counter()
         self._samples = self._key_bytes = 0
         self._hashes = _Hashes()
 
@@ -84,12 +88,15 @@ class Gatherer:
             if (rows[field] != nothing).any():
                 self._present.add(name)
         self._bad |= {self._samples + row: reason for row, reason in shard.bad.items()}
+        self._ignored.update(shard.ignored)
         self._samples += len(rows)
         self._key_bytes += len(shard.keys)
         self._shards.append(shard.info)
 
     def index(self, broken: dict[str, str], encoding: Encoding | None) -> ShardIndex:
         """The index of all shards so far, which must be saved before this gatherer is left."""
+        if "frames" in self._present and encoding is None:
+            self._present.add("seconds")  # all of them zero, perhaps, which is not the same as not known
         index = ShardIndex(
             folder=self._folder,
             shards=tuple(self._shards),
@@ -99,6 +106,7 @@ class Gatherer:
             bad=self._bad,
             broken=broken,
             encoding=encoding,
+            ignored=dict(self._ignored.most_common()),
             **{name: _mapped(self._files[name], SCANNED[_OPTIONAL[name][0]]) for name in self._present},
         )
         return replace(index, digest=compute_digest(index))

@@ -25,6 +25,7 @@ SAMPLES_FILE = "index-samples.npy"
 KEYS_FILE = "index-keys.npy"
 LABELS_FILE = "index-labels.npy"
 FRAMES_FILE = "index-frames.npy"
+SECONDS_FILE = "index-seconds.npy"
 FORMAT = "dydit-index-v1"
 
 SAMPLE = np.dtype(
@@ -43,6 +44,8 @@ SAMPLE = np.dtype(
 )
 """One sample. ``image_*`` is its picture or clip; a ``caption_offset`` of 0 says that it has no caption. Of an encoded
 sample ``image_*`` are the tensors and ``caption_*`` is the entry."""
+
+_OPTIONAL = {LABELS_FILE: np.int64, FRAMES_FILE: np.int32, SECONDS_FILE: np.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,11 @@ class ShardIndex:
     """int32 [num_samples], 0 for pictures; None if no sample is a clip."""
     encoding: Encoding | None = None
     """How the samples were encoded; None for pictures and clips."""
+    seconds: np.ndarray | None = None
+    """float64 [num_samples], how long each clip lasts: 0 for pictures and for clips whose frames' times do not rise;
+    None if no sample is a clip, and in indexes that were made before there was ``data.fps``."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """How many members of each extension are no part of a sample and are never read."""
 
     @property
     def num_samples(self) -> int:
@@ -124,7 +132,7 @@ def compute_digest(index: ShardIndex) -> str:
 def _arrays(index: ShardIndex) -> dict[str, np.ndarray]:
     """The arrays that an index has, by the files that hold them."""
     arrays = {SAMPLES_FILE: index.samples, KEYS_FILE: index.key_bytes}
-    optional = {LABELS_FILE: index.labels, FRAMES_FILE: index.frames}
+    optional = {LABELS_FILE: index.labels, FRAMES_FILE: index.frames, SECONDS_FILE: index.seconds}
     return arrays | {name: array for name, array in optional.items() if array is not None}
 
 
@@ -140,6 +148,9 @@ def find_shards(folder: Path) -> list[Path]:
             f"{folder}: compressed shards ({', '.join(packed[:5])}) cannot be read at random; unpack them to .tar"
         )
     shards = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+    odd = [p.name for p in shards if not p.is_file()]
+    if odd:
+        raise ValueError(f"{folder}: no regular files, or links to none: {', '.join(odd[:5])}; remove or rename them")
     if not shards:
         raise ValueError(f"{folder}: holds no shards (*.tar); {_how_to_get_shards(folder)}")
     return shards
@@ -157,13 +168,14 @@ def save_index(index: ShardIndex) -> None:
         "shards": [asdict(shard) for shard in index.shards],
         "arrays": hashes,
         "broken": index.broken,
+        "ignored": index.ignored,
         "bad": [{"sample": s, "name": index.name(s), "reason": reason} for s, reason in sorted(index.bad.items())],
     }
     if index.encoding is not None:
         content["encoding"] = encoding_digest(index.encoding)
     text = json.dumps(content, indent=1, ensure_ascii=False).encode()
     _replace(index.folder / INDEX_FILE, lambda file: file.write(text))
-    for name in {LABELS_FILE, FRAMES_FILE} - hashes.keys():
+    for name in _OPTIONAL.keys() - hashes.keys():
         (index.folder / name).unlink(missing_ok=True)
 
 
@@ -206,7 +218,7 @@ def _read_index(folder: Path) -> ShardIndex:
     if content.get("encoding") != (None if encoding is None else encoding_digest(encoding)):
         raise ValueError(f"{ENCODERS_FILE} does not belong to {INDEX_FILE}")
     arrays = {}
-    optional = [name for name in (LABELS_FILE, FRAMES_FILE) if name in content["arrays"]]
+    optional = [name for name in _OPTIONAL if name in content["arrays"]]
     for name in (SAMPLES_FILE, KEYS_FILE, *optional):
         if file_sha256(folder / name) != content["arrays"][name]:
             raise ValueError(f"{name} does not belong to {INDEX_FILE}")
@@ -223,6 +235,8 @@ def _read_index(folder: Path) -> ShardIndex:
         labels=arrays.get(LABELS_FILE),
         frames=arrays.get(FRAMES_FILE),
         encoding=encoding,
+        seconds=arrays.get(SECONDS_FILE),
+        ignored={str(extension): int(count) for extension, count in content.get("ignored", {}).items()},
     )
     if compute_digest(index) != index.digest:
         raise ValueError("its digest does not match its content")
@@ -232,7 +246,7 @@ def _read_index(folder: Path) -> ShardIndex:
         raise ValueError(
             f"{index.num_samples} samples of {index.samples.dtype}, expected {int(index.starts[-1])} of {SAMPLE}"
         )
-    for name, dtype in ((LABELS_FILE, np.int64), (FRAMES_FILE, np.int32)):
+    for name, dtype in _OPTIONAL.items():
         if name in arrays and (arrays[name].dtype, arrays[name].shape) != (dtype, (index.num_samples,)):
             raise ValueError(f"{name} holds {arrays[name].dtype} {list(arrays[name].shape)}, expected one a sample")
     return index

@@ -56,7 +56,7 @@ def make_loader(
 
     Raises ValueError when the batch does not divide, naming the nearest that do, micro-batches do not divide
     ``config.bucket_batch`` where they must, an index has more bad samples than ``config.bad_samples`` (BadDataError),
-    no clip has the frames asked for, or clips are to be read without PyAV.
+    no clip is as long as asked for, or clips are to be read without PyAV.
     While iterating: beyond that budget, or when a shard has vanished.
     """
     data = DataSet((data,)) if isinstance(data, ShardIndex) else data

@@ -22,7 +22,7 @@ from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.mixture import Mixture
 from dydit_scale.data.position import SampleOrder
 from dydit_scale.data.storage import ShardFiles
-from dydit_scale.data.video import decode_clip, require_av
+from dydit_scale.data.video import decode_clip, decode_clip_at, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
 MAX_SUBSTITUTES = 100
@@ -139,7 +139,7 @@ class SourceReader:
     def __init__(self, config: DataConfig, index: ShardIndex, *, source: int, seed: int, order_seed: int) -> None:
         self._index, self._source, self._seed = index, source, int(seed)
         self._clip = range(0, config.frames * config.frame_stride, config.frame_stride)
-        self._images_per_clip = config.images_per_clip
+        self._fps, self._images_per_clip = config.fps, config.images_per_clip
         self._dropped_below = int(config.caption_dropout * 2**63)
         self._sizes = config_buckets(config)
         buckets = bucket_numbers(index, self._sizes)
@@ -147,7 +147,9 @@ class SourceReader:
         self._order = SampleOrder(counts, order_seed, buckets=buckets, unit=config.bucket_batch)
         self._shards = ShardFiles(index.folder)
         if config.frames > 1:
-            _check_clips(index, self._clip[-1] + 1)
+            _check_clips(index, self._clip[-1] + 1, config.fps)
+        if config.fps is not None and index.encoding is not None:
+            raise ValueError(f"{index.folder}: encoded clips hold no times for data.fps; take data.frame_stride")
         if index.frames is not None and index.encoding is None:
             require_av()
 
@@ -228,6 +230,9 @@ class SourceReader:
                 )
             moments, texts = decode_tensors(self._read_part(sample, "image"), entry, self._index.encoding)
             captions, pixels = entry.captions, moments[frames.start : frames.stop : frames.step] if frames else moments
+        elif self._fps is not None and len(clip) > 1:
+            pixels = self._read_timed(sample, size, self._fps, len(clip), *draw)
+            captions = self._read_captions(sample)[0]
         else:
             pixels = _decode(self._read_part(sample, "image"), frames, size)
             captions = self._read_captions(sample)[0]
@@ -260,15 +265,27 @@ class SourceReader:
         return 0 if self._index.frames is None else int(self._index.frames[sample])
 
     def _choose_frames(self, sample: int, clip: range, *draw: int) -> range:
-        """Which frames to take, from one drawn by lot on; none of a picture."""
+        """Which frames to take, from one drawn by lot on; none of a picture, or where their times choose them."""
         held = self._frames_of(sample)
-        if held == 0 and len(clip) == 1:
+        if (held == 0 and len(clip) == 1) or (self._fps is not None and len(clip) > 1):
             return range(0)
         if held <= clip[-1]:
             kind = f"clip of {held} frames" if held else "a picture"
             raise BadSampleError(f"{kind}, expected at least {clip[-1] + 1} frames (data.frames, data.frame_stride)")
         start = keyed_seed(self._seed, "clip start", *draw) % (held - clip[-1])
         return range(start, start + clip.stop, clip.step)
+
+    def _read_timed(self, sample: int, size: Bucket, fps: float, count: int, *draw: int) -> Tensor:
+        """[count, 3, height, width], ``fps`` a second from a time drawn by lot on."""
+        assert self._index.seconds is not None, "an index without durations passed the check"
+        lasts, span = float(self._index.seconds[sample]), (count - 1) / fps
+        if lasts <= span:
+            clip = self._frames_of(sample)
+            kind = f"clip of {lasts:g} s" if lasts else "clip whose frames' times do not rise" if clip else "a picture"
+            raise BadSampleError(f"{kind}, expected more than {span:g} s (data.frames, data.fps)")
+        start = (lasts - span) * keyed_seed(self._seed, "clip start", *draw) / 2**63
+        times = [start + span * frame / (count - 1) for frame in range(count)]
+        return decode_clip_at(self._read_part(sample, "image"), times, size.height, size.width)
 
     def _read_part(self, sample: int, part: str) -> bytes:
         row = self._index.samples[sample]
@@ -298,11 +315,24 @@ def _joined(row: list[_Sample]) -> Tensor:
     return torch.cat([first, torch.stack(pictures)]) if pictures else first
 
 
-def _check_clips(index: ShardIndex, needed: int) -> None:
-    longest = 0 if index.frames is None else int(index.frames.max())
-    if longest < needed:
-        held = f"the longest clip has {longest} frames" if longest else "there are pictures only"
+def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:
+    """ValueError if no clip has ``needed`` frames or, with ``fps``, lasts longer than they are apart."""
+    if fps is not None and index.frames is not None and index.seconds is None:
         raise ValueError(
-            f"{index.folder}: {held}, but data.frames and data.frame_stride ask for clips of {needed} frames; "
-            "lower them, or choose other shards"
+            f"{index.folder}: data.fps needs the clips' durations, which this index does not hold; "
+            f"run `dydit data index {index.folder}` (which makes it another data set)"
         )
+    if index.frames is None:
+        fault = "there are pictures only"
+    elif fps is None and int(index.frames.max()) < needed:
+        fault = f"the longest clip has {int(index.frames.max())} frames"
+    elif fps is not None and index.seconds is not None and float(index.seconds.max()) <= (needed - 1) / fps:
+        fault = f"the longest clip lasts {float(index.seconds.max()):g} s"
+    else:
+        return
+    asked = (
+        f"data.frames and data.frame_stride ask for clips of {needed} frames"
+        if fps is None
+        else f"data.frames and data.fps ask for clips of more than {(needed - 1) / fps:g} s"
+    )
+    raise ValueError(f"{index.folder}: {fault}, but {asked}; change them, or choose other shards")

@@ -66,6 +66,9 @@ from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPac
 
 __all__ = ["ShardIndex", "ShardInfo", "build_index", "index_folder", "load_index", "write_shards"]
 
+READ_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, CAPTION_EXTENSION, LABEL_EXTENSION, FIELDS_EXTENSION)
+"""All that is read of a sample that is not encoded; the bytes of other members are never looked at."""
+
 
 def write_shards(
     samples: Iterable[dict[str, bytes | str]], out: Path | str, *, samples_per_shard: int, progress: bool = True
@@ -144,8 +147,9 @@ def index_folder(
     The tars stay as they are; ``index.json`` and its arrays are written beside them, the same for any number of
     workers. A sample holds one picture or clip, and a caption (``.txt``), a label (``.cls``) or both; what has no file
     of its own may stand in a ``.json`` under "caption" ("captions" if there are several) and "label". Samples without
-    them, or with broken ones, stay in the index as ``bad``, with the reason. Where the folder has an ``encoders.json``,
-    its samples are encoded ones (see encoded.py).
+    them, or with broken ones, stay in the index as ``bad``, with the reason. Members with other extensions are counted
+    as ``ignored`` and never read. Where the folder has an ``encoders.json``, its samples are encoded ones (see
+    encoded.py).
 
     Args:
         bad_shards: How many broken tars to leave out; they are named in the index as ``broken``.
@@ -163,8 +167,8 @@ def index_folder(
         read_empty(folder, encoding)
     paths = find_shards(folder)
     old = _old_index(folder) if update else None
-    if old is not None and old.encoding != encoding:
-        old = None
+    if old is not None and (old.encoding != encoding or (old.frames is not None and old.seconds is None)):
+        old = None  # it says of clips what an index of an earlier version did, which is less
     numbers = {} if old is None else {shard.name: number for number, shard in enumerate(old.shards)}
     known = [None if old is None or path.name not in numbers else old.shards[numbers[path.name]] for path in paths]
     results = run_jobs(
@@ -187,7 +191,7 @@ def index_folder(
             if isinstance(found, _Unchanged):
                 assert old is not None
                 reused += 1
-                found = slice_index(old, numbers[path.name])._replace(foreign=found.foreign)
+                found = slice_index(old, numbers[path.name])._replace(foreign=found.foreign, ignored=found.ignored)
             gatherer.add(found)
             foreign.update(found.foreign)
         if len(broken) == len(paths):
@@ -200,6 +204,7 @@ class _Unchanged(NamedTuple):
     """A shard that the old index describes."""
 
     foreign: tuple[str, ...]
+    ignored: dict[str, int]
 
 
 def _old_index(folder: Path) -> ShardIndex | None:
@@ -218,7 +223,7 @@ def _index_shard(
         size, sha256 = path.stat().st_size, file_sha256(path)
         if known is not None and known.sha256 == sha256:
             advance(size)
-            return _Unchanged(agreeing_indexes(path, sha256))
+            return _Unchanged(agreeing_indexes(path, sha256), _count_ignored(path, encoding))
         keys, rows, bad = _scan_whole(path, encoding, advance)
     except (MissingPackageError, ForeignIndexError):
         raise
@@ -227,7 +232,13 @@ def _index_shard(
     except ValueError as error:
         return str(error)
     info = ShardInfo(name=path.name, bytes=size, sha256=sha256, count=len(rows))
-    return ScannedShard(info, rows, keys, bad, agreeing_indexes(path, sha256))
+    return ScannedShard(info, rows, keys, bad, agreeing_indexes(path, sha256), _count_ignored(path, encoding))
+
+
+def _count_ignored(path: Path, encoding: Encoding | None) -> dict[str, int]:
+    """Members that are no part of a sample, by extension; encoded samples may have none."""
+    extensions = (split_name(member.name)[1] for member in walk_members(path))
+    return {} if encoding is not None else dict(Counter(name for name in extensions if name not in READ_EXTENSIONS))
 
 
 def _scan_whole(path: Path, encoding: Encoding | None, advance: Advance) -> tuple[bytes, np.ndarray, dict[int, str]]:
@@ -307,7 +318,7 @@ def _scan_media(fd: int, members: dict[str, Member], row: np.ndarray) -> None:
     member = members[found[0]]
     if found[0] in VIDEO_EXTENSIONS:
         data = _read(fd, "video", member, MAX_VIDEO_BYTES)
-        row["frames"], row["width"], row["height"] = scan_clip(data)
+        row["frames"], row["width"], row["height"], row["seconds"] = scan_clip(data)
     else:
         data = _read(fd, "image", member, MAX_IMAGE_BYTES)
         row["width"], row["height"] = decode_image(data).size

@@ -1,7 +1,8 @@
 """A strict walk over the headers of a tar shard.
 
 The standard reader takes any damaged header for the end of the archive and drops the rest without a word; this one asks
-for contiguous members inside the file, two zero blocks after the last of them and nothing but zeros behind those.
+for contiguous members inside the file, two zero blocks after the last of them and, up to the end of a record, nothing
+but zeros behind those.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 CHUNK = 1 << 20
+RECORD = 20 * BLOCK
+"""Tars are filled up with zeros to a multiple of this."""
 ZEROS = bytes(BLOCK)
 REPAIR = "copy the shard again from its source, or write it again"
 
@@ -56,7 +59,8 @@ def walk_members(path: Path) -> Iterator[Member]:
     """The regular members of the tar ``path`` in file order.
 
     Raises ValueError, naming shard, sample and remedy, on a truncated, bit-flipped or zeroed header, data beyond the
-    file's end, a missing end mark, data behind it, and on members that are no regular files or have unsafe names.
+    file's end, a missing end mark, data or too many zeros behind it, and on members that are no regular files or have
+    unsafe names.
     """
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size
@@ -109,6 +113,11 @@ def _check_end(file: BinaryIO, offset: int, end: int, place: str) -> None:
             raise ValueError(
                 f"{place}: an end mark at byte {offset}, but data behind it (a zeroed header, or joined tars); {REPAIR}"
             )
+    if end - offset >= 2 * BLOCK + RECORD:
+        raise ValueError(
+            f"{place}: {end - offset} zero bytes from {offset} to the end, where a tar has fewer than "
+            f"{2 * BLOCK + RECORD} (the rest was never written?); {REPAIR}"
+        )
 
 
 def _check_member(path: Path, name: str, kind: bytes) -> None:

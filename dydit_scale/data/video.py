@@ -7,8 +7,9 @@ and open what it lists.
 from __future__ import annotations
 
 import io
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ MAX_VIDEO_BYTES = 1 << 28
 MAX_FRAME_PIXELS = 1 << 24
 MAX_FRAMES = 1 << 13
 
+# Also by their decoders' names. libav opens no other decoder, not even to find out what a file holds.
+_DECODERS = {"codec_whitelist": ",".join((*CODECS, "libdav1d", "libaom-av1"))}
+_NO_FRAME = "broken video (no frame can be decoded)"
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -39,6 +43,8 @@ class ClipInfo(NamedTuple):
     width: int
     """Of the first frame, in pixels, upright."""
     height: int
+    seconds: float
+    """From the first frame's time to the end of the last; 0 where the frames' times do not rise or are not told."""
 
 
 def require_av() -> Any:
@@ -54,16 +60,17 @@ def require_av() -> Any:
 
 def scan_clip(data: bytes) -> ClipInfo:
     """Decode a whole clip and tell its length and size; BadSampleError if it is broken, foreign or beyond a limit."""
-    count, first = 0, None
+    stamps: list[int | None] = []
+    first = last = None
     with closing(_frames(data)) as frames:
-        for frame in frames:
-            first = first or _upright(frame)
-            count += 1
-            if count > MAX_FRAMES:
+        for last in frames:
+            first = first or last
+            stamps.append(last.pts)
+            if len(stamps) > MAX_FRAMES:
                 raise BadSampleError(f"video of more frames than the limit of {MAX_FRAMES}")
-    if first is None:
-        raise BadSampleError("broken video (no frame can be decoded)")
-    return ClipInfo(count, *first.size)
+    if first is None or last is None:
+        raise BadSampleError(_NO_FRAME)
+    return ClipInfo(len(stamps), *_upright(first).size, float(_ticks(stamps, last.duration) * first.time_base))
 
 
 def decode_clip(data: bytes, wanted: range, height: int, width: int) -> Float32[Tensor, "frames 3 height width"]:
@@ -91,6 +98,24 @@ def first_frame(data: bytes) -> Image.Image:
     raise BadSampleError("broken video (no frame can be decoded)")
 
 
+def decode_clip_at(
+    data: bytes, times: Sequence[float], height: int, width: int
+) -> Float32[Tensor, "frames 3 height width"]:
+    """The frames shown at ``times``, in seconds after the first frame's, rising: at each the last that begins by then.
+
+    A frame comes twice where ``times`` are closer than the frames, and the last one for times beyond it. Decoding
+    begins at the key frame before the first of ``times``; the frames are those that decoding all would give.
+    Raises BadSampleError if the clip is broken, foreign or beyond a limit.
+    """
+    try:
+        shown = _shown_at(_frames_from(data, times[0]), times)
+        return torch.stack([image_tensor(image, height, width) for image in shown])
+    except BadSampleError:
+        # Not every key frame can be entered at; what is broken on its own account fails again.
+        shown = _shown_at(_frames(data), times)
+        return torch.stack([image_tensor(image, height, width) for image in shown])
+
+
 def encode_mp4(frames: np.ndarray, fps: int, *, lossless: bool = False) -> bytes:
     """An H.264 MP4 of ``frames`` (uint8 [frames, height, width, 3]); the same bytes for the same frames and libraries.
 
@@ -111,18 +136,90 @@ def encode_mp4(frames: np.ndarray, fps: int, *, lossless: bool = False) -> bytes
     return file.getvalue()
 
 
+def _shown_at(frames: Generator[Any, None, None], times: Sequence[float]) -> Iterator[Image.Image]:
+    """The picture shown at each of ``times``; ``frames`` begin with the first frame of all."""
+    with closing(frames):
+        first = shown = next(frames, None)
+        if first is None:
+            raise BadSampleError(_NO_FRAME)
+        waiting = list(times)
+        for frame in frames:
+            if frame.pts is None or first.pts is None:
+                raise BadSampleError("broken video (a frame without a time)")
+            while waiting and waiting[0] < _since(first, frame.pts):
+                waiting.pop(0)
+                yield _upright(shown)
+            if not waiting:
+                return
+            shown = frame
+        yield from [_upright(shown)] * len(waiting)
+
+
+def _since(first: Any, stamp: int) -> float:
+    """Seconds from the frame ``first`` to a time in its ticks."""
+    return float((stamp - first.pts) * first.time_base)
+
+
+def _ticks(stamps: list[int | None], last: int) -> int:
+    """Ticks from the first of ``stamps`` to the end of the last frame, which lasts ``last`` or as long as the one
+    before it; 0 if they do not rise."""
+    known = [stamp for stamp in stamps if stamp is not None]
+    gaps = [after - before for before, after in pairwise(known)]
+    if len(known) < len(stamps) or min(gaps, default=1) < 1:
+        return 0
+    return sum(gaps) + (last or sum(gaps[-1:]))
+
+
 def _frames(data: bytes) -> Generator[Any, None, None]:
     """The decoded frames in the order in which they are shown; BadSampleError for what is broken or not allowed."""
+    with _opened(data) as (container, stream):
+        yield from map(_checked_frame, container.decode(stream))
+
+
+def _frames_from(data: bytes, start: float) -> Generator[Any, None, None]:
+    """The first frame, and the frames from a key frame on that is shown by ``start`` (seconds after the first).
+
+    Raises BadSampleError, as for a broken clip, where the clip cannot be entered at that key frame.
+    """
+    with _opened(data) as (container, stream):
+        first = _checked_frame(next(container.decode(stream)))
+        yield first
+        key = _last_key(container, stream, first, start)
+        # MP4 files are searched by decoding time; Matroska, where it is not always known, may end up earlier.
+        container.seek(key.pts if key.dts is None else key.dts, stream=stream)
+        # Frames stored behind the key frame but shown before it (an open group of pictures) lack what they refer to.
+        packets = (packet for packet in container.demux(stream) if packet.pts is None or packet.pts >= key.pts)
+        frames = chain.from_iterable(packet.decode() for packet in packets)
+        entered = next(frames)
+        if entered.pts != key.pts or not entered.key_frame:
+            raise BadSampleError("video that cannot be entered at a key frame")
+        yield from map(_checked_frame, chain([entered], frames))
+
+
+def _last_key(container: Any, stream: Any, first: Any, start: float) -> Any:
+    """The packet of the last key frame that is shown ``start`` seconds after the frame ``first`` or before."""
+    key = None
+    container.seek(stream.start_time or 0, stream=stream)
+    for packet in container.demux(stream):
+        if packet.dts is not None and _since(first, packet.dts) > start:
+            break
+        if packet.is_keyframe and packet.pts is not None and _since(first, packet.pts) <= start:
+            key = packet
+    if key is None:
+        raise BadSampleError("video without a key frame at its start")
+    return key
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+    """The container and its checked video stream; what libav raises meanwhile becomes a BadSampleError."""
     av = require_av()
     if len(data) > MAX_VIDEO_BYTES:
         raise BadSampleError(f"video of {len(data)} bytes, more than the limit of {MAX_VIDEO_BYTES}")
     try:
-        with av.open(io.BytesIO(data), format=_container(data), metadata_errors="replace") as container:
-            for frame in container.decode(_checked_stream(container)):
-                _check_size(frame)
-                if frame.is_corrupt:
-                    raise BadSampleError("broken video (a damaged frame)")
-                yield frame
+        kind = _container(data)
+        with av.open(io.BytesIO(data), format=kind, options=_DECODERS, metadata_errors="replace") as container:
+            yield container, _checked_stream(container)
     except BadSampleError:
         raise
     # libav's errors derive from a dozen built-in types, and PyAV adds IndexError and others of its own.
@@ -131,10 +228,10 @@ def _frames(data: bytes) -> Generator[Any, None, None]:
 
 
 def _checked_stream(container: Any) -> Any:
-    """The first video stream, of an allowed codec and within the limits that its header can tell."""
-    if not container.streams.video:
+    """The video stream, cover pictures aside, of an allowed codec and within the limits that its header can tell."""
+    stream = container.streams.best("video")
+    if stream is None:
         raise BadSampleError("broken video (no video stream)")
-    stream = container.streams.video[0]
     codec = stream.codec_context.codec.canonical_name
     if codec not in CODECS:
         raise BadSampleError(f"video of codec {codec}, expected one of {', '.join(CODECS)}")
@@ -142,9 +239,16 @@ def _checked_stream(container: Any) -> Any:
     if stream.frames > MAX_FRAMES:
         raise BadSampleError(f"video of {stream.frames} frames, more than the limit of {MAX_FRAMES}")
     # The stream itself can name another size than the header; libav then stops before it allocates.
-    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS), "err_detect": "explode"}
     stream.codec_context.thread_count = 1
     return stream
+
+
+def _checked_frame(frame: Any) -> Any:
+    _check_size(frame)
+    if frame.is_corrupt:
+        raise BadSampleError("broken video (a damaged frame)")
+    return frame
 
 
 def _check_size(of: Any) -> None:
@@ -154,7 +258,11 @@ def _check_size(of: Any) -> None:
 
 def _upright(frame: Any) -> Image.Image:
     """The frame in RGB, turned as its display matrix says (by quarters)."""
-    image: Image.Image = frame.to_image()
+    try:
+        image: Image.Image = frame.to_image()
+    # Of the same sort as what decoding raises.
+    except Exception as error:
+        raise BadSampleError(f"broken video ({type(error).__name__}: {error})") from error
     return image.rotate(round(frame.rotation / 90) % 4 * 90, expand=True)
 
 

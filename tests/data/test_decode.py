@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dydit_scale.data.decode import (
     MAX_LABEL,
@@ -30,14 +30,14 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def empty_png(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
+def png(width: int, height: int, bits: int = 8, colour: int = 2, rows: bytes = b"") -> bytes:
+    """A PNG of RGB (or another colour type); without rows it claims a size and holds no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_pixels_of_the_right_size_are_exact() -> None:
@@ -63,6 +63,31 @@ def test_other_sizes_are_resized_and_cropped_at_the_centre(upright: bool) -> Non
     assert torch.allclose(tensor, want, atol=1.01 / 127.5)
 
 
+@pytest.mark.parametrize(
+    ("size", "resized", "box"),
+    [
+        ((96, 48), (32, 16), (10, 0, 22, 16)),
+        ((48, 96), (12, 24), (0, 4, 12, 20)),
+        ((60, 80), (12, 16), (0, 0, 12, 16)),
+        ((61, 80), (12, 16), (0, 0, 12, 16)),
+    ],
+)
+def test_rectangles_are_covered(size: tuple[int, int], resized: tuple[int, int], box: tuple[int, ...]) -> None:
+    """At 16 x 12, as resizing the whole and cropping its centre would do."""
+    ramp = np.linspace(0, 255, size[0])[None, :, None] * 0.5 + np.linspace(0, 127, size[1])[:, None, None]
+    image = Image.fromarray(np.broadcast_to(ramp, (size[1], size[0], 3)).astype(np.uint8))
+    expected = np.asarray(image.resize(resized, Image.Resampling.BICUBIC).crop(box), dtype=np.float32)
+    tensor = image_tensor(image, 16, 12)
+    assert tensor.shape == (3, 16, 12)
+    assert np.abs((tensor.numpy().transpose(1, 2, 0) + 1) * 127.5 - expected).max() < 2.5
+
+
+def test_no_size_breaks_the_crop() -> None:
+    for number in range(300):
+        width, height, to_width, to_height = np.random.RandomState(number).randint(1, [400, 400, 40, 40])
+        assert image_tensor(Image.new("RGB", (width, height)), to_height, to_width).shape == (3, to_height, to_width)
+
+
 def test_small_pictures_and_strips_are_enlarged() -> None:
     assert image_tensor(Image.new("RGB", (3, 5), (255, 255, 255)), 8, 8).eq(1).all()
     assert image_tensor(Image.new("RGB", (1, 50_000)), 64, 64).shape == (3, 64, 64)
@@ -84,6 +109,50 @@ def test_exif_orientation_is_applied() -> None:
     assert decode_image(encoded(image, "JPEG", exif=exif)).size == (8, 16)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_pictures_with_a_broken_exif_block_lie_as_they_are(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = exif.tobytes()
+    # Cut off, no TIFF, an offset beyond the end, and an orientation that is no number from 1 to 8.
+    broken = [
+        whole[:-6],
+        b"Exif\0\0garbage!",
+        whole[:10] + b"\xff" * 4 + whole[14:],
+        whole.replace(b"\0\6\0", b"\0\x63\0"),
+    ]
+    for data in broken:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert decode_image(encoded(Image.new("RGB", (16, 8)), kind, exif=data)).size == (16, 8)
+
+
+def test_every_orientation_is_that_of_pillow() -> None:
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 16, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(image, "PNG", exif=exif)
+        assert decode_image(data).tobytes() == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).tobytes()
+
+
+def test_of_sixteen_bits_the_high_eight_are_kept() -> None:
+    values = np.random.RandomState(0).randint(0, 1 << 16, (4, 6, 3)).astype(np.uint16)
+    grey = decode_image(encoded(Image.fromarray(values[..., 0]), "PNG"))
+    assert (np.asarray(grey) == (values[..., :1] >> 8)).all()
+    colours = decode_image(png(6, 4, 16, 2, b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)))
+    assert (np.asarray(colours) == (values >> 8)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_picture_is_taken(kind: str) -> None:
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 255, 0))
+    data = encoded(first, kind, save_all=True, append_images=[second], duration=100)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    red, green, blue = decode_image(data).getpixel((4, 4))
+    assert red > 240 and green < 15 and blue < 15
+
+
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
 def test_other_formats_are_refused(kind: str) -> None:
     with pytest.raises(BadSampleError, match="no PNG, JPEG or WebP picture"):
@@ -98,7 +167,7 @@ def test_large_pictures_are_refused_before_they_are_loaded(width: int, monkeypat
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", loaded)
     with warnings.catch_warnings(record=True) as leaked, pytest.raises(BadSampleError, match=r"limit of \d+"):
         warnings.simplefilter("always")
-        decode_image(empty_png(width, 8192))
+        decode_image(png(width, 8192))
     assert leaked == [], "Pillow only warned about a picture that should have been refused"
 
 
@@ -114,6 +183,9 @@ def test_captions() -> None:
     assert decode_caption("  grün\n".encode()) == "grün"
     with pytest.raises(BadSampleError, match="broken caption"):
         decode_caption(b"\xff")
+    for decode, data in ((decode_caption, bytes(20)), (decode_fields, b'{"caption": "a\\u0000"}')):
+        with pytest.raises(BadSampleError, match=r"broken caption .zero bytes."):
+            decode(data)
 
 
 def test_labels() -> None:

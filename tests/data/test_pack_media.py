@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from data_tools.packing.config import PackConfig
 from data_tools.packing.inputs import UnfitError
 from data_tools.packing.media import Media, kind_of, prepare
-from dydit_scale.data.decode import BadSampleError, decode_image
+from dydit_scale.data.decode import decode_image
 from dydit_scale.data.video import decode_clip, encode_mp4, scan_clip
 
 PLAIN = PackConfig()
@@ -115,8 +115,6 @@ def test_a_turned_jpeg_stays_a_jpeg_unless_asked() -> None:
 
 def test_broken_exif_does_not_cost_the_picture() -> None:
     data = saved(PICTURE, "PNG", exif=b"Exif\0\0MM|*\0\0\0\x08")
-    with pytest.raises(BadSampleError, match="SyntaxError"):
-        decode_image(data)
     media = prepare(data, "png", PLAIN)
     assert media.changes == ("broken EXIF",)
     assert (pixels(media) == NOISE).all()
@@ -290,7 +288,7 @@ def test_other_containers_move_to_mp4_without_a_change_of_frames(kind: str, code
     data = clip(kind, codec)
     media = prepare(data, kind, PLAIN)
     assert (media.extension, media.changes) == ("mp4", ("container",))
-    assert scan_clip(media.data) == (6, 48, 32)
+    assert scan_clip(media.data)[:3] == (6, 48, 32)
     with av.open(io.BytesIO(data)) as container:
         shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     with av.open(io.BytesIO(media.data)) as container:
@@ -301,7 +299,7 @@ def test_other_containers_move_to_mp4_without_a_change_of_frames(kind: str, code
 
 def test_a_turned_clip_stays_turned() -> None:
     upright, turned = (prepare(clip("mov", rotation=degrees), "mov", PLAIN).data for degrees in (0, 90))
-    assert scan_clip(turned)[1:] == (32, 48)
+    assert scan_clip(turned)[1:3] == (32, 48)
     plain, other = (decode_clip(data, range(1), 32, 32)[0] for data in (upright, turned))
     assert (plain.rot90(1, (1, 2)) - other).abs().max() < 0.05 or (plain.rot90(-1, (1, 2)) - other).abs().max() < 0.05
 

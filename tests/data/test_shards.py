@@ -291,15 +291,14 @@ def test_empty_file_and_keys_in_two_shards_are_refused(tmp_path: Path) -> None:
 
 
 def test_bad_samples_are_kept_and_named(tmp_path: Path) -> None:
-    deep = io.BytesIO()
-    Image.new("I;16", (8, 8)).save(deep, "PNG")
     cases = {
         "no-caption": ([("png", png(1))], "caption missing, and label: neither .txt nor .cls, and no .json"),
         "cut-image": ([("png", png(1)[:-30]), ("txt", b"x")], "broken image"),
         "no-picture": ([("jpg", b"hello"), ("txt", b"x")], "no PNG, JPEG or WebP picture"),
         "no-image": ([("txt", b"x")], "image missing (found: txt)"),
         "two-images": ([("jpg", png(1)), ("png", png(1)), ("txt", b"x")], "two images (png, jpg)"),
-        "16-bit": ([("png", deep.getvalue()), ("txt", b"x")], "image of mode I;16"),
+        "zeroed-caption": ([("png", png(1)), ("txt", b"x\0\0")], "broken caption (zero bytes)"),
+        "json-zero": ([("json", b'{"caption": "\\u0000"}'), ("png", png(1))], "broken caption (zero bytes)"),
         "bytes-caption": ([("png", png(1)), ("txt", b"\xff\xfe")], "broken caption (UnicodeDecodeError"),
         "json-without": ([("json", b'{"text": "x"}'), ("png", png(1))], 'no string under "caption"'),
         "json-number": ([("json", b'{"caption": 3}'), ("png", png(1))], 'no string under "caption"'),
@@ -312,13 +311,13 @@ def test_bad_samples_are_kept_and_named(tmp_path: Path) -> None:
     files = [(f"{key}.{extension}", data) for key, (parts, _) in cases.items() for extension, data in parts]
     write_tar(tmp_path / "a.tar", files)
     for index in (build_index(tmp_path), load_index(tmp_path)):
-        assert index.num_samples == len(cases) == 14
+        assert index.num_samples == len(cases) == 15
         for sample, (key, (_, reason)) in enumerate(cases.items()):
             assert index.key(sample) == key
             assert (reason is None) == (sample not in index.bad)
             assert reason is None or reason in index.bad[sample]
     listed = json.loads((tmp_path / "index.json").read_text())["bad"]
-    assert len(listed) == 13
+    assert len(listed) == 14
     assert listed[0]["name"] == "a.tar sample 'no-caption'"
 
 
