@@ -21,7 +21,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--workers", type=int, help="processes that draw (default: one on each core, at most 8)")
     shapes.set_defaults(run=_run_shapes)
     index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
-    index.add_argument("folder", type=Path)
+    index.add_argument("folder")
     index.add_argument("--bad-shards", type=int, default=0, help="how many broken tars to leave out before giving up")
     index.set_defaults(run=_run_index)
 

@@ -10,13 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
+
+from dydit_scale.data.cache import FileCache, Wanted
+from dydit_scale.data.remote import RemoteError, RemoteFolder, is_url
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index-samples.npy"
@@ -61,7 +68,7 @@ class ShardIndex:
     """All samples of a folder of shards, numbered shard by shard in the order of ``shards``."""
 
     folder: Path
-    """Where the shards are."""
+    """Where the shards are; of shards in an object store, where their index is kept."""
     shards: tuple[ShardInfo, ...]
     """In the order of their names."""
     digest: str
@@ -78,6 +85,15 @@ class ShardIndex:
     """int64 [num_samples], -1 for samples without one; None if no sample has a label."""
     frames: np.ndarray | None = None
     """int32 [num_samples], 0 for pictures; None if no sample is a clip."""
+    remote: RemoteFolder | None = None
+    """The object store that holds the shards, if one does."""
+    cache: FileCache | None = None
+    """Where whole shards of the object store are kept on this node; None reads them by ranges."""
+
+    @property
+    def place(self) -> str:
+        """Where the shards are, for messages."""
+        return str(self.remote or self.folder)
 
     @property
     def num_samples(self) -> int:
@@ -157,35 +173,93 @@ def save_index(index: ShardIndex) -> None:
         (index.folder / name).unlink(missing_ok=True)
 
 
-def load_index(folder: Path | str) -> ShardIndex:
-    """The index of ``folder``, checked against the shards on disk by name and size.
+def load_index(folder: Path | str, cache: FileCache | None = None) -> ShardIndex:
+    """The index of ``folder``, checked against the shards there by name and size.
+
+    Args:
+        folder: a local folder, or the URL of one in an object store.
+        cache: keeps the index and the shards of an object store on this node.
 
     Raises ValueError that says what to run: on a folder without shards, a missing or torn index, and, naming
-    every shard concerned, on shards that are missing, of another size, or not in the index.
+    every shard concerned, on shards that are missing, of another size, or not in the index; and on what
+    ``remote.is_url`` and ``RemoteFolder`` refuse.
     """
+    if is_url(str(folder)):
+        return _load_remote(RemoteFolder(str(folder)), cache)
     folder = Path(folder)
     if not (folder / INDEX_FILE).is_file():
         count = len(find_shards(folder))
         raise ValueError(f"{folder}: {count} shards but no {INDEX_FILE}; {_how_to_index(folder)}")
+
+    def verified(name: str, sha256: str) -> Path:
+        if file_sha256(folder / name) != sha256:
+            raise ValueError(f"{name} does not belong to {INDEX_FILE}")
+        return folder / name
+
     try:
-        index = _read_index(folder)
+        index = _read_index(folder, (folder / INDEX_FILE).read_bytes(), verified)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{folder}: torn or foreign index ({error}); {_how_to_index(folder)}") from error
-    _check_shards(index)
+    present = (path for path in folder.glob("*.tar") if not path.name.startswith(".") and path.is_file())
+    _check_shards(index, {path.name: path.stat().st_size for path in present})
     return index
 
 
-def _read_index(folder: Path) -> ShardIndex:
-    content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
+    """The index of an object store; its arrays are mapped from the cache, or from files that are gone once mapped."""
+    size = remote.size(INDEX_FILE)
+    if size is None:
+        raise ValueError(
+            f"{remote}: holds no {INDEX_FILE} (or does not tell its size); run `dydit data index` on the shards' local "
+            "folder and upload all of it"
+        )
+    text = remote.read(INDEX_FILE, 0, size)
+    with tempfile.TemporaryDirectory() as passing, ExitStack() as in_use:
+        files = cache or FileCache(Path(passing), sys.maxsize)
+
+        def fetched(name: str, sha256: str) -> Path:
+            length = remote.size(name)
+            if length is None:
+                raise ValueError(f"{remote}/{name} is missing")
+            wanted = Wanted(name=f"{remote}/{name}", size=length, sha256=sha256)
+            fd = files.open(wanted, lambda: _with_bar(name, length, remote.chunks(name, length)))
+            if fd is None:
+                raise ValueError(f"no room for {name} in the cache {files.folder}; raise data.cache_gib")
+            in_use.callback(os.close, fd)
+            return files.folder / sha256
+
+        try:
+            index = _read_index(files.folder, text, fetched)
+        except RemoteError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{remote}: its index cannot be used ({error}); upload it again from the local folder, all its files"
+            ) from error
+    index = replace(index, remote=remote, cache=cache)
+    listed = remote.shards()
+    _check_shards(index, remote.sizes(shard.name for shard in index.shards) if listed is None else listed)
+    return index
+
+
+def _with_bar(name: str, size: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    with tqdm(total=size, desc=f"fetching {name}", unit="B", unit_scale=True, disable=None) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _read_index(folder: Path, text: bytes, path_of: Callable[[str, str], Path]) -> ShardIndex:
+    """The index that ``text`` describes; ``path_of(file name, SHA-256)`` tells where each array lies, verified."""
+    content = json.loads(text.decode("utf-8"))
     if content["format"] != FORMAT:
         raise ValueError(f"{INDEX_FILE} has format {content['format']!r}, expected {FORMAT!r}")
     arrays = {}
     optional = [name for name in (LABELS_FILE, FRAMES_FILE) if name in content["arrays"]]
     for name in (SAMPLES_FILE, KEYS_FILE, *optional):
-        if file_sha256(folder / name) != content["arrays"][name]:
-            raise ValueError(f"{name} does not belong to {INDEX_FILE}")
+        path = path_of(name, content["arrays"][name])
         # A plain view of the mapped file: np.memmap itself makes every record that is read several times dearer.
-        arrays[name] = np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     index = ShardIndex(
         folder=folder,
         shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
@@ -211,22 +285,25 @@ def _read_index(folder: Path) -> ShardIndex:
     return index
 
 
-def _check_shards(index: ShardIndex) -> None:
-    """Every shard is there with its size, and no other; a stat each, so that a run stops before its first step."""
+def _check_shards(index: ShardIndex, present: Mapping[str, int | None]) -> None:
+    """Every shard is there with its size, and no other, so that a run stops before its first step.
+
+    ``present``: the sizes of the shards that are there, None for what is not.
+    """
     wrong = []
     for shard in index.shards:
-        path = index.folder / shard.name
-        if not path.is_file():
+        size = present.get(shard.name)
+        if size is None:
             wrong.append(f"{shard.name} is missing")
-        elif (size := path.stat().st_size) != shard.bytes:
+        elif size != shard.bytes:
             wrong.append(f"{shard.name} has {size} bytes, expected {shard.bytes}")
     known = {shard.name for shard in index.shards} | set(index.broken)
-    present = (path.name for path in index.folder.glob("*.tar") if not path.name.startswith("."))
     wrong += [f"{name} is not in the index" for name in sorted(present) if name not in known]
     if wrong:
+        change = _how_to_index(index.folder) if index.remote is None else "index the local folder again and upload it"
         raise ValueError(
-            f"{index.folder}: the shards are not those that were indexed: {'; '.join(wrong)}. Restore them, "
-            f"or, if the change is meant, {_how_to_index(index.folder)} (which makes it another data set)"
+            f"{index.place}: the shards are not those that were indexed: {'; '.join(wrong)}. Restore them, "
+            f"or, if the change is meant, {change} (which makes it another data set)"
         )
 
 

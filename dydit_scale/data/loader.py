@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dydit_scale.data.index import ShardIndex
+from dydit_scale.data.cache import FileCache
+from dydit_scale.data.index import ShardIndex, load_index
 from dydit_scale.data.reader import BadSample, Batch, Failure, Reader
+from dydit_scale.data.remote import is_url
+from dydit_scale.data.stream import ShardStream, StreamReader, open_stream
 
-__all__ = ["BadDataError", "Batch", "DataConfig", "Loader", "make_loader"]
+__all__ = ["BadDataError", "Batch", "DataConfig", "Loader", "make_loader", "open_data"]
 
 
 class BadDataError(ValueError):
@@ -33,7 +36,15 @@ class DataConfig:
     """What is read and how."""
 
     path: str
-    """Folder with the shards and their index."""
+    """Folder with the shards and their index, or its URL: s3://, gs://, hf:// or https://. In mode stream also the name
+    of shards in it, with braces: DIR/shard-{000..099}.tar."""
+    mode: str = "indexed"
+    """indexed: any position can be read, so a resume is exact, on any number of ranks. stream: shards without an index,
+    from end to end, drawn with replacement; pictures only, not exactly resumable."""
+    cache: str = ""
+    """Folder on the node's own disk that keeps whole shards of a URL; empty reads each sample from the store."""
+    cache_gib: float = 100.0
+    """What the folder may hold, all processes of the node together; the shards in use must fit."""
     image_size: int = 32
     """Side of the square pictures, in pixels; others are resized on the shorter side and cropped at the centre."""
     caption_dropout: float = 0.1
@@ -52,6 +63,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("data.path is empty; expected a folder of shards")
+        self._check_storage()
         if self.image_size < 1:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.caption_dropout <= 1:
@@ -70,10 +82,31 @@ class DataConfig:
         if self.bad_samples < 0:
             raise ValueError(f"data.bad_samples cannot be negative, got {self.bad_samples}")
 
+    def _check_storage(self) -> None:
+        if self.mode not in ("indexed", "stream"):
+            raise ValueError(f"data.mode must be indexed or stream, got {self.mode!r}")
+        if not self.cache_gib > 0:
+            raise ValueError(f"data.cache_gib must be positive, got {self.cache_gib}")
+        if not is_url(self.path) and self.cache:
+            raise ValueError(f"data.cache {self.cache}: {self.path} is a local folder already; leave data.cache empty")
+        if self.mode == "stream" and (self.cache or self.frames > 1):
+            raise ValueError(
+                "data.mode stream reads pictures (data.frames 1) and keeps no shards (data.cache empty), since both "
+                f"need an index; got data.frames {self.frames} and data.cache {self.cache!r}. Index the shards for them"
+            )
+
+
+def open_data(config: DataConfig) -> ShardIndex | ShardStream:
+    """What ``make_loader`` reads from; ValueError as ``load_index`` and ``open_stream`` raise it."""
+    if config.mode == "stream":
+        return open_stream(config.path)
+    cache = FileCache(Path(config.cache), int(config.cache_gib * 2**30)) if config.cache else None
+    return load_index(config.path, cache)
+
 
 def make_loader(
     config: DataConfig,
-    index: ShardIndex,
+    index: ShardIndex | ShardStream,
     *,
     seed: int,
     rank: int,
@@ -87,7 +120,8 @@ def make_loader(
 
     Step s reads the positions ``consumed + s * global_batch + [0, global_batch)``. The n-th micro-batches of all ranks
     are its n-th part, of which rank r takes the r-th: the same samples meet, however many ranks share the work. What is
-    read at a position depends on (index, seed, position) alone.
+    read at a position depends on (index, seed, position) alone; of a ``ShardStream`` this holds for noise and dropout
+    but not for the samples (see ``data.stream``).
 
     Args:
         quarantine: a file that gets one JSON line for each bad sample met; give each rank its own.
@@ -98,6 +132,18 @@ def make_loader(
     """
     _check_split(rank, world_size, global_batch, micro_batch, consumed)
     log = _BadSampleLog(config.bad_samples, index, quarantine, rank)
+    if isinstance(index, ShardStream):
+        stream = StreamReader(
+            index,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            consumed=consumed,
+            image_size=config.image_size,
+            caption_dropout=config.caption_dropout,
+        )
+        return Loader(stream, None, log, config.workers)
     first = consumed + rank * micro_batch
     positions = _Positions(first=first, stride=world_size * micro_batch, micro_batch=micro_batch)
     reader = Reader(
@@ -115,7 +161,9 @@ def make_loader(
 class Loader:
     """Endless micro-batches; every ``iter()`` begins at the same position again."""
 
-    def __init__(self, reader: Reader, positions: _Positions, log: _BadSampleLog, workers: int) -> None:
+    def __init__(
+        self, reader: Reader | StreamReader, positions: _Positions | None, log: _BadSampleLog, workers: int
+    ) -> None:
         self._reader, self._positions, self._log, self._workers = reader, positions, log, workers
 
     def __iter__(self) -> Iterator[Batch]:
@@ -154,17 +202,21 @@ class _Positions:
 class _BadSampleLog:
     """Counts the different bad samples of this process, names each once and stops beyond the budget."""
 
-    def __init__(self, budget: int, index: ShardIndex, quarantine: Path | None, rank: int) -> None:
-        self._budget, self._folder, self._quarantine, self._rank = budget, index.folder, quarantine, rank
-        self._named: set[int] = set()
-        self._found = {sample: f"{index.name(sample)}: {reason}" for sample, reason in index.bad.items()}
+    def __init__(self, budget: int, index: ShardIndex | ShardStream, quarantine: Path | None, rank: int) -> None:
+        self._budget, self._place, self._quarantine, self._rank = budget, index.place, quarantine, rank
+        self._named: set[tuple[str, str]] = set()
+        self._found: dict[tuple[str, str], str] = {}
+        if isinstance(index, ShardIndex):
+            for sample, reason in index.bad.items():
+                shard = index.shards[index.shard_of(sample)].name
+                self._found[shard, index.key(sample)] = f"{index.name(sample)}: {reason}"
         self._check()
 
     def add(self, bad: tuple[BadSample, ...]) -> None:
         for entry in bad:
-            if entry.sample not in self._named:
-                self._named.add(entry.sample)
-                self._found[entry.sample] = str(entry)
+            if (entry.shard, entry.key) not in self._named:
+                self._named.add((entry.shard, entry.key))
+                self._found[entry.shard, entry.key] = str(entry)
                 warnings.warn(f"bad {entry}; another sample takes its place", stacklevel=3)
                 self._write(entry)
         self._check()
@@ -178,9 +230,9 @@ class _BadSampleLog:
     def _check(self) -> None:
         if len(self._found) > self._budget:
             raise BadDataError(
-                f"{self._folder}: {len(self._found)} bad samples, more than the budget of {self._budget} "
+                f"{self._place}: {len(self._found)} bad samples, more than the budget of {self._budget} "
                 f"(data.bad_samples); first: {'; '.join(list(self._found.values())[:3])}. "
-                f"Repair the shards and run `dydit data index {self._folder}`, or raise data.bad_samples"
+                "Repair the shards and run `dydit data index` on them, or raise data.bad_samples"
             )
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.position import SampleOrder
-from dydit_scale.data.storage import ShardFiles
+from dydit_scale.data.storage import open_shards
 from dydit_scale.data.video import decode_clip, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
@@ -48,7 +48,7 @@ class BadSample:
     position: int
     """Where it was due."""
     sample: int
-    """Its number in the index."""
+    """Its number in the index; -1 in a stream."""
     shard: str
     """Its shard's file name."""
     key: str
@@ -100,7 +100,7 @@ class Reader(Dataset[Any]):
         self._clip, self._images_per_clip = range(0, frames * frame_stride, frame_stride), images_per_clip
         self._dropped_below = int(caption_dropout * 2**63)
         self._order = SampleOrder([shard.count for shard in index.shards], self._seed)
-        self._shards = ShardFiles(index.folder)
+        self._shards = open_shards(index)
         if frames > 1:
             _check_clips(index, self._clip[-1] + 1)
         if index.frames is not None:
@@ -161,7 +161,7 @@ class Reader(Dataset[Any]):
                 dropped = keyed_seed(self._seed, "caption", position, *picture) < self._dropped_below
                 return found._replace(caption="", label=-1) if dropped else found
         raise ValueError(
-            f"{self._index.folder}: the sample at position {position} is bad and so are {MAX_SUBSTITUTES} substitutes; "
+            f"{self._index.place}: the sample at position {position} is bad and so are {MAX_SUBSTITUTES} substitutes; "
             f"first: {'; '.join(reasons[:3])}. Restore the shards, or index them again if they were replaced"
         )
 
@@ -216,6 +216,6 @@ def _check_clips(index: ShardIndex, needed: int) -> None:
     if longest < needed:
         held = f"the longest clip has {longest} frames" if longest else "there are pictures only"
         raise ValueError(
-            f"{index.folder}: {held}, but data.frames and data.frame_stride ask for clips of {needed} frames; "
+            f"{index.place}: {held}, but data.frames and data.frame_stride ask for clips of {needed} frames; "
             "lower them, or choose other shards"
         )

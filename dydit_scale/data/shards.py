@@ -45,6 +45,7 @@ from dydit_scale.data.index import (
     load_index,
     save_index,
 )
+from dydit_scale.data.remote import is_url
 from dydit_scale.data.tar import REPAIR, Member, read_at, split_name, walk_members
 from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPackageError, scan_clip
 
@@ -122,6 +123,8 @@ def build_index(folder: Path | str, *, bad_shards: int = 0, progress: bool = Tru
     no regular files or have unsafe names, once there are more of them than ``bad_shards``; on a key that comes twice;
     and on a folder without shards, saying what to run. MissingPackageError where there are clips and no PyAV.
     """
+    if is_url(str(folder)):
+        raise ValueError(f"{folder}: index the shards' local folder and upload all of it, index included")
     folder = Path(folder)
     shards: list[ShardInfo] = []
     scanned: list[Scanned] = []

@@ -8,6 +8,7 @@ import numpy as np
 
 from dydit_scale.checkpoint.store import Checkpoint
 from dydit_scale.data.shards import ShardIndex
+from dydit_scale.data.stream import ShardStream
 from dydit_scale.models.loading import family_of_base, transformer_config
 from dydit_scale.parallel.world import World
 from dydit_scale.train.recipe import Recipe
@@ -26,16 +27,18 @@ def check_batch(recipe: Recipe, world: World) -> None:
             )
 
 
-def check_data(recipe: Recipe, index: ShardIndex) -> None:
+def check_data(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
     """ValueError if the base's model cannot learn from such samples: captions or classes that it needs and no sample
-    has, a class beyond its last one, or clips for a model of pictures."""
-    base, folder = recipe.model.base, index.folder
+    has, a class beyond its last one, or clips for a model of pictures. Of a stream nothing is known beforehand."""
+    base, folder = recipe.model.base, index.place
     family = family_of_base(base)
     if recipe.data.frames > 1 and not family.makes_videos:
         raise ValueError(
             f"data.frames {recipe.data.frames}: {family.pipeline_class.__name__} makes pictures, not clips; "
             "set data.frames to 1, which takes one frame of each clip"
         )
+    if isinstance(index, ShardStream):
+        return
     good = np.ones(index.num_samples, dtype=bool)
     good[list(index.bad)] = False
     captions = bool((good & (index.samples["caption_offset"] > 0)).any())

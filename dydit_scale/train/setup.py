@@ -11,6 +11,7 @@ from dydit_scale.checkpoint.state import engine_name, restore
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
 from dydit_scale.checkpoint.writer import CheckpointWriter, SaveReport
 from dydit_scale.data.shards import ShardIndex
+from dydit_scale.data.stream import ShardStream
 from dydit_scale.models.family import frozen_parts
 from dydit_scale.models.loading import base_digest
 from dydit_scale.models.registry import family_of
@@ -40,7 +41,7 @@ class Run:
     recipe: Recipe
     world: World
     folder: Path
-    index: ShardIndex
+    index: ShardIndex | ShardStream
     engine: Engine
     ema: Ema | None
     objective: Objective
@@ -99,7 +100,7 @@ def hold_folder(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watch
     return attempt
 
 
-def check_first(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex:
+def check_first(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex | ShardStream:
     """What can be refused at once, before the run's folder is touched. Collective; ValueError on every rank."""
     index = check_agreement(recipe, world, resume=resume)
     check_batch(recipe, world)
@@ -113,7 +114,13 @@ def check_first(recipe: Recipe, world: World, *, resume: bool) -> ShardIndex:
 
 
 def start(
-    recipe: Recipe, index: ShardIndex, world: World, *, stop: StopRequest, watchdog: Watchdog, attempt: Attempt
+    recipe: Recipe,
+    index: ShardIndex | ShardStream,
+    world: World,
+    *,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    attempt: Attempt,
 ) -> Run:
     """Build the run and restore its newest good checkpoint, if there is one. Collective.
 
@@ -193,9 +200,16 @@ def _find_checkpoint(folder: Path, recipe: Recipe, world: World) -> Checkpoint |
     return checkpoint
 
 
-def _summary(recipe: Recipe, engine: Engine, groups: Sequence[ParamGroup], index: ShardIndex, step: int) -> str:
+def _summary(
+    recipe: Recipe, engine: Engine, groups: Sequence[ParamGroup], index: ShardIndex | ShardStream, step: int
+) -> str:
     counts = ", ".join(f"{sum(p.numel() for p in g.params.values()) / 1e6:.2f} M {g.name}" for g in groups)
     total = engine.parameters / 1e6
     where = f"{engine.config.name} x {engine.world.world_size} on {engine.world.device.type}, {engine.config.precision}"
     begins = f", from step {step}" if step else ""
-    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {index.num_samples} samples{begins}"
+    if isinstance(index, ShardStream):
+        data = f"{len(index.shards)} shards as a stream, their captions, classes and integrity not checked beforehand"
+        begins += ", with the data shuffled anew: a resume of a stream is not exact" if step else ""
+    else:
+        data = f"{index.num_samples} samples"
+    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {data}{begins}"
