@@ -215,21 +215,22 @@ def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
         )
     text = remote.read(INDEX_FILE, 0, size)
     with tempfile.TemporaryDirectory() as passing, ExitStack() as in_use:
-        files = cache or FileCache(Path(passing), sys.maxsize)
+        folders = [*([cache] if cache else []), FileCache(Path(passing), sys.maxsize)]
 
         def fetched(name: str, sha256: str) -> Path:
             length = remote.size(name)
             if length is None:
                 raise ValueError(f"{remote}/{name} is missing")
             wanted = Wanted(name=f"{remote}/{name}", size=length, sha256=sha256)
-            fd = files.open(wanted, lambda: _with_bar(name, length, remote.chunks(name, length)))
-            if fd is None:
-                raise ValueError(f"no room for {name} in the cache {files.folder}; raise data.cache_gib")
-            in_use.callback(os.close, fd)
-            return files.folder / sha256
+            for files in folders:  # a cache can be full of what is in use
+                fd = files.open(wanted, lambda: _with_bar(name, length, remote.chunks(name, length)))
+                if fd is not None:
+                    in_use.callback(os.close, fd)
+                    return files.folder / sha256
+            raise AssertionError("a folder without a limit has room")
 
         try:
-            index = _read_index(files.folder, text, fetched)
+            index = _read_index(folders[0].folder, text, fetched)
         except RemoteError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:

@@ -42,8 +42,8 @@ CHUNK = 8 << 20
 _T = TypeVar("_T")
 _jitter = random.SystemRandom()  # leaves the seeded generators alone
 _PASSING_STATUS = frozenset({408, 425, 429})
-# What no second try mends; the last ones say that a client was misused or is not set up.
-_LASTING = (FileNotFoundError, PermissionError, ImportError, NotImplementedError, TypeError, ValueError, AttributeError)
+# What no second try mends.
+_LASTING = (FileNotFoundError, PermissionError, ImportError, NotImplementedError, ValueError)
 _LASTING_NAMES = frozenset({"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"})
 
 
@@ -133,8 +133,9 @@ class RemoteFolder:
 
         def ask(fs: Any, path: str) -> dict[str, int | None]:
             fs.invalidate_cache()
-            found = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in _call(fs, "ls", path)}
-            return {n: e["size"] for n, e in sorted(found.items()) if n.endswith(".tar") and not n.startswith(".")}
+            listed = _call(fs, "ls", path, detail=True)
+            sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed}
+            return {n: sizes[n] for n in sorted(sizes) if n.endswith(".tar") and not n.startswith(".")}
 
         return self._persistently("", ask)
 
@@ -146,6 +147,8 @@ class RemoteFolder:
                 # fsspec keeps its file systems apart by process, so nothing is kept here that a fork would break.
                 fs, root = fsspec.url_to_fs(self.url)
                 return request(fs, f"{root.rstrip('/')}/{name}" if name else root)
+            except (AssertionError, AttributeError, LookupError, TypeError):
+                raise  # a mistake of ours, or of a client
             # The clients' errors share no base: aiohttp's and botocore's are no OSError.
             except Exception as error:
                 refusal = _refusal(error, self.url)
