@@ -24,8 +24,10 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,8 +71,9 @@ def main() -> None:
     if args.quick:
         args.samples, args.simulated, args.repeat = 512, 100_000, 2
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     result: dict[str, Any] = {**machine(torch.device("cpu")), "samples": args.samples, "repeat": args.repeat}
-    result["versions"]["webdataset"] = webdataset.__version__
+    result["versions"] |= {name: version(name) for name in ("webdataset", "isal", "pillow", "numpy")}
     for kind, make in (("pictures", pictures), ("latents", latents)):
         folder = args.out / f"{kind}-{args.samples}"
         if not folder.exists():

@@ -60,7 +60,7 @@ class Other:
         # Forked, because a fresh process imports for seconds.
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=self._run, args=(store.url, folder, theirs))
+        self.process = context.Process(target=self._run, args=(store.url, folder, theirs), daemon=True)
         self.process.start()
 
     @staticmethod
