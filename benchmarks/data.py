@@ -95,11 +95,10 @@ def pictures(count: int) -> Iterator[dict[str, bytes | str]]:
 
 
 def latents(count: int) -> Iterator[dict[str, bytes | str]]:
-    """Random bytes with the name of a caption's neighbour: only their size matters here, and nothing decodes them."""
+    """Random bytes, of which only the size matters, behind a tiny picture for the indexer's trial decoding."""
     tiny = io.BytesIO()
     Image.new("RGB", (8, 8)).save(tiny, "PNG")
     for number in range(count):
-        # Bytes behind a picture's end are no part of it, so the indexer's trial decoding takes them.
         payload = tiny.getvalue() + np.random.RandomState(number).bytes(LATENT_BYTES)
         yield {"__key__": f"{number:08d}", "png": payload, "txt": f"number {number}"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import sys
 import tempfile
@@ -255,12 +256,13 @@ def _read_index(folder: Path, text: bytes, path_of: Callable[[str, str], Path]) 
     content = json.loads(text.decode("utf-8"))
     if content["format"] != FORMAT:
         raise ValueError(f"{INDEX_FILE} has format {content['format']!r}, expected {FORMAT!r}")
-    arrays = {}
+    arrays, maps = {}, list[mmap.mmap]()
     optional = [name for name in (LABELS_FILE, FRAMES_FILE) if name in content["arrays"]]
     for name in (SAMPLES_FILE, KEYS_FILE, *optional):
-        path = path_of(name, content["arrays"][name])
+        mapped = np.load(path_of(name, content["arrays"][name]), mmap_mode="r", allow_pickle=False)
+        maps.append(mapped.base)
         # A plain view of the mapped file: np.memmap itself makes every record that is read several times dearer.
-        arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        arrays[name] = mapped.view(np.ndarray)
     index = ShardIndex(
         folder=folder,
         shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
@@ -274,6 +276,8 @@ def _read_index(folder: Path, text: bytes, path_of: Callable[[str, str], Path]) 
     )
     if compute_digest(index) != index.digest:
         raise ValueError("its digest does not match its content")
+    for pages in maps:  # all were touched for the digest; from now on those count that are read
+        pages.madvise(mmap.MADV_DONTNEED)
     if any(Path(shard.name).name != shard.name for shard in index.shards):
         raise ValueError(f"shard names with folders: {[shard.name for shard in index.shards][:3]}")
     if index.samples.dtype != SAMPLE or int(index.starts[-1]) != index.num_samples:
