@@ -25,7 +25,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     shapes.set_defaults(run=_run_shapes)
     add_pack(kinds.add_parser("pack", help="pack folders or tables of pictures and clips into webdataset shards"))
     index = kinds.add_parser("index", help="index the webdataset shards of a folder, strictly")
-    index.add_argument("folder", type=Path)
+    index.add_argument("folder")
     index.add_argument("--bad-shards", type=int, default=0, help="how many broken tars to leave out before giving up")
     index.add_argument("--update", action="store_true", help="scan only shards whose SHA-256 is not in the old index")
     index.add_argument("--workers", type=int, help="processes that read (default: one on each core, at most 8)")

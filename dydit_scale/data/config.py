@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from dydit_scale.data.remote import is_url
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -35,9 +37,17 @@ class DataConfig:
     """What is read and how."""
 
     path: str = ""
-    """Folder with the shards and their index; or name several under ``sources``."""
+    """Folder with the shards and their index, or its URL: s3://, gs://, hf:// or https://; or name several under
+    ``sources``. In mode stream also the name of shards in it, with braces: DIR/shard-{000..099}.tar."""
     sources: tuple[SourceConfig, ...] = ()
     """Data sets that are mixed by weight, in place of ``path``."""
+    mode: str = "indexed"
+    """indexed: any position can be read, so a resume is exact, on any number of ranks. stream: shards without an index,
+    from end to end, drawn with replacement; pictures only, not exactly resumable."""
+    cache: str = ""
+    """Folder on the node's own disk that keeps whole shards of a URL; empty reads each sample from the store."""
+    cache_gib: float = 100.0
+    """What the folder may hold, all processes of the node together; the shards in use must fit."""
     image_size: int = 32
     """Side of the square pictures, in pixels; others are resized on the shorter side and cropped at the centre."""
     buckets: bool = False
@@ -70,6 +80,7 @@ class DataConfig:
         if bool(self.path) == bool(self.sources):
             given = f"both (path {self.path!r} and {len(self.sources)} sources)" if self.path else "neither"
             raise ValueError(f"data.path, data.sources: expected one folder of shards or a list of them, got {given}")
+        self._check_storage()
         if self.image_size < 1:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.caption_dropout <= 1:
@@ -123,10 +134,27 @@ class DataConfig:
                 f"{micro_batch}), or train.batch_size and train.accumulation to micro-batches of {', '.join(sizes)}"
             )
 
+    def _check_storage(self) -> None:
+        if self.mode not in ("indexed", "stream"):
+            raise ValueError(f"data.mode must be indexed or stream, got {self.mode!r}")
+        if not self.cache_gib > 0:
+            raise ValueError(f"data.cache_gib must be positive, got {self.cache_gib}")
+        paths = [self.path] if self.path else [source.path for source in self.sources]
+        urls = [is_url(path) for path in paths]  # refuses those that are not to be opened
+        if self.cache and not any(urls):
+            raise ValueError(f"data.cache {self.cache}: {', '.join(paths)} is local already; leave data.cache empty")
+        if self.mode == "stream" and (self.cache or self.frames > 1 or self.buckets or self.sources):
+            raise ValueError(
+                "data.mode stream reads one folder of pictures in squares and keeps no shards: expected data.frames 1, "
+                f"data.buckets false, no data.sources, and data.cache empty; got {self.frames}, {self.buckets}, "
+                f"{len(self.sources)} and {self.cache!r}. Index the shards for these"
+            )
+
     def _alone(self, source: SourceConfig) -> DataConfig:
         own = {name: getattr(source, name) for name in ("frames", "frame_stride", "fps", "images_per_clip")}
         given = {name: value for name, value in own.items() if value is not None}
-        return replace(self, path=source.path, sources=(), **given)
+        cache = self.cache if is_url(source.path) else ""
+        return replace(self, path=source.path, sources=(), cache=cache, **given)
 
     def _check_buckets(self) -> None:
         if self.bucket_step < 1 or self.bucket_batch < 1:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
+from dydit_scale.data.cache import FileCache
 from dydit_scale.data.config import DataConfig
+from dydit_scale.data.encoded import Encoding
 from dydit_scale.data.index import ShardIndex, load_index
 
 
@@ -23,6 +26,11 @@ class DataSet:
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     @property
+    def encodings(self) -> dict[int, tuple[Path, Encoding]]:
+        """Of the sources that are encoded, by number: their folder, and how they were."""
+        return {n: (index.folder, index.encoding) for n, index in enumerate(self.indexes) if index.encoding is not None}
+
+    @property
     def num_samples(self) -> int:
         """Of all sources together, bad ones included."""
         return sum(index.num_samples for index in self.indexes)
@@ -30,4 +38,5 @@ class DataSet:
 
 def load_data(config: DataConfig) -> DataSet:
     """The indexes of the sources, checked against the shards on disk as ``load_index`` does."""
-    return DataSet(tuple(load_index(source.path) for source in config.split()))
+    cache = FileCache(Path(config.cache), int(config.cache_gib * 2**30)) if config.cache else None
+    return DataSet(tuple(load_index(source.path, cache) for source in config.split()))

@@ -107,8 +107,9 @@ class Gatherer:
             broken=broken,
             encoding=encoding,
             ignored=dict(self._ignored.most_common()),
-            **{name: _mapped(self._files[name], SCANNED[_OPTIONAL[name][0]]) for name in self._present},
         )
+        arrays: dict[str, Any] = {n: _mapped(self._files[n], SCANNED[_OPTIONAL[n][0]]) for n in self._present}
+        index = replace(index, **arrays)
         return replace(index, digest=compute_digest(index))
 
     def _check_key(self, shard: ScannedShard, key: bytes) -> None:

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
+from dydit_scale.data.cache import FileCache, Wanted
 from dydit_scale.data.encoded import ENCODERS_FILE, Encoding, encoding_digest, find_encoding
+from dydit_scale.data.remote import RemoteError, RemoteFolder, is_url
 
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "index-samples.npy"
@@ -67,7 +74,7 @@ class ShardIndex:
     """All samples of a folder of shards, numbered shard by shard in the order of ``shards``."""
 
     folder: Path
-    """Where the shards are."""
+    """Where the shards are; of shards in an object store, where their index is kept."""
     shards: tuple[ShardInfo, ...]
     """In the order of their names."""
     digest: str
@@ -91,6 +98,15 @@ class ShardIndex:
     None if no sample is a clip, and in indexes that were made before there was ``data.fps``."""
     ignored: dict[str, int] = field(default_factory=dict)
     """How many members of each extension are no part of a sample and are never read."""
+    remote: RemoteFolder | None = None
+    """The object store that holds the shards, if one does."""
+    cache: FileCache | None = None
+    """Where whole shards of the object store are kept on this node; None reads them by ranges."""
+
+    @property
+    def place(self) -> str:
+        """Where the shards are, for messages."""
+        return str(self.remote or self.folder)
 
     @property
     def num_samples(self) -> int:
@@ -179,12 +195,19 @@ def save_index(index: ShardIndex) -> None:
         (index.folder / name).unlink(missing_ok=True)
 
 
-def load_index(folder: Path | str) -> ShardIndex:
-    """The index of ``folder``, checked against the shards on disk by name and size.
+def load_index(folder: Path | str, cache: FileCache | None = None) -> ShardIndex:
+    """The index of ``folder``, checked against the shards there by name and size.
+
+    Args:
+        folder: a local folder, or the URL of one in an object store.
+        cache: keeps the index and the shards of an object store on this node.
 
     Raises ValueError that says what to run: on a folder without shards, a missing or torn index, and, naming
-    every shard concerned, on shards that are missing, of another size, or not in the index.
+    every shard concerned, on shards that are missing, of another size, or not in the index; and on what
+    ``remote.is_url`` and ``RemoteFolder`` refuse.
     """
+    if is_url(str(folder)):
+        return _load_remote(RemoteFolder(str(folder)), cache)
     folder = Path(folder)
     if not (folder / INDEX_FILE).is_file():
         count = len(find_shards(folder))
@@ -193,37 +216,88 @@ def load_index(folder: Path | str) -> ShardIndex:
         index = read_index(folder)
     except ValueError as error:
         raise ValueError(f"{folder}: torn or foreign index ({error}); {_how_to_index(folder)}") from error
-    wrong = changed_shards(folder, index.shards, index.broken)
-    if wrong:
-        raise ValueError(
-            f"{index.folder}: the shards are not those that were indexed: {'; '.join(wrong)}. Restore them, "
-            f"or, if the change is meant, {_how_to_index(index.folder)} (which makes it another data set)"
-        )
+    _check_shards(index, changed_shards(folder, index.shards, index.broken))
     return index
 
 
 def read_index(folder: Path) -> ShardIndex:
     """The index of ``folder`` without a look at the shards; ValueError if it is missing, torn or foreign."""
+
+    def verified(name: str, sha256: str) -> Path:
+        if file_sha256(folder / name) != sha256:
+            raise ValueError(f"{name} does not belong to {INDEX_FILE}")
+        return folder / name
+
     try:
-        return _read_index(folder)
+        return _read_index(folder, (folder / INDEX_FILE).read_bytes(), verified, find_encoding(folder))
     except (KeyError, TypeError, OSError) as error:
         raise ValueError(f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)) from error
 
 
-def _read_index(folder: Path) -> ShardIndex:
-    content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
+    """The index of an object store; its arrays are mapped from the cache, or from files that are gone once mapped."""
+    size = remote.size(INDEX_FILE)
+    if size is None:
+        raise ValueError(
+            f"{remote}: holds no {INDEX_FILE} (or does not tell its size); run `dydit data index` on the shards' local "
+            "folder and upload all of it"
+        )
+    text = remote.read(INDEX_FILE, 0, size)
+    if b'"encoding":' in text:
+        raise ValueError(f"{remote}: encoded data are read from local folders only; download the folder")
+    with tempfile.TemporaryDirectory() as passing, ExitStack() as in_use:
+        folders = [*([cache] if cache else []), FileCache(Path(passing), sys.maxsize)]
+
+        def fetched(name: str, sha256: str) -> Path:
+            length = remote.size(name)
+            if length is None:
+                raise ValueError(f"{remote}/{name} is missing")
+            wanted = Wanted(name=f"{remote}/{name}", size=length, sha256=sha256)
+            for files in folders:  # a cache can be full of what is in use
+                fd = files.open(wanted, lambda: _with_bar(name, length, remote.chunks(name, length)))
+                if fd is not None:
+                    in_use.callback(os.close, fd)
+                    return files.folder / sha256
+            raise AssertionError("a folder without a limit has room")
+
+        try:
+            index = _read_index(folders[0].folder, text, fetched, None)
+        except RemoteError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{remote}: its index cannot be used ({error}); upload it again from the local folder, all its files"
+            ) from error
+    index = replace(index, remote=remote, cache=cache)
+    listed = remote.shards()
+    sizes = remote.sizes(shard.name for shard in index.shards) if listed is None else listed
+    _check_shards(index, _changed(index.shards, index.broken, sizes))
+    return index
+
+
+def _with_bar(name: str, size: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    with tqdm(total=size, desc=f"fetching {name}", unit="B", unit_scale=True, disable=None) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _read_index(
+    folder: Path, text: bytes, path_of: Callable[[str, str], Path], encoding: Encoding | None
+) -> ShardIndex:
+    """The index that ``text`` describes; ``path_of(file name, SHA-256)`` tells where each array lies, verified."""
+    content = json.loads(text.decode("utf-8"))
     if content["format"] != FORMAT:
         raise ValueError(f"{INDEX_FILE} has format {content['format']!r}, expected {FORMAT!r}")
-    encoding = find_encoding(folder)
     if content.get("encoding") != (None if encoding is None else encoding_digest(encoding)):
         raise ValueError(f"{ENCODERS_FILE} does not belong to {INDEX_FILE}")
-    arrays = {}
+    arrays, maps = {}, list[mmap.mmap]()
     optional = [name for name in _OPTIONAL if name in content["arrays"]]
     for name in (SAMPLES_FILE, KEYS_FILE, *optional):
-        if file_sha256(folder / name) != content["arrays"][name]:
-            raise ValueError(f"{name} does not belong to {INDEX_FILE}")
+        mapped = np.load(path_of(name, content["arrays"][name]), mmap_mode="r", allow_pickle=False)
+        maps.append(mapped.base)
         # A plain view of the mapped file: np.memmap itself makes every record that is read several times dearer.
-        arrays[name] = np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        arrays[name] = mapped.view(np.ndarray)
     index = ShardIndex(
         folder=folder,
         shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
@@ -240,6 +314,8 @@ def _read_index(folder: Path) -> ShardIndex:
     )
     if compute_digest(index) != index.digest:
         raise ValueError("its digest does not match its content")
+    for pages in maps:  # all were touched for the digest; from now on those count that are read
+        pages.madvise(mmap.MADV_DONTNEED)
     if any(Path(shard.name).name != shard.name for shard in index.shards):
         raise ValueError(f"shard names with folders: {[shard.name for shard in index.shards][:3]}")
     if index.samples.dtype != SAMPLE or int(index.starts[-1]) != index.num_samples:
@@ -257,17 +333,32 @@ def changed_shards(folder: Path, shards: Iterable[ShardInfo], broken: Iterable[s
 
     A stat each, so that a run stops before its first step.
     """
+    present = (path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    sizes = {path.name: path.stat().st_size if path.is_file() else None for path in present}
+    return _changed(shards, broken, sizes)
+
+
+def _changed(shards: Iterable[ShardInfo], broken: Iterable[str], present: Mapping[str, int | None]) -> list[str]:
+    """``present``: the sizes of what is there; None for what is no shard."""
     wrong = []
     known = set(broken)
     for shard in shards:
-        path = folder / shard.name
         known.add(shard.name)
-        if not path.is_file():
+        size = present.get(shard.name)
+        if size is None:
             wrong.append(f"{shard.name} is missing")
-        elif (size := path.stat().st_size) != shard.bytes:
+        elif size != shard.bytes:
             wrong.append(f"{shard.name} has {size} bytes, expected {shard.bytes}")
-    present = (path.name for path in folder.glob("*.tar") if not path.name.startswith("."))
     return wrong + [f"{name} is not in the index" for name in sorted(present) if name not in known]
+
+
+def _check_shards(index: ShardIndex, wrong: list[str]) -> None:
+    if wrong:
+        change = _how_to_index(index.folder) if index.remote is None else "index the local folder again and upload it"
+        raise ValueError(
+            f"{index.place}: the shards are not those that were indexed: {'; '.join(wrong)}. Restore them, "
+            f"or, if the change is meant, {change} (which makes it another data set)"
+        )
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

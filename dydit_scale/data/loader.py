@@ -20,20 +20,26 @@ import torch
 from torch.utils.data import DataLoader
 
 from dydit_scale.data.config import DataConfig, SourceConfig
-from dydit_scale.data.dataset import DataSet
+from dydit_scale.data.dataset import DataSet, load_data
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.reader import BadSample, Batch, Failure, Reader
+from dydit_scale.data.stream import ShardStream, StreamReader, open_stream
 
-__all__ = ["BadDataError", "Batch", "DataConfig", "DataSet", "Loader", "SourceConfig", "make_loader"]
+__all__ = ["BadDataError", "Batch", "DataConfig", "DataSet", "Loader", "SourceConfig", "make_loader", "open_data"]
 
 
 class BadDataError(ValueError):
     """More unusable samples than the budget allows."""
 
 
+def open_data(config: DataConfig) -> DataSet | ShardStream:
+    """What ``make_loader`` reads from; ValueError as ``load_index`` and ``open_stream`` raise it."""
+    return open_stream(config.path) if config.mode == "stream" else load_data(config)
+
+
 def make_loader(
     config: DataConfig,
-    data: DataSet | ShardIndex,
+    data: DataSet | ShardIndex | ShardStream,
     *,
     seed: int,
     rank: int,
@@ -48,7 +54,8 @@ def make_loader(
     Step s reads the positions ``consumed + s * global_batch + [0, global_batch)``. The n-th micro-batches of all ranks
     are its n-th part, of which rank r takes the r-th: the same samples meet, however many ranks share the work. What is
     read at a position depends on (config, data, seed, position) alone. Where there are buckets or several sources, each
-    micro-batch is of one bucket and one source.
+    micro-batch is of one bucket and one source. Of a ``ShardStream`` this holds for noise and dropout but not for the
+    samples (see ``data.stream``).
 
     Args:
         data: the indexes of the config's sources; the index itself will do for one.
@@ -61,6 +68,18 @@ def make_loader(
     """
     data = DataSet((data,)) if isinstance(data, ShardIndex) else data
     _check_split(rank, world_size, global_batch, micro_batch, consumed)
+    if isinstance(data, ShardStream):
+        stream = StreamReader(
+            data,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            consumed=consumed,
+            image_size=config.image_size,
+            caption_dropout=config.caption_dropout,
+        )
+        return Loader(stream, None, [_BadSampleLog(config.bad_samples, data, quarantine, rank)], config.workers)
     _check_unit(config, micro_batch, consumed)
     logs = [_BadSampleLog(config.bad_samples, index, quarantine, rank) for index in data.indexes]
     first = consumed + rank * micro_batch
@@ -71,7 +90,9 @@ def make_loader(
 class Loader:
     """Endless micro-batches; every ``iter()`` begins at the same position again."""
 
-    def __init__(self, reader: Reader, positions: _Positions, logs: list[_BadSampleLog], workers: int) -> None:
+    def __init__(
+        self, reader: Reader | StreamReader, positions: _Positions | None, logs: list[_BadSampleLog], workers: int
+    ) -> None:
         self._reader, self._positions, self._logs, self._workers = reader, positions, logs, workers
 
     def __iter__(self) -> Iterator[Batch]:
@@ -110,24 +131,28 @@ class _Positions:
 class _BadSampleLog:
     """Counts the different bad samples of a source in this process, names each once and stops beyond the budget."""
 
-    def __init__(self, budget: int, index: ShardIndex, quarantine: Path | None, rank: int) -> None:
-        self._budget, self._folder, self._quarantine, self._rank = budget, index.folder, quarantine, rank
-        self._named: set[int] = set()
-        self._found = {sample: f"{index.name(sample)}: {reason}" for sample, reason in index.bad.items()}
+    def __init__(self, budget: int, index: ShardIndex | ShardStream, quarantine: Path | None, rank: int) -> None:
+        self._budget, self._place, self._quarantine, self._rank = budget, index.place, quarantine, rank
+        self._named: set[tuple[str, str]] = set()
+        self._found: dict[tuple[str, str], str] = {}
+        if isinstance(index, ShardIndex):
+            for sample, reason in index.bad.items():
+                shard = index.shards[index.shard_of(sample)].name
+                self._found[shard, index.key(sample)] = f"{index.name(sample)}: {reason}"
         self._check()
 
     def add(self, bad: tuple[BadSample, ...]) -> None:
         for entry in bad:
-            if entry.sample not in self._named:
-                self._named.add(entry.sample)
-                self._found[entry.sample] = str(entry)
+            if (entry.shard, entry.key) not in self._named:
+                self._named.add((entry.shard, entry.key))
+                self._found[entry.shard, entry.key] = str(entry)
                 warnings.warn(f"bad {entry}; another sample takes its place", stacklevel=3)
                 self._write(entry)
         self._check()
 
     def _write(self, entry: BadSample) -> None:
         if self._quarantine is not None:
-            line = {"rank": self._rank, "folder": str(self._folder), **asdict(entry)}
+            line = {"rank": self._rank, "folder": self._place, **asdict(entry)}
             self._quarantine.parent.mkdir(parents=True, exist_ok=True)
             with self._quarantine.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -135,9 +160,9 @@ class _BadSampleLog:
     def _check(self) -> None:
         if len(self._found) > self._budget:
             raise BadDataError(
-                f"{self._folder}: {len(self._found)} bad samples, more than the budget of {self._budget} "
+                f"{self._place}: {len(self._found)} bad samples, more than the budget of {self._budget} "
                 f"(data.bad_samples); first: {'; '.join(list(self._found.values())[:3])}. "
-                f"Repair the shards and run `dydit data index {self._folder}`, or raise data.bad_samples"
+                "Repair the shards and run `dydit data index` on them, or raise data.bad_samples"
             )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import traceback
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from isal.isal_zlib import crc32  # zlib's, some times faster: it is most of a large sample's cost
 from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,7 +21,7 @@ from dydit_scale.data.encoded import EncodedBatch, decode_entry, decode_tensors,
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.mixture import Mixture
 from dydit_scale.data.position import SampleOrder
-from dydit_scale.data.storage import ShardFiles
+from dydit_scale.data.storage import open_shards
 from dydit_scale.data.video import decode_clip, decode_clip_at, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
@@ -61,7 +61,7 @@ class BadSample:
     position: int
     """Where it was due."""
     sample: int
-    """Its number in the index."""
+    """Its number in the index; -1 in a stream."""
     shard: str
     """Its shard's file name."""
     key: str
@@ -145,7 +145,7 @@ class SourceReader:
         buckets = bucket_numbers(index, self._sizes)
         counts = [shard.count for shard in index.shards]
         self._order = SampleOrder(counts, order_seed, buckets=buckets, unit=config.bucket_batch)
-        self._shards = ShardFiles(index.folder)
+        self._shards = open_shards(index)
         if config.frames > 1:
             _check_clips(index, self._clip[-1] + 1, config.fps)
         if config.fps is not None and index.encoding is not None:
@@ -212,7 +212,7 @@ class SourceReader:
                 dropped = keyed_seed(self._seed, "caption", position, *picture) < self._dropped_below
                 return found._replace(caption="", label=-1) if dropped else found
         raise ValueError(
-            f"{self._index.folder}: the sample at position {position} is bad and so are {MAX_SUBSTITUTES} substitutes; "
+            f"{self._index.place}: the sample at position {position} is bad and so are {MAX_SUBSTITUTES} substitutes; "
             f"first: {'; '.join(reasons[:3])}. Restore the shards, or index them again if they were replaced"
         )
 
@@ -297,7 +297,7 @@ class SourceReader:
             raise BadSampleError(
                 f"{name} has {len(data)} bytes, expected {size}: the shard was cut off since it was indexed"
             )
-        if zlib.crc32(data) != int(row[f"{part}_crc"]):
+        if crc32(data) != int(row[f"{part}_crc"]):
             raise BadSampleError(f"{name} checksum (CRC32) differs from the index: its bytes changed since")
         return data
 
@@ -319,7 +319,7 @@ def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:
     """ValueError if no clip has ``needed`` frames or, with ``fps``, lasts longer than they are apart."""
     if fps is not None and index.frames is not None and index.seconds is None:
         raise ValueError(
-            f"{index.folder}: data.fps needs the clips' durations, which this index does not hold; "
+            f"{index.place}: data.fps needs the clips' durations, which this index does not hold; "
             f"run `dydit data index {index.folder}` (which makes it another data set)"
         )
     if index.frames is None:

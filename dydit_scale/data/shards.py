@@ -61,6 +61,7 @@ from dydit_scale.data.index import (
     save_index,
 )
 from dydit_scale.data.processes import Advance, run_jobs
+from dydit_scale.data.remote import is_url
 from dydit_scale.data.tar import REPAIR, Member, read_at, split_name, walk_members
 from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPackageError, scan_clip
 
@@ -161,6 +162,8 @@ def index_folder(
     on an index file of another tool that does not describe its shard; and on a folder without shards, saying what to
     run. MissingPackageError where there are clips and no PyAV.
     """
+    if is_url(str(folder)):
+        raise ValueError(f"{folder}: index the shards' local folder and upload all of it, index included")
     folder = Path(folder)
     encoding = find_encoding(folder)
     if encoding is not None:

@@ -1,22 +1,41 @@
-"""Where the bytes of shards come from: files of a folder, read at any place."""
+"""Where the bytes of shards come from: a local folder, or an object store with or without a cache on this node."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dydit_scale.data.cache import FileCache, Wanted
+from dydit_scale.data.index import ShardIndex, ShardInfo
+from dydit_scale.data.remote import RemoteFolder
 from dydit_scale.data.tar import read_at
 
 MAX_OPEN_SHARDS = 64
+MAX_CACHED_SHARDS = 32
+"""Shards of the cache that a process keeps from being removed: two groups of those that are mixed with one another."""
+MARGIN = 8192
+"""Bytes read before and after those asked for: the other files of a sample lie there."""
+
+
+def open_shards(index: ShardIndex) -> ShardFiles | RangeShards:
+    """What reads the shards of an index; ValueError if its cache is too small for the largest."""
+    if index.remote is None:
+        return ShardFiles(index.folder)
+    if index.cache is None:
+        return RangeShards(index.remote, index.shards)
+    return CachedShards(index.remote, index.shards, index.cache)
 
 
 class ShardFiles:
     """Shards in a local folder. Copies in other processes open files of their own."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._max_open = folder, MAX_OPEN_SHARDS
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -34,14 +53,78 @@ class ShardFiles:
 
     def _descriptor(self, shard: str) -> int:
         if shard not in self._open:
-            path = self._folder / shard
-            try:
-                self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise ValueError(
-                    f"{path}: the shard cannot be opened any more ({error}); restore it, resume"
-                ) from error
+            self._open[shard] = self._open_shard(shard)
         self._open.move_to_end(shard)
-        if len(self._open) > MAX_OPEN_SHARDS:
+        if len(self._open) > self._max_open:
             os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
+
+    def _open_shard(self, shard: str) -> int:
+        path = self._folder / shard
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ValueError(f"{path}: the shard cannot be opened any more ({error}); restore it, resume") from error
+
+
+class RangeShards:
+    """Shards of an object store, read by ranges; the files of a sample lie side by side and come in one request."""
+
+    def __init__(self, remote: RemoteFolder, shards: Iterable[ShardInfo]) -> None:
+        self._remote, self._ends = remote, {shard.name: shard.bytes for shard in shards}
+        self._held, self._start, self._bytes = "", 0, b""
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """``size`` bytes of a shard from ``offset`` on, fewer if it ends before; ValueError if it cannot be read."""
+        stop = min(offset + size, self._ends[shard])
+        if shard != self._held or not self._start <= offset <= stop <= self._start + len(self._bytes):
+            start, end = max(0, offset - MARGIN), min(stop + MARGIN, self._ends[shard])
+            data = self._remote.read(shard, start, end - start)
+            self._held, self._start, self._bytes = shard, start, data
+        return self._bytes[offset - self._start : stop - self._start]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class CachedShards(ShardFiles):
+    """Shards of an object store, kept whole on this node; by ranges while the cache is full of shards in use."""
+
+    def __init__(self, remote: RemoteFolder, shards: Iterable[ShardInfo], cache: FileCache) -> None:
+        super().__init__(cache.folder)
+        self._remote, self._cache, self._max_open = remote, cache, MAX_CACHED_SHARDS
+        self._wanted = {s.name: Wanted(name=f"{remote}/{s.name}", size=s.bytes, sha256=s.sha256) for s in shards}
+        self._ranges = RangeShards(remote, shards)
+        largest = max(self._wanted.values(), key=lambda wanted: wanted.size)
+        if largest.size > cache.limit:
+            raise ValueError(
+                f"data.cache_gib {cache.limit / 2**30:g}: {largest.name} alone has {largest.size / 2**30:.3g} GiB; "
+                "expected room for the shards that all processes of a node read at a time, some dozens"
+            )
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """As ``ShardFiles.read``; ValueError, too, if the shard cannot be downloaded or kept."""
+        try:
+            return super().read(shard, offset, size)
+        except _NoRoomError:
+            warnings.warn(
+                f"cache {self._cache.folder}: all of its {self._cache.limit / 2**30:g} GiB are in use, so some shards "
+                "are read by ranges; raise data.cache_gib",
+                stacklevel=2,
+            )
+            return self._ranges.read(shard, offset, size)
+
+    def _open_shard(self, shard: str) -> int:
+        wanted = self._wanted[shard]
+        download = partial(self._remote.chunks, shard, wanted.size)
+        fd = self._cache.open(wanted, download)
+        if fd is None:
+            self.close()  # some may be of the past
+            fd = self._cache.open(wanted, download)
+        if fd is None:
+            raise _NoRoomError
+        return fd
+
+
+class _NoRoomError(Exception):
+    """The cache is full of files in use."""

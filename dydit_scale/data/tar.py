@@ -56,36 +56,40 @@ def read_at(fd: int, offset: int, size: int) -> bytes:
 
 
 def walk_members(path: Path) -> Iterator[Member]:
-    """The regular members of the tar ``path`` in file order.
+    """The regular members of the tar ``path`` in file order; errors as in ``walk_file``."""
+    with path.open("rb") as file:
+        yield from walk_file(file, path.name, os.fstat(file.fileno()).st_size)
+
+
+def walk_file(file: BinaryIO, shard: str, end: int) -> Iterator[Member]:
+    """The regular members of an open tar of ``end`` bytes in file order; moves the file's position.
 
     Raises ValueError, naming shard, sample and remedy, on a truncated, bit-flipped or zeroed header, data beyond the
     file's end, a missing end mark, data or too many zeros behind it, and on members that are no regular files or have
     unsafe names.
     """
-    with path.open("rb") as file:
-        end = os.fstat(file.fileno()).st_size
-        offset, start, place = 0, 0, f"{path.name}: at its start"
-        overrides: dict[str, str] = {}
-        while (header := _read_header(file, offset, end, place)) is not None:
-            extension = header.type in _EXTENSIONS
-            name = header.name if extension else overrides.get("path", header.name)
-            size = header.size if extension else int(overrides.get("size", header.size))
-            data = offset + BLOCK
-            if not extension:
-                _check_member(path, name, header.type)
-                place = f"{path.name}: sample {split_name(name)[0]!r}, member {name!r}"
-            if size < 0 or data + size > end:
-                raise ValueError(f"{place}: says {size} bytes at {data}, but the shard ends at {end}; {REPAIR}")
-            offset = data + -(-size // BLOCK) * BLOCK
-            if extension:
-                overrides |= _read_extension(file, header, place)
-                start = offset if header.type == tarfile.XGLTYPE else start
-            else:
-                yield Member(name, data, size, start)
-                overrides, place = {}, f"{path.name}: after sample {split_name(name)[0]!r}, member {name!r}"
-                start = offset
-        if overrides:
-            raise ValueError(f"{place}: the end mark comes where a member was announced (zeroed bytes?); {REPAIR}")
+    offset, start, place = 0, 0, f"{shard}: at its start"
+    overrides: dict[str, str] = {}
+    while (header := _read_header(file, offset, end, place)) is not None:
+        extension = header.type in _EXTENSIONS
+        name = header.name if extension else overrides.get("path", header.name)
+        size = header.size if extension else int(overrides.get("size", header.size))
+        data = offset + BLOCK
+        if not extension:
+            _check_member(shard, name, header.type)
+            place = f"{shard}: sample {split_name(name)[0]!r}, member {name!r}"
+        if size < 0 or data + size > end:
+            raise ValueError(f"{place}: says {size} bytes at {data}, but the shard ends at {end}; {REPAIR}")
+        offset = data + -(-size // BLOCK) * BLOCK
+        if extension:
+            overrides |= _read_extension(file, header, place)
+            start = offset if header.type == tarfile.XGLTYPE else start
+        else:
+            yield Member(name, data, size, start)
+            overrides, place = {}, f"{shard}: after sample {split_name(name)[0]!r}, member {name!r}"
+            start = offset
+    if overrides:
+        raise ValueError(f"{place}: the end mark comes where a member was announced (zeroed bytes?); {REPAIR}")
 
 
 def _read_header(file: BinaryIO, offset: int, end: int, place: str) -> tarfile.TarInfo | None:
@@ -120,20 +124,20 @@ def _check_end(file: BinaryIO, offset: int, end: int, place: str) -> None:
         )
 
 
-def _check_member(path: Path, name: str, kind: bytes) -> None:
+def _check_member(shard: str, name: str, kind: bytes) -> None:
     if kind not in _REGULAR:
         raise ValueError(
-            f"{path.name}: member {name!r} is a folder, link or device (tar type {kind!r}), expected regular files; "
+            f"{shard}: member {name!r} is a folder, link or device (tar type {kind!r}), expected regular files; "
             "write the shard again with the samples' files alone"
         )
     if name.startswith("/") or ".." in name.split("/") or _UNPRINTABLE.search(name):
         raise ValueError(
-            f"{path.name}: unsafe member name {name!r}, expected a relative UTF-8 path without '..' or controls; "
+            f"{shard}: unsafe member name {name!r}, expected a relative UTF-8 path without '..' or controls; "
             "rename it and write the shard again"
         )
     if not all(split_name(name)):
         raise ValueError(
-            f"{path.name}: member {name!r} is no KEY.EXTENSION, so it belongs to no sample; rename it or leave it out"
+            f"{shard}: member {name!r} is no KEY.EXTENSION, so it belongs to no sample; rename it or leave it out"
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from dydit_scale.checkpoint.store import Checkpoint
 from dydit_scale.data.shards import ShardIndex
+from dydit_scale.data.stream import ShardStream
 from dydit_scale.models.loading import family_of_base, transformer_config
 from dydit_scale.parallel.world import World
 from dydit_scale.train.recipe import Recipe
@@ -28,10 +29,11 @@ def check_batch(recipe: Recipe, world: World) -> None:
     recipe.data.check_micro_batch(recipe.train.batch_size // ranks // accumulation)
 
 
-def check_data(recipe: Recipe, index: ShardIndex) -> None:
+def check_data(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
     """ValueError if the base's model cannot learn from such samples: captions or classes that it needs and no sample
-    has, a class beyond its last one, clips of another length, or rectangles for a model of squares."""
-    base, folder = recipe.model.base, index.folder
+    has, a class beyond its last one, clips of another length, or rectangles for a model of squares. Of a stream nothing
+    is known beforehand."""
+    base, folder = recipe.model.base, index.place
     family = family_of_base(base)
     if recipe.data.frames > 1 and not family.makes_videos:
         raise ValueError(
@@ -49,6 +51,8 @@ def check_data(recipe: Recipe, index: ShardIndex) -> None:
             f"data.buckets: {family.pipeline_class.__name__} makes squares of one size, which its table of positions "
             "was made for; set data.buckets to false"
         )
+    if isinstance(index, ShardStream):
+        return
     good = np.ones(index.num_samples, dtype=bool)
     good[list(index.bad)] = False
     captions = bool((good & (index.samples["caption_offset"] > 0)).any())

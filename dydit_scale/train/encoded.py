@@ -12,6 +12,7 @@ from torch import Tensor
 from dydit_scale.data.buckets import config_buckets
 from dydit_scale.data.encoded import TEXT, EncodedBatch, Encoding, read_empty
 from dydit_scale.data.shards import ShardIndex
+from dydit_scale.data.stream import ShardStream
 from dydit_scale.models.encoders import Posterior
 from dydit_scale.models.loading import encoder_digests, family_of_base
 from dydit_scale.train.recipe import Recipe
@@ -56,11 +57,12 @@ class EncodedInputs:
         return embedded | {"mask": (torch.arange(tokens) < lengths[:, None]).long().to(device)}
 
 
-def check_encoded(recipe: Recipe, index: ShardIndex) -> None:
+def check_encoded(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
     """ValueError, with all that differs, if encoded data were not made by the encoders of the recipe's base, or for
     pictures or captions of another size."""
-    encoding, base = index.encoding, recipe.model.base
-    if encoding is None:
+    encoding = None if isinstance(index, ShardStream) else index.encoding
+    base = recipe.model.base
+    if isinstance(index, ShardStream) or encoding is None:
         return
     family, theirs = family_of_base(base), encoder_digests(base)
     pairs: list[tuple[str, object, object]] = [

@@ -13,7 +13,9 @@ from typing import Any
 
 import dydit_scale
 from dydit_scale.checkpoint.folder import list_checkpoints
-from dydit_scale.data.dataset import DataSet, load_data
+from dydit_scale.data.dataset import DataSet
+from dydit_scale.data.loader import open_data
+from dydit_scale.data.stream import ShardStream
 from dydit_scale.parallel.engine import ParamGroup
 from dydit_scale.parallel.world import World, gather_objects, on_main
 from dydit_scale.train.attempt import Attempt, read_holder
@@ -22,14 +24,14 @@ from dydit_scale.train.recipe import Recipe, flat_values
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy", "safetensors")
 
 
-def check_agreement(recipe: Recipe, world: World, *, resume: bool) -> DataSet:
+def check_agreement(recipe: Recipe, world: World, *, resume: bool) -> DataSet | ShardStream:
     """The recipe's data, once all ranks agree on recipe, data, packages and code. Collective.
 
     Raises ValueError on every rank, naming what differs and on which ranks, or the rank that cannot read its data.
     """
     data, problem = None, None
     try:
-        data = load_data(recipe.data)
+        data = open_data(recipe.data)
     except (ValueError, OSError) as error:
         problem = str(error)
     told = gather_objects(world, (problem, _facts(recipe, data) | {"--resume": str(resume)}))
@@ -100,7 +102,7 @@ def check_disk(recipe: Recipe, folder: Path, groups: Sequence[ParamGroup], world
     on_main(world, check)
 
 
-def _facts(recipe: Recipe, data: DataSet | None) -> dict[str, str]:
+def _facts(recipe: Recipe, data: DataSet | ShardStream | None) -> dict[str, str]:
     """What must be the same on every rank."""
     facts = {f"recipe {key}": repr(value) for key, value in flat_values(recipe).items()}
     facts |= {f"package {name}": _version(name) for name in PACKAGES}

@@ -12,6 +12,8 @@ from dydit_scale.checkpoint.state import engine_name, restore
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
 from dydit_scale.checkpoint.writer import CheckpointWriter, SaveReport
 from dydit_scale.data.dataset import DataSet
+from dydit_scale.data.index import ShardIndex
+from dydit_scale.data.stream import ShardStream
 from dydit_scale.models.family import frozen_parts
 from dydit_scale.models.loading import base_digest
 from dydit_scale.models.registry import family_of
@@ -42,7 +44,7 @@ class Run:
     recipe: Recipe
     world: World
     folder: Path
-    data: DataSet
+    data: DataSet | ShardStream
     engine: Engine
     ema: Ema | None
     objective: Objective
@@ -101,11 +103,12 @@ def hold_folder(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watch
     return attempt
 
 
-def check_first(recipe: Recipe, world: World, *, resume: bool) -> DataSet:
+def check_first(recipe: Recipe, world: World, *, resume: bool) -> DataSet | ShardStream:
     """What can be refused at once, before the run's folder is touched. Collective; ValueError on every rank."""
     data = check_agreement(recipe, world, resume=resume)
     check_batch(recipe, world)
-    for config, index in zip(recipe.data.split(), data.indexes, strict=True):
+    indexes: Sequence[ShardIndex | ShardStream] = (data,) if isinstance(data, ShardStream) else data.indexes
+    for config, index in zip(recipe.data.split(), indexes, strict=True):
         own = replace(recipe, data=config)
         check_data(own, index)
         on_main(world, partial(check_encoded, own, index))
@@ -118,7 +121,13 @@ def check_first(recipe: Recipe, world: World, *, resume: bool) -> DataSet:
 
 
 def start(
-    recipe: Recipe, data: DataSet, world: World, *, stop: StopRequest, watchdog: Watchdog, attempt: Attempt
+    recipe: Recipe,
+    data: DataSet | ShardStream,
+    world: World,
+    *,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    attempt: Attempt,
 ) -> Run:
     """Build the run and restore its newest good checkpoint, if there is one. Collective.
 
@@ -131,7 +140,8 @@ def start(
     if checkpoint is not None:
         check_same(checkpoint, folder, data=data.digest, base=base)
     leave_if_asked(stop)
-    pixels = any(index.encoding is None for index in data.indexes)
+    encodings = {} if isinstance(data, ShardStream) else data.encodings
+    pixels = isinstance(data, ShardStream) or len(encodings) < len(data.indexes)
     encodes = pixels or (bool(recipe.train.sample_prompts) and recipe.train.sample_every > 0)
     parts = build_parts(recipe, text_encoders=encodes)
     if recipe.train.gradient_checkpointing != "none":
@@ -155,7 +165,7 @@ def start(
     )  # fmt: skip
     ema = Ema(engine, recipe.train.ema) if recipe.train.ema is not None else None
     leave_if_asked(stop)
-    encoded = {n: EncodedInputs(i.folder, i.encoding) for n, i in enumerate(data.indexes) if i.encoding is not None}
+    encoded = {source: EncodedInputs(folder, encoding) for source, (folder, encoding) in encodings.items()}
     objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device, encoded)
     run = Run(
         recipe, world, folder, data, engine, ema, objective, Validator(recipe, data, objective, world), gates, None,
@@ -202,9 +212,16 @@ def _find_checkpoint(folder: Path, recipe: Recipe, world: World) -> Checkpoint |
     return checkpoint
 
 
-def _summary(recipe: Recipe, engine: Engine, groups: Sequence[ParamGroup], data: DataSet, step: int) -> str:
+def _summary(
+    recipe: Recipe, engine: Engine, groups: Sequence[ParamGroup], data: DataSet | ShardStream, step: int
+) -> str:
     counts = ", ".join(f"{sum(p.numel() for p in g.params.values()) / 1e6:.2f} M {g.name}" for g in groups)
     total = engine.parameters / 1e6
     where = f"{engine.config.name} x {engine.world.world_size} on {engine.world.device.type}, {engine.config.precision}"
     begins = f", from step {step}" if step else ""
-    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {data.num_samples} samples{begins}"
+    if isinstance(data, ShardStream):
+        read = f"{len(data.shards)} shards as a stream, their captions, classes and integrity not checked beforehand"
+        begins += ", with the data shuffled anew: a resume of a stream is not exact" if step else ""
+    else:
+        read = f"{data.num_samples} samples"
+    return f"{recipe.name}: {total:.2f} M parameters, {counts} learn; {where}; {read}{begins}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.loader import Batch, make_loader
+from dydit_scale.data.stream import ShardStream
 from dydit_scale.diffusion.randomness import keyed_seed
 from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.parallel.reduce import mean_values, sum_tensor
@@ -32,7 +33,7 @@ class Evaluation(NamedTuple):
 class Validator:
     """The same pictures, noise and noise levels at every evaluation, and for every run with the same seed and data."""
 
-    def __init__(self, recipe: Recipe, data: DataSet, objective: Objective, world: World) -> None:
+    def __init__(self, recipe: Recipe, data: DataSet | ShardStream, objective: Objective, world: World) -> None:
         self.recipe, self.objective, self.world = recipe, objective, world
         samples = recipe.train.evaluate_samples
         share = samples // world.world_size

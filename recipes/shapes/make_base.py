@@ -26,8 +26,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dydit_scale.data.dataset import load_data
-from dydit_scale.data.loader import make_loader
+from dydit_scale.data.loader import make_loader, open_data
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.objective import Objective
 from dydit_scale.train.recipe import Recipe, load_recipe
@@ -99,7 +98,7 @@ def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: floa
     average = {n: p.detach().clone() for n, p in params.items()}
     objective = Objective(recipe, network, pipeline, None, device)
     loader = make_loader(
-        recipe.data, load_data(recipe.data), seed=recipe.seed, rank=0, world_size=1, global_batch=settings.batch_size,
+        recipe.data, open_data(recipe.data), seed=recipe.seed, rank=0, world_size=1, global_batch=settings.batch_size,
         micro_batch=settings.batch_size, consumed=0, quarantine=None,
     )  # fmt: skip
     module = torch.compile(network) if recipe.engine.compile else network

@@ -69,3 +69,17 @@ def test_too_many_bad_samples_have_a_code_of_their_own(
     shard.write_bytes(data)
     assert main([str(tmp_path / "recipe.yaml"), "data.bad_samples=0"]) == Exit.BAD_DATA
     assert "more than the budget of 0" in capsys.readouterr().err
+
+
+def test_a_stream_is_trained_on_and_resumed_with_a_word_about_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [str(small_world(tmp_path)), "data.mode=stream", "train.evaluate_every=0", "train.ema=null"]
+    for index in (tmp_path / "shards").glob("index*"):
+        index.unlink()
+    assert main([*changes, "train.steps=1"]) == Exit.DONE
+    told = capsys.readouterr().out
+    assert "3 shards as a stream, their captions, classes and integrity not checked" in told and "exact" not in told
+    assert main([*changes, "train.steps=2", "--resume"]) == Exit.DONE
+    told = capsys.readouterr().out
+    assert told.count("with the data shuffled anew: a resume of a stream is not exact") == 1

@@ -1,0 +1,280 @@
+"""How fast samples are read: by this project's reader, by plain webdataset, and as a raw read of the same tars.
+
+    python benchmarks/data.py OUT                 # some minutes; OUT is on the disk to measure
+    python benchmarks/data.py OUT --quick         # few samples, to see that it runs; writes to OUT
+
+Two kinds of data: pictures of about 40 KB, and payloads of the size of encoded latents. For each, with 0, 2 and 4
+workers and all of them in turn within each repetition: "reader" and "webdataset" give the bytes of samples, the reader
+in its shuffled order and with checksums, webdataset in the order of the shards; "decoded" are pictures as tensors, by
+the same functions. "raw" is one process that reads the tars from end to end. The files lie in the page cache. Beside
+it: the time to index, and the memory of a reader that has read all over an index of ten million samples.
+
+Writes benchmarks/results/data.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dydit_scale.data.decode import decode_caption, decode_image, image_tensor
+from dydit_scale.data.index import SAMPLE, ShardIndex, ShardInfo, compute_digest, load_index, save_index
+from dydit_scale.data.loader import DataConfig, make_loader
+from dydit_scale.data.position import SampleOrder
+from dydit_scale.data.reader import Reader
+from dydit_scale.data.shards import build_index, write_shards
+from dydit_scale.sampling.speed import machine
+
+ROOT = Path(__file__).parents[1]
+WORKERS = (0, 2, 4)
+SIDE, QUALITY = 256, 92
+"""Of the pictures: noise over a gradient, which makes JPEGs of about 40 KB."""
+LATENT_BYTES = 16 * 32 * 32 * 2 * 2 + 64 * 2048
+"""Mean and log-variance of a 256-pixel picture in 16 channels and some text, in 16 bits: 192 KiB."""
+BATCH = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for the shards, on the disk to measure")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=8192, help="in each kind of data")
+    parser.add_argument("--simulated", type=int, default=10_000_000, help="samples of the index whose memory is taken")
+    parser.add_argument("--quick", action="store_true", help="few samples; write the results to OUT")
+    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory is not None:
+        print(json.dumps(memory(args.memory)))
+        return
+    if args.quick:
+        args.samples, args.simulated, args.repeat = 512, 100_000, 2
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    result: dict[str, Any] = {**machine(torch.device("cpu")), "samples": args.samples, "repeat": args.repeat}
+    result["versions"] |= {name: version(name) for name in ("webdataset", "isal", "pillow", "numpy")}
+    for kind, make in (("pictures", pictures), ("latents", latents)):
+        folder = args.out / f"{kind}-{args.samples}"
+        if not folder.exists():
+            write_shards(make(args.samples), folder, samples_per_shard=max(64, args.samples // 16))
+        result[kind] = compare(folder, kind, args.repeat)
+    result["memory"] = memory_of_many(args.out, args.simulated)
+    out = (args.out if args.quick else ROOT / "benchmarks" / "results") / "data.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"results: {out}")
+
+
+def pictures(count: int) -> Iterator[dict[str, bytes | str]]:
+    ramp = np.linspace(0, 160, SIDE)
+    for number in range(count):
+        noise = np.random.RandomState(number).randint(0, 96, (SIDE, SIDE, 3))
+        file = io.BytesIO()
+        Image.fromarray((ramp[:, None, None] + noise).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
+        yield {"__key__": f"{number:08d}", "jpg": file.getvalue(), "txt": f"noise over a gradient, number {number}"}
+
+
+def latents(count: int) -> Iterator[dict[str, bytes | str]]:
+    """Random bytes, of which only the size matters, behind a tiny picture for the indexer's trial decoding."""
+    tiny = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(tiny, "PNG")
+    for number in range(count):
+        payload = tiny.getvalue() + np.random.RandomState(number).bytes(LATENT_BYTES)
+        yield {"__key__": f"{number:08d}", "png": payload, "txt": f"number {number}"}
+
+
+def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
+    """Median samples per second of all ways to read ``folder``, and the time to index it."""
+    began = time.perf_counter()
+    index = build_index(folder)
+    result: dict[str, Any] = {
+        "index_seconds": time.perf_counter() - began,
+        "load_index_seconds": timed(lambda: load_index(folder))[0],
+        "bytes_per_sample": sum(shard.bytes for shard in index.shards) / index.num_samples,
+    }
+    ways: dict[str, Callable[[], float]] = {"raw": lambda: raw(index)}
+    for workers in WORKERS:
+        ways[f"reader {workers}"] = lambda n=workers: rate(bytes_of_reader(index, n), index)
+        ways[f"webdataset {workers}"] = lambda n=workers: rate(bytes_of_webdataset(index, n), index)
+        if kind == "pictures":
+            ways[f"decoded reader {workers}"] = lambda n=workers: rate(decoded_by_reader(index, n), index)
+            ways[f"decoded webdataset {workers}"] = lambda n=workers: rate(decoded_by_webdataset(index, n), index)
+    for way in ways.values():  # fills the page cache
+        way()
+    rows = {name: [] for name in ways}
+    for number in range(repeat):
+        for name, way in ways.items():
+            rows[name].append(way())
+        print(f"{kind}, repetition {number + 1} of {repeat}: " + ", ".join(f"{n} {r[-1]:.0f}" for n, r in rows.items()))
+    medians = {name: statistics.median(found) for name, found in rows.items()}
+    result["samples_per_second"] = medians
+    result["reader_of_webdataset"] = {str(n): medians[f"reader {n}"] / medians[f"webdataset {n}"] for n in WORKERS}
+    result["raw_of_reader"] = {str(n): medians["raw"] / medians[f"reader {n}"] for n in WORKERS}
+    return result | {"rows": rows}
+
+
+def rate(batches: Iterable[int], index: ShardIndex) -> float:
+    """Samples per second over one pass, from before the workers start; ``batches`` tells the size of each batch."""
+    gc.collect()
+    seconds, count = timed(lambda: sum(batches))
+    assert abs(count - index.num_samples) < 8 * BATCH, (count, index.num_samples)
+    return count / seconds
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    found = work()
+    return time.perf_counter() - began, found
+
+
+def raw(index: ShardIndex) -> float:
+    """One process reads every shard from end to end."""
+
+    def read() -> None:
+        for shard in index.shards:
+            with (index.folder / shard.name).open("rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
+
+    return index.num_samples / timed(read)[0]
+
+
+class ReaderBytes(Dataset[Any]):
+    """The bytes that a ``Reader`` would decode, batch by batch, in its order and with its checks."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self.reader = Reader(index, seed=0, image_size=SIDE, caption_dropout=0)
+        self.order = SampleOrder([shard.count for shard in index.shards], 0)
+
+    def __len__(self) -> int:
+        return self.index.num_samples // BATCH
+
+    def __getitem__(self, number: int) -> list[tuple[bytes, bytes]]:
+        samples = []
+        for position in range(number * BATCH, (number + 1) * BATCH):
+            place = self.order[position]
+            sample = int(self.index.starts[place.shard]) + place.row
+            samples.append((self.reader._read_part(sample, "image"), self.reader._read_part(sample, "caption")))
+        return samples
+
+
+def bytes_of_reader(index: ShardIndex, workers: int) -> Iterator[int]:
+    return map(len, DataLoader(ReaderBytes(index), batch_size=None, num_workers=workers))
+
+
+def bytes_of_webdataset(index: ShardIndex, workers: int) -> Iterator[int]:
+    return map(len, DataLoader(plain(index).batched(BATCH, collation_fn=list), batch_size=None, num_workers=workers))
+
+
+def decoded_by_reader(index: ShardIndex, workers: int) -> Iterator[int]:
+    config = DataConfig(path=str(index.folder), image_size=SIDE, caption_dropout=0, workers=workers)
+    loader = make_loader(config, index, seed=0, rank=0, world_size=1, global_batch=BATCH, micro_batch=BATCH, consumed=0)
+    return (len(batch.keys) for batch in islice(loader, index.num_samples // BATCH))
+
+
+def decoded_by_webdataset(index: ShardIndex, workers: int) -> Iterator[int]:
+    batches = plain(index).map(decode).batched(BATCH, collation_fn=stack)
+    return (len(captions) for _, captions in DataLoader(batches, batch_size=None, num_workers=workers))
+
+
+def plain(index: ShardIndex) -> Any:
+    shards = [str(index.folder / shard.name) for shard in index.shards]
+    return webdataset.WebDataset(shards, shardshuffle=False)
+
+
+def decode(sample: dict[str, Any]) -> tuple[torch.Tensor, str]:
+    return image_tensor(decode_image(sample["jpg"]), SIDE), decode_caption(sample["txt"])
+
+
+def stack(rows: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, tuple[str, ...]]:
+    return torch.stack([pixels for pixels, _ in rows]), tuple(caption for _, caption in rows)
+
+
+def memory_of_many(out: Path, samples: int) -> dict[str, Any]:
+    """Memory of a fresh process that reads all over the simulated index of ``samples`` samples."""
+    folder = out / f"simulated-{samples}"
+    if not (folder / "index.json").exists():
+        simulate(folder, samples)
+    command = [sys.executable, __file__, str(out), "--memory", str(folder)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"memory at {samples} samples: {found}")
+    return {"samples": samples, **found}
+
+
+def simulate(folder: Path, samples: int, shards: int = 1000) -> None:
+    """An index of shards that are holes of the right size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    per_shard, step = samples // shards, 44 * 1024
+    rows = np.zeros(samples, SAMPLE)
+    rows["image_offset"] = np.tile(np.arange(per_shard) * step + 512, shards)
+    rows["image_bytes"], rows["width"], rows["height"] = 40_000, SIDE, SIDE
+    rows["caption_offset"] = rows["image_offset"] + 40_960
+    rows["caption_bytes"] = 80
+    rows["key_end"] = np.arange(1, samples + 1) * 10
+    keys = np.frombuffer("".join(f"{number:010d}" for number in range(samples)).encode(), np.uint8)
+    infos = tuple(
+        ShardInfo(name=f"shard-{n:06d}.tar", bytes=per_shard * step, sha256="", count=per_shard) for n in range(shards)
+    )
+    for info in infos:
+        with (folder / info.name).open("wb") as file:
+            file.truncate(info.bytes)
+    index = ShardIndex(folder=folder, shards=infos, digest="", samples=rows, key_bytes=keys, bad={})
+    save_index(replace(index, digest=compute_digest(index)))
+
+
+def memory(folder: Path) -> dict[str, float]:
+    """MiB that loading the index, making a reader and looking samples up all over an epoch add to this process.
+
+    ``private`` is what no other process can share; ``mapped`` are pages of the index's files, which all processes of
+    a machine have in common and the system takes back when it needs them.
+    """
+    process = psutil.Process()
+    before = process.memory_info()
+    seconds, index = timed(lambda: load_index(folder))
+    loaded = process.memory_info()
+    reader = Reader(index, seed=0, image_size=SIDE, caption_dropout=0)
+    stride = max(1, index.num_samples // 200_000)
+    for position in itertools.islice(itertools.count(0, stride), index.num_samples // stride):
+        place = reader._order[position]
+        sample = int(index.starts[place.shard]) + place.row
+        index.key(sample)
+        int(index.samples[sample]["image_offset"])
+    after, mib = process.memory_info(), 2**20
+
+    def private(info: Any) -> float:
+        return (info.rss - info.shared) / mib
+
+    return {
+        "load_index_seconds": seconds,
+        "private_mib": private(after) - private(before),
+        "mapped_mib": (after.shared - before.shared) / mib,
+        "mapped_after_load_mib": (loaded.shared - before.shared) / mib,
+        "uss_mib": process.memory_full_info().uss / mib,
+        "rss_mib": after.rss / mib,
+        "index_files_mib": sum(os.path.getsize(path) for path in folder.glob("index*")) / mib,
+    }
+
+
+if __name__ == "__main__":
+    main()
