@@ -121,6 +121,9 @@ def test_other_files_are_passed_over_unread(tmp_path: Path) -> None:
     got = joined(take(loader(tmp_path, caption_dropout=0), 2))
     assert got.keys == ("1",) * 8 and got.captions == ("one",) * 8
     assert not (tmp_path / "executed").exists()
+    with (tmp_path / "a.tar").open("rb") as file:
+        (found,) = stream._read_shard(file, "a.tar")
+    assert set(found.files) == {"png", "txt", "json"}
 
 
 def broken() -> Iterator[tuple[str, list[tuple[str, bytes]], str]]:
