@@ -43,7 +43,7 @@ from dydit_scale.data.decode import decode_caption, decode_image, image_tensor
 from dydit_scale.data.index import SAMPLE, ShardIndex, ShardInfo, compute_digest, load_index, save_index
 from dydit_scale.data.loader import DataConfig, make_loader
 from dydit_scale.data.position import SampleOrder
-from dydit_scale.data.reader import Reader
+from dydit_scale.data.reader import SourceReader
 from dydit_scale.data.shards import build_index, write_shards
 from dydit_scale.sampling.speed import machine
 
@@ -159,12 +159,17 @@ def raw(index: ShardIndex) -> float:
     return index.num_samples / timed(read)[0]
 
 
+def source_reader(index: ShardIndex) -> SourceReader:
+    config = DataConfig(path=str(index.folder), image_size=SIDE, caption_dropout=0)
+    return SourceReader(config, index, source=0, seed=0, order_seed=0)
+
+
 class ReaderBytes(Dataset[Any]):
     """The bytes that a ``Reader`` would decode, batch by batch, in its order and with its checks."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
-        self.reader = Reader(index, seed=0, image_size=SIDE, caption_dropout=0)
+        self.reader = source_reader(index)
         self.order = SampleOrder([shard.count for shard in index.shards], 0)
 
     def __len__(self) -> int:
@@ -204,7 +209,7 @@ def plain(index: ShardIndex) -> Any:
 
 
 def decode(sample: dict[str, Any]) -> tuple[torch.Tensor, str]:
-    return image_tensor(decode_image(sample["jpg"]), SIDE), decode_caption(sample["txt"])
+    return image_tensor(decode_image(sample["jpg"]), SIDE, SIDE), decode_caption(sample["txt"])
 
 
 def stack(rows: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -253,7 +258,7 @@ def memory(folder: Path) -> dict[str, float]:
     before = process.memory_info()
     seconds, index = timed(lambda: load_index(folder))
     loaded = process.memory_info()
-    reader = Reader(index, seed=0, image_size=SIDE, caption_dropout=0)
+    reader = source_reader(index)
     stride = max(1, index.num_samples // 200_000)
     for position in itertools.islice(itertools.count(0, stride), index.num_samples // stride):
         place = reader._order[position]

@@ -38,6 +38,8 @@ def effective_weight(linear: Any, t_emb: Float[Tensor, "1 dim"] | None) -> Float
         return linear.weight_at(t_emb)
     if hasattr(linear, "get_delta_weight"):
         return _with_lora(linear)
+    if not isinstance(linear.weight, Tensor) or not linear.weight.is_floating_point():
+        raise ValueError(f"{type(linear).__name__} with a quantised weight cannot be sliced; sample without packing")
     return linear.weight
 
 

@@ -467,7 +467,7 @@ def test_packing_folds_the_adapter_in(kind: str) -> None:
     plan = model.pack(torch.tensor([900.0, 500.0]))
     assert not any("td_" in n or "lora_" in n for block in plan.blocks[0] for n, _ in block.named_parameters())
     packed = model(**x, collect=True)
-    torch.testing.assert_close(packed.sample, masked, atol=3e-5, rtol=1e-4)  # adapters this large reach 10
+    torch.testing.assert_close(packed.sample, masked, atol=1e-4, rtol=1e-4)  # adapters this large reach 10
     assert all(torch.equal(a, b) for a, b in zip(packed.masks, masks, strict=True))
 
 
