@@ -4,10 +4,11 @@
     python benchmarks/data.py OUT --quick         # few samples, to see that it runs; writes to OUT
 
 Two kinds of data: pictures of about 40 KB, and payloads of the size of encoded latents. For each, with 0, 2 and 4
-workers and all of them in turn within each repetition: "reader" and "webdataset" give the bytes of samples, the reader
-in its shuffled order and with checksums, webdataset in the order of the shards; "decoded" are pictures as tensors, by
-the same functions. "raw" is one process that reads the tars from end to end. The files lie in the page cache. Beside
-it: the time to index, and the memory of a reader that has read all over an index of ten million samples.
+workers and all of them in turn within each repetition: "reader" and "webdataset" get the bytes of samples, the reader
+in its shuffled order and with checksums, webdataset in the order of the shards; the bytes stay in the workers, since
+otherwise the pipe between processes is measured. "decoded" are pictures as tensors, by the same functions, and come
+back. "raw" is one process that reads the tars from end to end. The files lie in the page cache. Beside it: the time
+to index, and the memory of a reader that has read all over an index of ten million samples.
 
 Writes benchmarks/results/data.json.
 """
@@ -165,7 +166,7 @@ def source_reader(index: ShardIndex) -> SourceReader:
 
 
 class ReaderBytes(Dataset[Any]):
-    """The bytes that a ``Reader`` would decode, batch by batch, in its order and with its checks."""
+    """Reads what a ``Reader`` would decode, batch by batch, in its order and with its checks; gives the sizes."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
@@ -175,12 +176,12 @@ class ReaderBytes(Dataset[Any]):
     def __len__(self) -> int:
         return self.index.num_samples // BATCH
 
-    def __getitem__(self, number: int) -> list[tuple[bytes, bytes]]:
+    def __getitem__(self, number: int) -> list[int]:
         samples = []
         for position in range(number * BATCH, (number + 1) * BATCH):
             place = self.order[position]
             sample = int(self.index.starts[place.shard]) + place.row
-            samples.append((self.reader._read_part(sample, "image"), self.reader._read_part(sample, "caption")))
+            samples.append(sum(len(self.reader._read_part(sample, part)) for part in ("image", "caption")))
         return samples
 
 
@@ -189,7 +190,12 @@ def bytes_of_reader(index: ShardIndex, workers: int) -> Iterator[int]:
 
 
 def bytes_of_webdataset(index: ShardIndex, workers: int) -> Iterator[int]:
-    return map(len, DataLoader(plain(index).batched(BATCH, collation_fn=list), batch_size=None, num_workers=workers))
+    sizes = plain(index).map(size_of_sample).batched(BATCH, collation_fn=list)
+    return map(len, DataLoader(sizes, batch_size=None, num_workers=workers))
+
+
+def size_of_sample(sample: dict[str, Any]) -> int:
+    return sum(len(data) for data in sample.values() if isinstance(data, bytes))
 
 
 def decoded_by_reader(index: ShardIndex, workers: int) -> Iterator[int]:

@@ -120,7 +120,7 @@ class ShardIndex:
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that holds a sample."""
-        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return int(self.starts.searchsorted(sample, side="right")) - 1
 
     def key(self, sample: int) -> str:
         """A sample's key."""

@@ -155,11 +155,11 @@ class SampleOrder:
         epoch_number, offset = divmod(number, self._totals[bucket])
         epoch = self._epoch_plan(epoch_number)
         ends = epoch.ends[bucket]
-        group_number = int(np.searchsorted(ends, offset, side="right"))
+        group_number = int(ends.searchsorted(offset, side="right"))
         group = self._group_plan(epoch, group_number)
         offset -= int(ends[group_number - 1]) if group_number else 0
         sample = int(group.samples[int(group.starts[bucket]) + offset])
-        member = int(np.searchsorted(group.ends, sample, side="right"))
+        member = int(group.ends.searchsorted(sample, side="right"))
         return Place(int(group.shards[member]), sample - (int(group.ends[member - 1]) if member else 0))
 
     def _epoch_plan(self, number: int) -> _Epoch:

@@ -146,6 +146,7 @@ class SourceReader:
         counts = [shard.count for shard in index.shards]
         self._order = SampleOrder(counts, order_seed, buckets=buckets, unit=config.bucket_batch)
         self._shards = open_shards(index)
+        self._found: tuple[int, str, Any] = (-1, "", None)  # a sample, its shard and its record, for its other parts
         if config.frames > 1:
             _check_clips(index, self._clip[-1] + 1, config.fps)
         if config.fps is not None and index.encoding is not None:
@@ -288,18 +289,19 @@ class SourceReader:
         return decode_clip_at(self._read_part(sample, "image"), times, size.height, size.width)
 
     def _read_part(self, sample: int, part: str) -> bytes:
-        row = self._index.samples[sample]
+        if sample != self._found[0]:
+            self._found = (sample, self._index.shards[self._index.shard_of(sample)].name, self._index.samples[sample])
+        _, shard, row = self._found
         size = int(row[f"{part}_bytes"])
-        name = "video" if part == "image" and self._frames_of(sample) else part
-        shard = self._index.shards[self._index.shard_of(sample)].name
         data = self._shards.read(shard, int(row[f"{part}_offset"]), size)
+        if len(data) == size and crc32(data) == row[f"{part}_crc"]:
+            return data
+        name = "video" if part == "image" and self._frames_of(sample) else part
         if len(data) != size:
             raise BadSampleError(
                 f"{name} has {len(data)} bytes, expected {size}: the shard was cut off since it was indexed"
             )
-        if crc32(data) != int(row[f"{part}_crc"]):
-            raise BadSampleError(f"{name} checksum (CRC32) differs from the index: its bytes changed since")
-        return data
+        raise BadSampleError(f"{name} checksum (CRC32) differs from the index: its bytes changed since")
 
 
 def _decode(media: bytes, frames: range, size: Bucket) -> Tensor:
