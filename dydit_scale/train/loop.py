@@ -82,8 +82,11 @@ def _steps(run: Run) -> None:
             phase = "step"
             fail_point("data.next", run.step)
             began = time.perf_counter()
-            taken = train_step(run, list(islice(batches, train.accumulation)))
+            read = list(islice(batches, train.accumulation))
+            waited = time.perf_counter() - began
+            taken = train_step(run, read)
             taken.record["seconds"] = time.perf_counter() - began
+            taken.record["data_seconds"] = waited
             taken.record["samples_per_second"] = train.batch_size / taken.record["seconds"]
             if run.metrics:
                 run.metrics.step(taken.record)

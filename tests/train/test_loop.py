@@ -38,7 +38,7 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
 
 
 def curve(run: Path) -> list[dict]:
-    timing = ("seconds", "samples_per_second")
+    timing = ("seconds", "data_seconds", "samples_per_second")
     records = (r for r in read_metrics(run / "metrics.jsonl") if "checkpoint_seconds" not in r)
     return [{k: v for k, v in r.items() if k not in timing} for r in records]
 

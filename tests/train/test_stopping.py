@@ -46,7 +46,7 @@ def newest(run: Path) -> Checkpoint:
 
 
 def curve(run: Path) -> list[dict]:
-    timing = ("seconds", "samples_per_second")
+    timing = ("seconds", "data_seconds", "samples_per_second")
     return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(run / "metrics.jsonl")]
 
 
