@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dydit_scale.data.encoded import EMPTY_FILE, ENCODERS_FILE, read_empty
 from dydit_scale.data.index import (
     INDEX_FILE,
     ShardIndex,
@@ -75,8 +76,12 @@ def _findings(folder: Path, shards: tuple[ShardInfo, ...], quick: bool, workers:
     try:
         index = read_index(folder)
         broken = index.broken
+        if index.encoding is not None:
+            read_empty(folder, index.encoding)
     except ValueError as error:
-        yield f"{INDEX_FILE}: torn or foreign ({error}); {_again(folder)}"
+        encoded = (folder / ENCODERS_FILE).is_file()
+        what = "restore its files from their source, or encode the data again" if encoded else _again(folder)
+        yield f"{INDEX_FILE if index is None else EMPTY_FILE}: torn or foreign ({error}); {what}"
     yield from changed_shards(folder, shards, broken)
     present = [number for number, shard in enumerate(shards) if (folder / shard.name).is_file()]
     if quick or not present:

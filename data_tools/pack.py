@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ from data_tools.packing.sources import list_source
 from data_tools.packing.writing import Desk, find_record, write_all
 from data_tools.shapes import CLASSES_FILE
 from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
-from dydit_scale.data.shards import build_index
+from dydit_scale.data.processes import default_workers
+from dydit_scale.data.shards import index_folder
 from dydit_scale.data.video import require_av
 
 STATE_FOLDER = ".pack"
@@ -85,7 +85,7 @@ def pack(
     with other inputs or options, another run at work there; and when nothing at all could be packed.
     """
     source, out, config, part = Path(source), Path(out), config or PackConfig(), part or Part()
-    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    workers = default_workers() if workers is None else workers
     _check_arguments(source, out, part, workers)
     listing = list_source(source, config, progress=progress)
     if any(extension_of(item.name) in CLIP_EXTENSIONS for item in listing.inputs):
@@ -124,7 +124,7 @@ def pack(
         written=len(missing),
         found=len(mine) - len(missing),
         report=report,
-        index=_index(out, len(missing), packed, progress) if part.of == 1 else None,
+        index=_index(out, len(missing), packed, workers, progress) if part.of == 1 else None,
     )
 
 
@@ -185,8 +185,8 @@ def _desk(out: Path, part: Part) -> Iterator[Desk]:
         yield Desk(out, state, name)
 
 
-def _index(out: Path, written: int, packed: int, progress: bool) -> ShardIndex:
+def _index(out: Path, written: int, packed: int, workers: int, progress: bool) -> ShardIndex:
     fresh = written or not (out / INDEX_FILE).is_file()
-    index = build_index(out, progress=progress) if fresh else load_index(out)
+    index = index_folder(out, workers=workers, progress=progress).index if fresh else load_index(out)
     assert index.num_samples == packed, f"{packed} samples packed, but {index.num_samples} in the index"
     return index

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from dydit_scale.data.processes import default_workers
 from dydit_scale.data.shapes.language import CLASSES
 from dydit_scale.data.shapes.motion import MIN_FRAMES, MOTIONS, MotionScene, draw_motion, make_class_motion, make_motion
 from dydit_scale.data.shapes.scene import Scene, draw, make_class_scene, make_scene
@@ -60,7 +60,7 @@ def write_shapes(
     _check("seed", seed, 0)
     _check("samples_per_shard", samples_per_shard, 1)
     _check("frames", frames, 1)
-    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    workers = default_workers() if workers is None else workers
     _check("workers", workers, 1)
     if frames > 1:
         _check_clip(frames, side)

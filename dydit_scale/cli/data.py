@@ -31,12 +31,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     index.add_argument("--workers", type=int, help="processes that read (default: one on each core, at most 8)")
     index.set_defaults(run=_run_index)
     check = kinds.add_parser("check", help="compare shards with their index; exit status 1 if anything differs")
-    check.add_argument("folder", type=Path)
+    check.add_argument("folder", type=_local)
     check.add_argument("--quick", action="store_true", help="names and sizes only, without reading the shards")
     check.add_argument("--workers", type=int, help="processes that read (default: one on each core, at most 8)")
     check.set_defaults(run=_run_check)
     summarize = kinds.add_parser("summarize", help="write one HTML page about a folder of indexed shards")
-    summarize.add_argument("folder", type=Path)
+    summarize.add_argument("folder", type=_local)
     summarize.add_argument(
         "--recipes", nargs="+", default=[], type=Path, metavar="RECIPE", help="show what they make of the samples"
     )
@@ -51,6 +51,15 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     encode.add_argument("--batch", type=int, default=16, help="pictures, frames or captions in an encoder at a time")
     encode.add_argument("--update", action="store_true", help="encode again what changed in the data since")
     encode.set_defaults(run=_run_encode)
+
+
+def _local(folder: str) -> Path:
+    """A folder on this machine."""
+    if "://" in folder:
+        raise argparse.ArgumentTypeError(
+            f"{folder}: give the shards' local folder; training compares those of a URL with their index itself"
+        )
+    return Path(folder)
 
 
 def _run_shapes(args: argparse.Namespace) -> None:

@@ -143,7 +143,7 @@ class DataConfig:
         urls = [is_url(path) for path in paths]  # refuses those that are not to be opened
         if self.cache and not any(urls):
             raise ValueError(f"data.cache {self.cache}: {', '.join(paths)} is local already; leave data.cache empty")
-        if self.mode == "stream" and (self.cache or self.frames > 1 or self.buckets or self.sources):
+        if self.mode == "stream" and (self.cache or self.frames > 1 or self.fps or self.buckets or self.sources):
             raise ValueError(
                 "data.mode stream reads one folder of pictures in squares and keeps no shards: expected data.frames 1, "
                 f"data.buckets false, no data.sources, and data.cache empty; got {self.frames}, {self.buckets}, "

@@ -148,9 +148,8 @@ class SourceReader:
         self._shards = open_shards(index)
         self._found: tuple[int, str, Any] = (-1, "", None)  # a sample, its shard and its record, for its other parts
         if config.frames > 1:
+            check_times(config, index)
             _check_clips(index, self._clip[-1] + 1, config.fps)
-        if config.fps is not None and index.encoding is not None:
-            raise ValueError(f"{index.folder}: encoded clips hold no times for data.fps; take data.frame_stride")
         if index.frames is not None and index.encoding is None:
             require_av()
 
@@ -207,7 +206,7 @@ class SourceReader:
                 bad.append(BadSample(position=position, sample=sample, shard=shard, key=key, reason=str(error)))
                 reasons.append(str(bad[-1]))
                 drawn = keyed_seed(self._seed, "substitute", position, *picture, attempt)
-                own = attempt < SUBSTITUTES_OF_BUCKET
+                own = attempt < SUBSTITUTES_OF_BUCKET or self._index.encoding is not None  # latents are not cropped
                 sample = self._order.sample_of(bucket, drawn) if own else drawn % self._index.num_samples
             else:
                 dropped = keyed_seed(self._seed, "caption", position, *picture) < self._dropped_below
@@ -315,6 +314,12 @@ def _joined(row: list[_Sample]) -> Tensor:
     """A clip's frames and the single pictures after them, or a lone picture."""
     first, *pictures = [sample.pixels for sample in row]
     return torch.cat([first, torch.stack(pictures)]) if pictures else first
+
+
+def check_times(config: DataConfig, index: ShardIndex) -> None:
+    """ValueError if frames are to be taken by their times from clips that were encoded without."""
+    if index.encoding is not None and config.fps is not None and config.frames > 1:
+        raise ValueError(f"{index.place}: encoded clips hold no times for data.fps; take data.frame_stride")
 
 
 def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:

@@ -170,7 +170,9 @@ def index_folder(
         read_empty(folder, encoding)
     paths = find_shards(folder)
     old = _old_index(folder) if update else None
-    if old is not None and (old.encoding != encoding or (old.frames is not None and old.seconds is None)):
+    if old is not None and (
+        old.encoding != encoding or (encoding is None and old.frames is not None and old.seconds is None)
+    ):
         old = None  # it says of clips what an index of an earlier version did, which is less
     numbers = {} if old is None else {shard.name: number for number, shard in enumerate(old.shards)}
     known = [None if old is None or path.name not in numbers else old.shards[numbers[path.name]] for path in paths]
@@ -370,6 +372,8 @@ def _scan_encoded(
         raise BadSampleError(f"the entry is of {entry.source.shard} sample {entry.source.key!r}: renamed or moved")
     if entry.bad is not None:
         raise BadSampleError(entry.bad)
+    if [entry.height, entry.width] not in encoding.sizes:
+        raise BadSampleError(f"{entry.height} x {entry.width} pixels were encoded, which encoders.json does not name")
     if tensor_file is None:
         raise BadSampleError(f"no {TENSORS_EXTENSION} beside the entry")
     data = _read(fd, "encoded sample", tensor_file, MAX_TENSOR_BYTES)

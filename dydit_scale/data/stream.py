@@ -39,6 +39,7 @@ from dydit_scale.data.decode import (
     decode_label,
     image_tensor,
 )
+from dydit_scale.data.encoded import find_encoding
 from dydit_scale.data.index import find_shards
 from dydit_scale.data.reader import MAX_SUBSTITUTES, BadSample, Batch, Failure, Read
 from dydit_scale.data.remote import CHUNK, RangeFile, RemoteError, RemoteFolder, is_url
@@ -82,6 +83,10 @@ def open_stream(path: str) -> ShardStream:
     if name:
         shards = tuple(expand_urls(name))
     elif remote is None:
+        if find_encoding(Path(place)) is not None:
+            raise ValueError(
+                f"{place}: encoded data have an index; data.mode stream reads pictures, set data.mode=indexed"
+            )
         shards = tuple(shard.name for shard in find_shards(Path(place)))
     else:
         shards = tuple(remote.shards() or ())
@@ -168,8 +173,8 @@ class StreamReader(IterableDataset[Any]):
                 bad.append(BadSample(position=position, sample=-1, shard=found.shard, key=found.key, reason=str(error)))
                 reasons.append(str(bad[-1]))
         raise ValueError(
-            f"{self._stream.place}: {len(reasons)} bad samples in a row; first: {'; '.join(reasons[:3])}. Restore the "
-            "shards"
+            f"{self._stream.place}: {len(reasons)} bad samples in a row; first: {'; '.join(reasons[:3])}. They need a "
+            "picture (clips need data.mode=indexed) and a caption or class; restore the shards"
         )
 
 

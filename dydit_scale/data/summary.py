@@ -13,6 +13,7 @@ from PIL import Image
 
 from dydit_scale.data.buckets import Bucket, bucket_counts, bucket_numbers, config_buckets
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image
+from dydit_scale.data.encoded import decode_entry
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.loader import DataConfig
 from dydit_scale.data.storage import ShardFiles
@@ -136,13 +137,18 @@ def use_of(summary: Summary, name: str, config: DataConfig) -> Use:
     return Use(
         name=name,
         buckets=tuple(BucketUse(bucket, counts[bucket], small, share) for bucket, small, share in uses),
-        short=_short(summary, (config.frames - 1) * config.frame_stride + 1) if config.frames > 1 else 0,
+        short=_short(summary, config) if config.frames > 1 else 0,
     )
 
 
-def _short(summary: Summary, needed: int) -> int:
-    frames = summary.index.frames
-    return int(summary.good.sum()) if frames is None else int((frames[summary.good] < needed).sum())
+def _short(summary: Summary, config: DataConfig) -> int:
+    """Good samples that hold no clip as long as asked for."""
+    last = config.frames - 1
+    if config.fps is not None:
+        lasts, needed = summary.index.seconds, last / config.fps
+    else:
+        lasts, needed = summary.index.frames, float(last * config.frame_stride)
+    return int(summary.good.sum()) if lasts is None else int((lasts[summary.good] <= needed).sum())
 
 
 def summarize_index(index: ShardIndex) -> Summary:
@@ -186,6 +192,8 @@ class _Parts:
         data = self.read(sample, "caption") if row["caption_offset"] else None
         if data is None:
             return None
+        if self._index.encoding is not None:
+            return next(iter(decode_entry(data).captions), None)
         return next(iter(decode_fields(data).captions), None) if row["caption_is_json"] else decode_caption(data)
 
     def picture(self, sample: int) -> Image.Image | None:
@@ -237,6 +245,8 @@ def _repeated(index: ShardIndex, samples: np.ndarray, parts: _Parts) -> tuple[in
 
 
 def _examples(index: ShardIndex, good: np.ndarray, parts: _Parts) -> tuple[Example, ...]:
+    if index.encoding is not None:
+        return ()  # there are no pictures to show
     found = []
     for sample in _drawn(np.flatnonzero(good), EXAMPLES):
         image = parts.picture(sample)

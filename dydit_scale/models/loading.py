@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -124,6 +125,7 @@ _UNSTABLE = ("_diffusers_version", "_name_or_path", "transformers_version", "tor
 """Keys of a config.json that say who wrote it, not what it computes."""
 
 
+@functools.cache
 def encoder_digests(base: str) -> dict[str, str]:
     """SHA-256 of each part of a base that makes latents and embeddings (autoencoder, text encoders, tokenizers), by its
     name: over the files of its folder. A base on the hub is fetched as for training."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dydit_scale.checkpoint.store import Checkpoint
+from dydit_scale.data.reader import check_times
 from dydit_scale.data.shards import ShardIndex
 from dydit_scale.data.stream import ShardStream
 from dydit_scale.models.loading import family_of_base, transformer_config
@@ -53,6 +54,7 @@ def check_data(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
         )
     if isinstance(index, ShardStream):
         return
+    check_times(recipe.data, index)
     good = np.ones(index.num_samples, dtype=bool)
     good[list(index.bad)] = False
     captions = bool((good & (index.samples["caption_offset"] > 0)).any())

@@ -64,6 +64,7 @@ def check_encoded(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
     base = recipe.model.base
     if isinstance(index, ShardStream) or encoding is None:
         return
+    read_empty(index.folder, encoding)
     family, theirs = family_of_base(base), encoder_digests(base)
     pairs: list[tuple[str, object, object]] = [
         ("data.image_size", encoding.image_size, recipe.data.image_size),

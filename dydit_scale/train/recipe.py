@@ -332,6 +332,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    elif hint is str and value is None:  # KEY= on the command line
+        return ""
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"recipe: {where}: expected {getattr(hint, '__name__', hint)}; got {value!r}")

@@ -16,6 +16,7 @@ import webdataset
 from tqdm import tqdm
 
 from dydit_scale.data.buckets import config_buckets
+from dydit_scale.data.dataset import load_data
 from dydit_scale.data.encoded import (
     DTYPES,
     EMPTY_FILE,
@@ -28,7 +29,8 @@ from dydit_scale.data.encoded import (
 )
 from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
 from dydit_scale.data.loader import BadDataError
-from dydit_scale.data.shards import build_index
+from dydit_scale.data.processes import default_workers
+from dydit_scale.data.shards import index_folder
 from dydit_scale.models.loading import encoder_digests, family_of_base
 from dydit_scale.parallel.world import World, barrier, on_main
 from dydit_scale.train.checks import check_data
@@ -86,7 +88,7 @@ def encode_data(
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)} and a batch of 1 or more; got {dtype}, {batch}")
     if recipe.data.sources:
         raise ValueError("data.sources: encode one at a time, each into a folder of its own: data.path=FOLDER")
-    index = load_index(recipe.data.path)
+    (index,) = load_data(recipe.data).indexes
     on_main(world, lambda: _check_source(recipe, index, out))
     with _locked(out, world):
         plan = on_main(world, lambda: _plan(recipe, index, out, dtype, update))
@@ -166,9 +168,11 @@ def _check_source(recipe: Recipe, index: ShardIndex, out: Path) -> None:
     if len(index.bad) > recipe.data.bad_samples:
         first = min(index.bad)
         raise BadDataError(
-            f"{index.folder}: {len(index.bad)} bad samples, more than the budget of {recipe.data.bad_samples} "
+            f"{index.place}: {len(index.bad)} bad samples, more than the budget of {recipe.data.bad_samples} "
             f"(data.bad_samples); first: {index.name(first)}: {index.bad[first]}"
         )
+    if recipe.data.fps is not None and index.frames is not None:
+        raise ValueError("data.fps: encoded clips hold no times; take data.frame_stride, or train on the clips")
     check_data(recipe, index)
 
 
@@ -236,7 +240,7 @@ def _finish(out: Path, source: ShardIndex) -> ShardIndex:
     """The index of the whole: that which is there, if nothing was done, or a new one."""
     if missing := [shard.name for shard in source.shards if not (out / shard.name).is_file()]:
         raise ValueError(f"{out}: {_listed(missing)} are missing; have all ranks written to the same folder?")
-    index = load_index(out) if (out / INDEX_FILE).is_file() else build_index(out)
+    index = load_index(out) if (out / INDEX_FILE).is_file() else index_folder(out, workers=default_workers()).index
     shards = [[(shard.name, shard.count) for shard in of.shards] for of in (index, source)]
     assert shards[0] == shards[1], f"{out}: other shards than the source"
     assert bytes(index.key_bytes) == bytes(source.key_bytes), f"{out}: other keys than the source"

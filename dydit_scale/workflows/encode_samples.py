@@ -129,7 +129,7 @@ class _Sources(Dataset[Any]):
         try:
             return self._reader.read_source(sample)
         except BadSampleError as error:
-            folder, name = self._index.folder, self._index.name(sample)
+            folder, name = self._index.place, self._index.name(sample)
             return Failure(
                 f"{folder}: {name}: {error}, but it was good when it was indexed; restore the shard, or index it again "
                 f"with `dydit data index {folder}`",
@@ -209,7 +209,7 @@ class Packer:
         self._refused.append(f"{self._index.name(sample)}: {reason}")
         if len(self._refused) + len(self._index.bad) > self._budget:
             raise BadDataError(
-                f"{self._index.folder}: {len(self._refused)} samples cannot be encoded, {len(self._index.bad)} are bad "
+                f"{self._index.place}: {len(self._refused)} samples cannot be encoded, {len(self._index.bad)} are bad "
                 f"anyway, more than the budget of {self._budget} (data.bad_samples); first: "
                 f"{'; '.join(self._refused[:3])}. Encode with engine.precision=fp32 and --dtype fp32, or raise "
                 "data.bad_samples"

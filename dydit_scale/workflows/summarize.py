@@ -38,7 +38,10 @@ def summarize(
     """
     if buckets and image_size is None:
         raise ValueError("--buckets: of which size? add --image-size, e.g. --image-size 1024")
-    configs = {str(path): load_recipe(path).data for path in recipes}
+    configs = {}
+    for path in recipes:
+        for number, own in enumerate(parts := load_recipe(path).data.split()):
+            configs[f"{path}, source {number}" if len(parts) > 1 else str(path)] = own
     if image_size is not None:
         name = f"{image_size} pixels, {'aspect buckets' if buckets else 'squares'}"
         configs[name] = DataConfig(path=str(folder), image_size=image_size, buckets=buckets)

@@ -57,6 +57,15 @@ def test_a_run_of_two_sources_continues_exactly_and_refuses_others(
     assert "53 samples" in capsys.readouterr().out
 
 
+def test_an_empty_word_takes_a_path_back(world_folder: Path) -> None:
+    turned = str(_sources(world_folder)).replace("'", "")
+    recipe = load_recipe(world_folder / "recipe.yaml", ["data.path=somewhere", "data.sources=[]"])
+    assert recipe.data.path == "somewhere"
+    save_recipe(recipe, world_folder / "single.yaml")
+    again = load_recipe(world_folder / "single.yaml", ["data.path=", f"data.sources={turned}"])
+    assert (again.data.path, len(again.data.sources)) == ("", 2)
+
+
 def test_a_recipe_of_sources_is_read_back_equal(world_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(world_folder)
     assert [source.weight for source in recipe.data.sources] == [2, 1]

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor
 from dydit_scale.cli.main import main
 from dydit_scale.data.index import load_index
 from dydit_scale.data.loader import BadDataError
-from dydit_scale.data.shards import build_index
+from dydit_scale.data.shards import build_index, index_folder
 from dydit_scale.data.tar import split_name, walk_members
 from dydit_scale.parallel.world import World
+from dydit_scale.train.checks import check_data
+from dydit_scale.train.encoded import check_encoded
 from dydit_scale.train.loop import train
 from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import save_recipe
@@ -294,6 +297,39 @@ def test_keys_of_any_length_and_alphabet_stay(world: Path) -> None:
     source = build_index(world / "shards", progress=False)
     index = encode(world, "flux", world / "out").index
     assert index.key(11) == "ключ" and bytes(index.key_bytes) == bytes(source.key_bytes)
+
+
+def test_encoded_data_are_checked_and_summarized(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = world / "encoded"
+    assert main(["data", "check", str(folder)]) == 0
+    assert main(["data", "summarize", str(folder), "--out", str(world / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert "12 samples in 3 shards" in said and "changed" not in said and (world / "page.html").is_file()
+    with (folder / "empty.safetensors").open("ab") as file:
+        file.write(b"!")
+    assert main(["data", "check", str(folder), "--quick"]) == 1
+    assert "empty.safetensors: torn" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"empty\.safetensors: it does not belong"):
+        check_encoded(encoded_recipe(world, "flux", folder), load_index(folder))
+
+
+def test_shards_of_clips_are_reused(tmp_path: Path) -> None:
+    write_world(tmp_path, "latte")
+    encode(tmp_path, "latte", tmp_path / "encoded")
+    index = load_index(tmp_path / "encoded")
+    assert index.frames is not None and index_folder(tmp_path / "encoded", update=True).reused == len(index.shards)
+
+
+def test_clips_by_time_are_refused(tmp_path: Path) -> None:
+    write_world(tmp_path, "latte")
+    recipe = encoded_recipe(tmp_path, "latte", tmp_path / "shards")
+    timed = replace(recipe, data=replace(recipe.data, fps=4.0, frame_stride=1))
+    with pytest.raises(ValueError, match=r"data\.fps: encoded clips hold no times"):
+        encode_data(timed, tmp_path / "encoded", World())
+    encode(tmp_path, "latte", tmp_path / "encoded")
+    timed = replace(timed, data=replace(timed.data, path=str(tmp_path / "encoded")))
+    with pytest.raises(ValueError, match=r"encoded clips hold no times for data\.fps"):
+        check_data(timed, load_index(tmp_path / "encoded"))
 
 
 def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
