@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageColor
 
 from data_tools.packing.config import PackConfig
 from data_tools.packing.inputs import CLIP_EXTENSIONS, UnfitError
-from dydit_scale.data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, BadSampleError
+from dydit_scale.data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, TURNS, BadSampleError
 from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPackageError, require_av, scan_clip
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -33,15 +33,6 @@ _SAVED: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "quality": 95},
 }
 _ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # What libav calls the containers that are moved to MP4.
 _DEMUXERS = {"mov": "mov", "m4v": "mov", "avi": "avi"}
 _SAME_COLOUR = 2  # of 255: what rounding alone makes of sRGB
@@ -111,10 +102,10 @@ def _upright(image: Image.Image, changes: list[str]) -> Image.Image:
     except Exception:
         changes.append("broken EXIF")
         return image
-    if orientation not in _TURNS:
+    if orientation not in TURNS:
         return image
     changes.append("orientation")
-    return image.transpose(_TURNS[orientation])
+    return image.transpose(TURNS[orientation])
 
 
 def _to_srgb(image: Image.Image, changes: list[str]) -> Image.Image:

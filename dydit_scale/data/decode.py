@@ -29,7 +29,7 @@ _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 # Of 16-bit colours Pillow keeps the high byte itself; 16-bit grey it would clip at 255.
 _GREY16 = "I;16"
 
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,6 +38,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+"""What turns a picture upright, by its EXIF orientation."""
 
 
 class BadSampleError(ValueError):
@@ -84,7 +85,7 @@ def _check_picture(image: Image.Image) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; where that cannot be read, as it lies."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     # A broken EXIF block raises as many types as a broken picture, but the pixels are whole.
     except Exception:
         return image
