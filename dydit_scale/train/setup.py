@@ -190,8 +190,8 @@ def _writer(recipe: Recipe, world: World, attempt: Attempt, tell: Callable[[Save
     return CheckpointWriter(
         Path(recipe.run) / "checkpoints", world, engine=engine_name(recipe.engine), keep=train.keep,
         keep_every=train.keep_every, failures=train.save_failures, asynchronous=train.async_save,
-        may_commit=attempt.still_ours, tell=tell, # the watchdog ends what does not end itself
-        limit=recipe.limits.checkpoint / 5,
+        may_commit=attempt.still_ours, tell=tell,
+        limit=recipe.limits.checkpoint / 5,  # the watchdog ends what does not end itself
     )  # fmt: skip
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dydit_scale.data.loader import Batch, make_loader
-from dydit_scale.data.shards import load_index
+from dydit_scale.data.shards import load_index, write_shards
 from dydit_scale.parallel.world import World
 from dydit_scale.train import setup
 from dydit_scale.train.build import Parts, build_parts
@@ -19,6 +24,7 @@ from dydit_scale.train.loop import train
 from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.objective import Objective
 from dydit_scale.train.recipe import Recipe
+from dydit_scale.workflows.encode import encode_data
 from tests.families.journey import FAMILIES, VIDEOS, prompt
 from tests.train.encoded_worlds import encode, encoded_recipe, spoil, write_vae, write_world
 
@@ -70,6 +76,37 @@ def test_losses_are_those_of_the_pixels(worlds: Path, tmp_path: Path, family: st
     assert len(pixels) == len(encoded) and sum("loss" in record for record in pixels) == 3
     for ours, theirs in zip(encoded, pixels, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def rectangles() -> Iterator[dict[str, bytes | str]]:
+    """Wide, tall and square pictures, some with two captions."""
+    for n in range(12):
+        png = io.BytesIO()
+        size = ((40, 20), (20, 40), (24, 24))[n % 3]
+        pixels = np.random.RandomState(n).randint(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(png, "PNG")
+        captions = {"captions": ["red", "blue"]} if n % 2 else {"caption": "green"}
+        yield {"__key__": f"{n:02}", "png": png.getvalue(), "json": json.dumps(captions)}
+
+
+def test_buckets_are_encoded_as_they_are_read(worlds: Path, tmp_path: Path) -> None:
+    folder = world_of(worlds, "flux")
+    write_shards(rectangles(), tmp_path / "shards", samples_per_shard=5, progress=False)
+    wide = {"image_size": 16, "buckets": True, "bucket_step": 4, "bucket_batch": 4, "caption_dropout": 0.25}
+
+    def recipe(name: str, **changes: Any) -> Recipe:
+        data = wide | {"path": str(tmp_path / name)} | changes
+        return encoded_recipe(folder, "flux", tmp_path / name, data=data, run=str(tmp_path / f"run-{name}"))
+
+    encode_data(recipe("shards"), tmp_path / "encoded", World(), batch=4)
+    pixels, encoded = (curve(recipe(name)) for name in ("shards", "encoded"))
+    assert sum("loss" in record for record in pixels) == 3
+    for ours, theirs in zip(encoded, pixels, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    moments = [batch.encoded.moments for batch in batches(recipe("encoded"), 8) if batch.encoded is not None]
+    assert len({tuple(m.shape[-2:]) for m in moments}) == 3
+    with pytest.raises(ValueError, match=r"pixel sizes \(data\.buckets\)"):
+        train(recipe("encoded", buckets=False), World())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
