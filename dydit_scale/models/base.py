@@ -17,14 +17,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.config import DynamicConfig, TokenRouterKind
 from dydit_scale.dynamic.cost import ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, WidthMasks
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
 from dydit_scale.dynamic.precise import UpcastLinear
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.width import Router, WidthRouter
+from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.hooks import HookedModelMixin
-from dydit_scale.models.plan import PackedPlan, StepTable
+from dydit_scale.models.plan import PackedPlan, StepTable, TokenPlan
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound="DynamicModelMixin")
@@ -167,20 +169,36 @@ class DynamicModelMixin(HookedModelMixin):
         """Masks of all layers, or none in the complete model."""
         return WidthMasks(None, None) if mode == "open" else self.dy_width(t_emb, mode)
 
-    def pack(self, timesteps: Float[Tensor, " steps"], *, max_bytes: int | None = None) -> PackedPlan:
+    def pack(
+        self,
+        timesteps: Float[Tensor, " steps"],
+        *,
+        max_bytes: int | None = None,
+        capacity: TokenCapacity | None = None,
+        share_scores: bool = False,
+    ) -> PackedPlan:
         """Cut a sub-network for each of the sampler's timesteps (as the forward takes them); forwards without gradient
-        use them from now on. Equal sub-blocks are shared between steps.
+        use them from now on. Equal attentions and MLPs are shared between steps.
 
         Args:
-            max_bytes: refuse with ValueError if the copied weights would take more.
+            max_bytes: what the copied weights may take beside the model. The more, the faster: within it slices are
+                fused, laid out for the CPU's kernels, and hold TD-LoRA's experts; then come views and thin products
+                beside them. None takes up to half of the memory that is free.
+            capacity: work on fixed numbers of tokens, those of the highest scores; None takes those above the router's
+                threshold, as in training's evaluation.
+            share_scores: let the branches of guidance, the halves of a batch, skip the same tokens.
 
         Raises:
-            ValueError: ``max_bytes``, or a hook that the cut copies would not follow (offloading, casting, a cache
-                inside blocks).
+            ValueError: ``max_bytes`` is too little for views even, a capacity for other timesteps, or a hook that the
+                cut copies would not follow (offloading, casting, a cache inside blocks).
         """
         self._check_packable()
         self.unpack()
-        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes)
+        counts = None
+        if capacity is not None:
+            counts = capacity.at(timesteps.float().cpu(), len(self.dynamic_blocks()), self.timestep_tolerance)
+        tokens = TokenPlan(None if counts is None else counts.tolist(), share_scores)
+        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes, tokens=tokens)
         object.__setattr__(self, "_plan", plan)
         return plan
 
@@ -214,6 +232,15 @@ class DynamicModelMixin(HookedModelMixin):
             return self._plan.table.t_emb[step : step + 1], self._plan.blocks[step], WidthMasks(None, None)
         t_emb = self.routing_embedding(timestep)
         return t_emb, tuple(self.dynamic_blocks()), self.width_masks(t_emb, gates)
+
+    def _block_gates(self, layer: int, step: int | None, width: WidthMasks, gates: GateMode) -> BlockGates:
+        """The gates of one block."""
+        if self._plan is not None and step is not None:
+            tokens = self._plan.tokens
+            k = None if tokens.counts is None else tokens.counts[step][layer]
+            return BlockGates(capacity=k, share_scores=tokens.share_scores)
+        noise = gates.tokens[layer] if isinstance(gates, GateNoise) else None
+        return BlockGates(*width.layer(layer), noise, gates == "open")
 
     def _masks(self, step: int | None, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
         """All masks of a forward, ones where nothing is dynamic."""

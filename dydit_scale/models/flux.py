@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.flux_blocks import (
     DyFluxAttnProcessor,
     DyFluxSingleTransformerBlock,
     DyFluxTransformerBlock,
+    PackedFluxBlock,
+    PackedFluxSingleBlock,
 )
 
 
@@ -158,9 +159,8 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             )
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
                 state = (hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs)
-                options = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                options = (t_emb, self._block_gates(i, step, width, gates), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *state, *options)
                 else:
@@ -275,7 +275,7 @@ def _single_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -
     )
 
 
-for _block in (DyFluxTransformerBlock, DyFluxSingleTransformerBlock):
+for _block in (DyFluxTransformerBlock, DyFluxSingleTransformerBlock, PackedFluxBlock, PackedFluxSingleBlock):
     TransformerBlockRegistry.register(
         _block, TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
     )
