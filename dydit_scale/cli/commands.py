@@ -51,6 +51,10 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=int, default=8, help="frames a second of clips")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--pack-memory", type=float, metavar="GIB", help="for packed weights, which are faster with more (default: half "
+        "of what is free)",
+    )  # fmt: skip
     parser.set_defaults(run=_run_sample)
 
 
@@ -63,7 +67,9 @@ def _run_sample(args: argparse.Namespace) -> None:
         raise ValueError('nothing to draw: give --prompts FILE or --prompt "a red circle"')
     out = args.out or args.folder / "pictures"
     options = ("steps", "height", "width", "cfg", "guidance", "sampler", "batch", "seed")
-    sample_run(args.folder, prompts, out, config={name: getattr(args, name) for name in options}, fps=args.fps)
+    config = {name: getattr(args, name) for name in options}
+    memory = None if args.pack_memory is None else int(args.pack_memory * 2**30)
+    sample_run(args.folder, prompts, out, config=config, fps=args.fps, max_bytes=memory)
     print(f"pictures: {out}")
 
 

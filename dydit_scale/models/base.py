@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMa
 from dydit_scale.dynamic.precise import UpcastLinear
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.width import Router, WidthRouter
+from dydit_scale.models.ahead import Embed
 from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.hooks import HookedModelMixin
 from dydit_scale.models.plan import PackedPlan, StepTable, TokenPlan
@@ -52,6 +53,8 @@ class DynamicModelMixin(HookedModelMixin):
     dynamic: DynamicConfig
     timestep_state: TimestepState
     _plan: PackedPlan | None = None
+    _fixed_step: int | None = None
+    """The planned step of all forwards for now, whatever their timesteps: nothing is read from the device."""
 
     def _init_dynamic(self, *, layers: int, dim: int, heads: int) -> None:
         """Called last in ``__init__``: everything at the root that is dynamic."""
@@ -176,6 +179,7 @@ class DynamicModelMixin(HookedModelMixin):
         max_bytes: int | None = None,
         capacity: TokenCapacity | None = None,
         share_scores: bool = False,
+        kernel_layout: bool = True,
     ) -> PackedPlan:
         """Cut a sub-network for each of the sampler's timesteps (as the forward takes them); forwards without gradient
         use them from now on. Equal attentions and MLPs are shared between steps.
@@ -187,6 +191,7 @@ class DynamicModelMixin(HookedModelMixin):
             capacity: work on fixed numbers of tokens, those of the highest scores; None takes those above the router's
                 threshold, as in training's evaluation.
             share_scores: let the branches of guidance, the halves of a batch, skip the same tokens.
+            kernel_layout: False leaves copied weights plain, as torch.compile needs them.
 
         Raises:
             ValueError: ``max_bytes`` is too little for views even, a capacity for other timesteps, or a hook that the
@@ -198,7 +203,7 @@ class DynamicModelMixin(HookedModelMixin):
         if capacity is not None:
             counts = capacity.at(timesteps.float().cpu(), len(self.dynamic_blocks()), self.timestep_tolerance)
         tokens = TokenPlan(None if counts is None else counts.tolist(), share_scores)
-        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes, tokens=tokens)
+        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes, kernel_layout=kernel_layout, tokens=tokens)
         object.__setattr__(self, "_plan", plan)
         return plan
 
@@ -214,12 +219,22 @@ class DynamicModelMixin(HookedModelMixin):
         """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan, or
         where adapters have changed since it was made."""
         rows: dict[int | None, list[int]] = {}
+        if self._fixed_step is not None:
+            return {self._fixed_step: list(range(len(timestep)))}
         if self._plan is not None and not self._plan.adapters.still_holds(self):  # type: ignore[arg-type]
             logger.warning("adapters have changed since pack: the packed sub-networks are dropped; pack again")
             self.unpack()
         if self._plan is not None:
             for row, t in enumerate(timestep.tolist()):
                 rows.setdefault(self._plan.step_of(t), []).append(row)
+            if None in rows and self._plan.missed is None:
+                object.__setattr__(self._plan, "missed", float(timestep[rows[None][0]]))
+                logger.warning(
+                    "timestep %g is not among the %d packed ones: it runs masked, at the static model's cost; pack the "
+                    "timesteps of this sampler (sampler_timesteps)",
+                    self._plan.missed,
+                    len(self._plan.table.timesteps),
+                )
         if len(rows) > 1 and self.is_cache_enabled:  # type: ignore[attr-defined]
             raise ValueError(f"a cache needs one timestep in a batch of packed sampling; got {timestep.tolist()}")
         return rows
@@ -241,6 +256,14 @@ class DynamicModelMixin(HookedModelMixin):
             return BlockGates(capacity=k, share_scores=tokens.share_scores)
         noise = gates.tokens[layer] if isinstance(gates, GateNoise) else None
         return BlockGates(*width.layer(layer), noise, gates == "open")
+
+    def _modulations(
+        self, step: int | None, conditions: Sequence[Any], temb: Float[Tensor, "batch dim"], embed: Embed
+    ) -> list[Tensor] | None:
+        """Each block's modulation at a planned step, where it is computed ahead (see ``AheadModulation``)."""
+        if self._plan is None or self._plan.ahead is None or step is None or self._fixed_step is not None:
+            return None
+        return self._plan.ahead.at(step, conditions, temb, embed)
 
     def _masks(self, step: int | None, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
         """All masks of a forward, ones where nothing is dynamic."""

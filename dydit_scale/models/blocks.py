@@ -28,6 +28,8 @@ class BlockGates(NamedTuple):
     capacity: int | None = None
     """How many tokens of each sample a packed block works on, those of the highest scores; None: those above the
     threshold."""
+    modulation: Float[Tensor, "batch dim6"] | None = None
+    """What a packed block's modulation layer returns, where it is known before."""
     share_scores: bool = False
     """The two halves of the batch, the branches of guidance, skip the same tokens: those of their mean scores."""
 

@@ -185,13 +185,18 @@ class PackedDiTBlock(PackedBlock):
         collect: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As :class:`DyDiTTransformerBlock`'s."""
-        modulation = self.norm1.linear(F.silu(temb)).chunk(6, dim=1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # [batch, dim]
+        modulation = self.modulation(F.silu(temb)) if gates.modulation is None else gates.modulation
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # [batch, dim]
         x = modulated(self.norm1.norm, hidden_states, shift_msa, scale_msa)
         x = gated_sum(hidden_states, gate_msa, self._attention(x, **(cross_attention_kwargs or {})))
         tokens = self._tokens(x, None, temb, gates, collect)
         x = mlp_on_tokens_(x, tokens.rows, self.ff, self.norm3, shift_mlp, scale_mlp, gate_mlp)
         return (x, ones_or(tokens.keep, x)) if collect else x
+
+    @property
+    def modulation(self) -> nn.Module:
+        """[batch, dim] -> [batch, 6 dim]."""
+        return self.norm1.linear
 
     def _attention(
         self, x: Float[Tensor, "batch tokens dim"], frames: int = 1, temporal: bool = False, **ignored: Any

@@ -28,9 +28,12 @@ class PartStore:
 
     Args:
         masks: which units work at each step, on the CPU; None: all at every step.
+        kernel_layout: whether weights of its own may take the layout of the machine's kernels, if these have one.
     """
 
-    def __init__(self, source: Source, masks: Bool[Tensor, "steps units"] | None) -> None:
+    def __init__(
+        self, source: Source, masks: Bool[Tensor, "steps units"] | None, *, kernel_layout: bool = True
+    ) -> None:
         self.source = source
         self.masks = masks
         self.patterns: dict[bytes, Bool[Tensor, " units"]] = {}
@@ -38,6 +41,8 @@ class PartStore:
             self.patterns = {mask.numpy().tobytes(): mask for mask in masks}
         self.order = _order(masks) if masks is not None else None
         self.storage: Storage = "in place"
+        weight = effective_weight(source.layers[0], None)
+        self.has_kernel_layout = kernel_layout and has_kernel_layout(weight.device, weight.dtype)
         self.folded = False
         """Whether TD-LoRA's experts are folded into weights of each step's own."""
         self.has_experts = any(hasattr(getattr(m, "layer", m), "low_rank_at") for m in source.layers)
@@ -105,12 +110,6 @@ class PartStore:
         units = None if whole else self._ascending(key)
         part = self.source.part(units, fused=self.storage != "in place", t_emb=t_emb)
         return part.in_kernel_layout() if self.storage == "own" and self.has_kernel_layout else part
-
-    @property
-    def has_kernel_layout(self) -> bool:
-        """Whether the machine's kernels take these weights in a layout of their own."""
-        weight = effective_weight(self.source.layers[0], None)
-        return has_kernel_layout(weight.device, weight.dtype)
 
 
 def allot(stores: Sequence[PartStore], max_bytes: int | None) -> None:

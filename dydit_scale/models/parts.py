@@ -223,8 +223,8 @@ def with_experts(module: P, t_emb: Float[Tensor, "1 dim"]) -> P:
         pair = module.low_rank_at(t_emb)
         if pair is None:
             return module
-        # The update belongs before the activation.
-        base = shallow(module, gelu=None) if isinstance(module, KernelLinear) else module
+        has_gelu = isinstance(module, KernelLinear) and module.gelu is not None
+        base = shallow(module, gelu=None) if has_gelu else module  # the update belongs before the activation
         return LowRankLinear(base, *pair)  # type: ignore[return-value]
     changed = {name: with_experts(child, t_emb) for name, child in module.named_children()}
     changes = {name: new for name, new in changed.items() if new is not module.get_submodule(name)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.masks import WidthMasks
 from dydit_scale.dynamic.packing import is_adapted
+from dydit_scale.models.ahead import AheadModulation
 from dydit_scale.models.hooks import copy_hooks
 from dydit_scale.models.part_store import PartStore, allot, copied_bytes
 from dydit_scale.models.parts import AttentionSource, Source
@@ -115,6 +116,10 @@ class PackedPlan:
     """What is folded into the sub-blocks."""
     tokens: TokenPlan = TokenPlan()
     """How tokens are chosen."""
+    missed: float | None = None
+    """The first timestep that came and was not planned, so that it ran masked."""
+    ahead: AheadModulation | None = None
+    """The modulations of coming steps, for models whose blocks have layers for them."""
 
     @classmethod
     @torch.no_grad()
@@ -124,6 +129,7 @@ class PackedPlan:
         timesteps: Float[Tensor, " steps"],
         *,
         max_bytes: int | None,
+        kernel_layout: bool = True,
         tokens: TokenPlan = TokenPlan(),
     ) -> PackedPlan:
         table = model.step_table(timesteps)
@@ -131,7 +137,10 @@ class PackedPlan:
         for layer, step in itertools.product(range(len(blocks)), range(steps)):
             _check_heads(table, layer, step)
         stores = [
-            {name: PartStore(source, _masks_of(table, layer, source)) for name, source in block.pack_sources().items()}  # type: ignore[operator]
+            {
+                name: PartStore(source, _masks_of(table, layer, source), kernel_layout=kernel_layout)
+                for name, source in block.pack_sources().items()  # type: ignore[operator]
+            }
             for layer, block in enumerate(blocks)
         ]
         allot([store for layer in stores for store in layer.values()], max_bytes)
@@ -147,6 +156,7 @@ class PackedPlan:
             model.timestep_tolerance,
             AdapterState.of(model),  # type: ignore[arg-type]
             tokens,
+            ahead=_ahead(rows, table),
         )
 
     def step_of(self, timestep: float) -> int | None:
@@ -154,6 +164,12 @@ class PackedPlan:
         distance = (self.table.timesteps - timestep).abs()
         nearest = int(distance.argmin())
         return nearest if float(distance[nearest]) <= self.tolerance * max(abs(timestep), 1e-3) else None
+
+
+def _ahead(rows: tuple[tuple[Any, ...], ...], table: StepTable) -> AheadModulation | None:
+    if not all(hasattr(block, "modulation") for block in rows[0]):
+        return None
+    return AheadModulation([[block.modulation for block in row] for row in rows], table.timesteps.tolist())
 
 
 def _masks_of(table: StepTable, layer: int, source: Source) -> Bool[Tensor, "steps units"] | None:

@@ -27,7 +27,13 @@ from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, stati
 
 
 def sample_run(
-    folder: Path, prompts: Sequence[str], out: Path, *, config: dict[str, Any], fps: int = 8
+    folder: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    config: dict[str, Any],
+    fps: int = 8,
+    max_bytes: int | None = None,
 ) -> SpeedReport | None:
     """Write numbered pictures (or clips, as GIF and MP4) and ``grid.png`` (static above dynamic) to ``out``; print and
     return the comparison.
@@ -35,6 +41,7 @@ def sample_run(
     Args:
         config: fields of SampleConfig; None keeps the run's own.
         fps: frames a second of clips.
+        max_bytes: what the packed weights may take beside the model; None: half of the memory that is free.
 
     Raises ValueError if the folder is no run, or for a sampler or a size that its family does not know.
     """
@@ -44,12 +51,15 @@ def sample_run(
     if run.recipe.dynamic is None:
         pictures, rows, report = generate(run.pipeline, prompts, settings, progress="sampling"), [], None
     else:
-        run.network.pack(sampler_timesteps(run.pipeline, settings))
+        plan = run.network.pack(sampler_timesteps(run.pipeline, settings), max_bytes=max_bytes)
+        print(f"packed: {plan.distinct} sub-blocks for {settings.steps} steps, {plan.bytes / 2**20:.0f} MiB of copies")
         static = static_pipeline(run)
         pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
         rows = [generate(static, prompts, settings, progress="static")]
         report = measure(run, list(prompts)[: settings.batch], settings)
         print(report.table())
+        if plan.missed is not None:
+            print(f"timestep {plan.missed:g} was not packed: its forwards ran masked, at the static model's cost")
     out.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([*rows, pictures])
     columns = len(pictures) if rows else min(8, len(pictures))
