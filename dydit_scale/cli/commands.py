@@ -52,8 +52,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int)
     parser.add_argument(
-        "--pack-memory", type=float, metavar="GIB", help="for packed weights, which are faster with more (default: half "
-        "of what is free)",
+        "--pack-memory", type=float, metavar="GIB", help="for packed weights, the faster the more (default: half of "
+        "the free memory)",
     )  # fmt: skip
     parser.set_defaults(run=_run_sample)
 

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -248,22 +248,35 @@ class DynamicModelMixin(HookedModelMixin):
         t_emb = self.routing_embedding(timestep)
         return t_emb, tuple(self.dynamic_blocks()), self.width_masks(t_emb, gates)
 
-    def _block_gates(self, layer: int, step: int | None, width: WidthMasks, gates: GateMode) -> BlockGates:
-        """The gates of one block."""
+    def _block_gates(
+        self,
+        layer: int,
+        step: int | None,
+        width: WidthMasks,
+        gates: GateMode,
+        modulations: list[Tensor] | None = None,
+    ) -> BlockGates:
+        """The gates of one block, and its modulation where that is known before."""
         if self._plan is not None and step is not None:
             tokens = self._plan.tokens
             k = None if tokens.counts is None else tokens.counts[step][layer]
-            return BlockGates(capacity=k, share_scores=tokens.share_scores)
+            modulation = None if modulations is None else modulations[layer]
+            return BlockGates(capacity=k, modulation=modulation, share_scores=tokens.share_scores)
         noise = gates.tokens[layer] if isinstance(gates, GateNoise) else None
         return BlockGates(*width.layer(layer), noise, gates == "open")
 
     def _modulations(
-        self, step: int | None, conditions: Sequence[Any], temb: Float[Tensor, "batch dim"], embed: Embed
+        self,
+        step: int | None,
+        timestep: Shaped[Tensor, " batch"],
+        conditions: Sequence[Any],
+        temb: Float[Tensor, "batch dim"],
+        embed: Embed,
     ) -> list[Tensor] | None:
         """Each block's modulation at a planned step, where it is computed ahead (see ``AheadModulation``)."""
         if self._plan is None or self._plan.ahead is None or step is None or self._fixed_step is not None:
             return None
-        return self._plan.ahead.at(step, conditions, temb, embed)
+        return self._plan.ahead.at(step, timestep, conditions, temb, embed)
 
     def _masks(self, step: int | None, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
         """All masks of a forward, ones where nothing is dynamic."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.gates import threshold_gate
@@ -28,8 +29,8 @@ class BlockGates(NamedTuple):
     capacity: int | None = None
     """How many tokens of each sample a packed block works on, those of the highest scores; None: those above the
     threshold."""
-    modulation: Float[Tensor, "batch dim6"] | None = None
-    """What a packed block's modulation layer returns, where it is known before."""
+    modulation: Float[Tensor, "batch modulation"] | None = None
+    """What a packed block's modulation layers return, where it is known before."""
     share_scores: bool = False
     """The two halves of the batch, the branches of guidance, skip the same tokens: those of their mean scores."""
 
@@ -86,6 +87,17 @@ class PackedBlock(nn.Module):
     def __init__(self, block: DynamicBlock) -> None:
         super().__init__()
         self.dy_token = block.dy_token
+
+    @property
+    def modulation(self) -> tuple[nn.Module, ...]:
+        """The layers [batch, dim] -> [batch, modulation] of the block, if it has any."""
+        return ()
+
+    def _modulation(self, temb: Float[Tensor, "batch dim"], gates: BlockGates) -> Float[Tensor, "batch modulation"]:
+        if gates.modulation is not None:
+            return gates.modulation
+        x = F.silu(temb)
+        return torch.cat([layer(x) for layer in self.modulation], dim=1)
 
     def _tokens(
         self, image: Tensor, text: Tensor | None, temb: Tensor, gates: BlockGates, collect: bool

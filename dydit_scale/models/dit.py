@@ -232,16 +232,14 @@ class DyDiTTransformer2DModel(DynamicModelMixin, DiTTransformer2DModel, PeftAdap
             temb = self._condition(timestep, class_labels, drop_labels, hidden_states.dtype)  # [batch, dim]
             ahead = self._modulations(
                 step,
-                (class_labels, drop_labels, len(timestep)),
+                timestep,
+                (class_labels, drop_labels),
                 temb,
-                lambda t: self._condition(torch.full_like(timestep, t), class_labels, drop_labels, temb.dtype),
+                lambda t: self._condition(t, class_labels, drop_labels, temb.dtype),
             )
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                block_gates = self._block_gates(i, step, width, gates)
-                if ahead is not None:
-                    block_gates = block_gates._replace(modulation=ahead[i])
-                options = (t_emb, block_gates, collect)
+                options = (t_emb, self._block_gates(i, step, width, gates, ahead), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(
                         block, hidden_states, temb, cross_attention_kwargs, *options

@@ -13,7 +13,6 @@ from diffusers.models.normalization import AdaLayerNormZero
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.packing import fold
@@ -185,8 +184,8 @@ class PackedDiTBlock(PackedBlock):
         collect: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As :class:`DyDiTTransformerBlock`'s."""
-        modulation = self.modulation(F.silu(temb)) if gates.modulation is None else gates.modulation
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # [batch, dim]
+        modulation = self._modulation(temb, gates).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # [batch, dim]
         x = modulated(self.norm1.norm, hidden_states, shift_msa, scale_msa)
         x = gated_sum(hidden_states, gate_msa, self._attention(x, **(cross_attention_kwargs or {})))
         tokens = self._tokens(x, None, temb, gates, collect)
@@ -194,9 +193,9 @@ class PackedDiTBlock(PackedBlock):
         return (x, ones_or(tokens.keep, x)) if collect else x
 
     @property
-    def modulation(self) -> nn.Module:
+    def modulation(self) -> tuple[nn.Module, ...]:
         """[batch, dim] -> [batch, 6 dim]."""
-        return self.norm1.linear
+        return (self.norm1.linear,)
 
     def _attention(
         self, x: Float[Tensor, "batch tokens dim"], frames: int = 1, temporal: bool = False, **ignored: Any

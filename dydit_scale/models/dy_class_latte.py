@@ -202,15 +202,14 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
             if axis.parts == 1:
                 ahead = self._modulations(
                     step,
-                    (class_labels, drop_labels, len(timestep)),
+                    timestep,
+                    (class_labels, drop_labels),
                     temb,
-                    lambda t: self._condition(torch.full_like(timestep, t), class_labels, drop_labels, axis, x.dtype),
+                    lambda t: self._condition(t, class_labels, drop_labels, axis, x.dtype),
                 )
             tokens: list[Tensor] = []
             for i, block in axis.running(blocks):
-                block_gates = _for_rows(self._block_gates(i, step, width, gates), i, axis)
-                if ahead is not None:
-                    block_gates = block_gates._replace(modulation=ahead[i])
+                block_gates = _for_rows(self._block_gates(i, step, width, gates, ahead), i, axis)
                 options = (axis.per_row(i, t_emb), block_gates, collect)
                 inputs = (*self._block_inputs(i, x, temb, axis), *options)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -157,10 +157,17 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             hidden_states, encoder_hidden_states, temb, rotary = self._embed(
                 hidden_states, encoder_hidden_states, pooled_projections, timestep, guidance, img_ids, txt_ids
             )
+            ahead = self._modulations(
+                step,
+                timestep,
+                (pooled_projections, guidance),
+                temb,
+                lambda t: self._condition(t, guidance, pooled_projections, temb.dtype),
+            )
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
                 state = (hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs)
-                options = (t_emb, self._block_gates(i, step, width, gates), collect)
+                options = (t_emb, self._block_gates(i, step, width, gates, ahead), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *state, *options)
                 else:
@@ -228,10 +235,16 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """(image tokens, text tokens, modulation embedding, rotary tables)."""
         hidden_states = self.x_embedder(hidden_states)
-        scaled = [None if x is None else x.to(hidden_states.dtype) * 1000 for x in (timestep, guidance)]
-        temb = self.time_text_embed(*(x for x in scaled if x is not None), pooled_projections)
+        temb = self._condition(timestep, guidance, pooled_projections, hidden_states.dtype)
         ids = torch.cat([x[0] if x.ndim == 3 else x for x in (txt_ids, img_ids)])
         return hidden_states, self.context_embedder(encoder_hidden_states), temb, self.pos_embed(ids)
+
+    def _condition(
+        self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype
+    ) -> Float[Tensor, "batch dim"]:
+        """Timestep, guidance and pooled text together."""
+        scaled = [x.to(dtype) * 1000 for x in (timestep, guidance) if x is not None]
+        return self.time_text_embed(*scaled, pooled)
 
 
 class ControlNetResiduals(NamedTuple):

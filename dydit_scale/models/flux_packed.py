@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Float, Int64
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from dydit_scale.dynamic.packing import add_on_rows_, fold
 from dydit_scale.models.blocks import BlockGates, PackedBlock, ones_or
@@ -40,9 +39,9 @@ class PackedFluxBlock(PackedBlock):
         collect: bool = False,
     ) -> tuple[Tensor, ...]:
         """As DyFluxTransformerBlock's."""
-        emb = F.silu(temb)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1.linear(emb).chunk(6, dim=1)
-        c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context.linear(emb).chunk(6, dim=1)
+        modulation = self._modulation(temb, gates).chunk(12, dim=1)  # [batch, dim]
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation[:6]
+        c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = modulation[6:]
         image = self.attn.project(modulated(self.norm1.norm, hidden_states, shift, scale), 0)
         text = self.attn.project(modulated(self.norm1_context.norm, encoder_hidden_states, c_shift, c_scale), 1)
         qkv = [torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)]
@@ -56,6 +55,11 @@ class PackedFluxBlock(PackedBlock):
         mlp_on_tokens_(text_stream, None, self.ff_context, self.norm2_context, c_shift_mlp, c_scale_mlp, c_gate_mlp)
         outputs = (finite(text_stream), image_stream)
         return (*outputs, ones_or(tokens.keep, image_stream)) if collect else outputs
+
+    @property
+    def modulation(self) -> tuple[nn.Module, ...]:
+        """The image's, then the text's."""
+        return self.norm1.linear, self.norm1_context.linear
 
 
 class PackedFluxSingleBlock(PackedBlock):
@@ -82,7 +86,7 @@ class PackedFluxSingleBlock(PackedBlock):
         tokens = self._tokens(hidden_states, encoder_hidden_states, temb, gates, collect)
         texts, images = encoder_hidden_states.shape[1], hidden_states.shape[1]
         stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        shift, scale, gate = self.norm.linear(F.silu(temb)).chunk(3, dim=1)
+        shift, scale, gate = self._modulation(temb, gates).chunk(3, dim=1)
         x = modulated(self.norm.norm, stream, shift, scale)
         attn = _attend(self.attn, self.attn.project(x), image_rotary_emb, joint_attention_kwargs)
         if tokens.rows is None:
@@ -97,6 +101,11 @@ class PackedFluxSingleBlock(PackedBlock):
             stream = add_on_rows_(stream, rows, update, gate)
         text, image = finite(stream).split([texts, images], dim=1)
         return (text, image, ones_or(tokens.keep, image)) if collect else (text, image)
+
+    @property
+    def modulation(self) -> tuple[nn.Module, ...]:
+        """That of both streams."""
+        return (self.norm.linear,)
 
 
 def _attend(

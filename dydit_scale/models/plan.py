@@ -167,9 +167,9 @@ class PackedPlan:
 
 
 def _ahead(rows: tuple[tuple[Any, ...], ...], table: StepTable) -> AheadModulation | None:
-    if not all(hasattr(block, "modulation") for block in rows[0]):
+    if not all(block.modulation for block in rows[0]):
         return None
-    return AheadModulation([[block.modulation for block in row] for row in rows], table.timesteps.tolist())
+    return AheadModulation([[block.modulation for block in row] for row in rows], table.timesteps)
 
 
 def _masks_of(table: StepTable, layer: int, source: Source) -> Bool[Tensor, "steps units"] | None:

@@ -89,44 +89,63 @@ def test_an_unplanned_timestep_is_told_once(family: Family, caplog: pytest.LogCa
     assert "is not among the 1 packed ones: it runs masked" in caplog.text
 
 
-AHEAD = [family for family in FAMILIES if family.name in ("dit", "latte-classes")]
+CONDITIONS = {"dit": "class_labels", "latte-classes": "class_labels", "flux": "pooled_projections"}
+AHEAD = [family for family in FAMILIES if family.name in CONDITIONS]
 
 
 @pytest.mark.parametrize("family", AHEAD, ids=lambda f: f.name)
 @torch.no_grad()
 def test_modulation_is_computed_ahead_for_a_sampler_alone(family: Family) -> None:
-    model, times = scramble(family.make()), list(STEPS)
+    model, times, name = scramble(family.make()), list(STEPS), CONDITIONS[family.name]
     runs = [family.x(t) for t in times]
     expected = [model(**x).sample for x in runs]
     plan = model.pack(family.steps(*times))
+    layers = {id(layer): layer for block in plan.blocks[0] for layer in block.modulation}  # type: ignore[union-attr]
     calls: list[int] = []
-    for block in {id(b.modulation): b for b in plan.blocks[0]}.values():
-        block.modulation.register_forward_hook(lambda m, args, out: calls.append(len(out)))  # type: ignore[union-attr]
-    layers = len(plan.blocks[0])
-    for x, out in zip(runs, expected, strict=True):  # labels of each call are new tensors: nothing is foreseen
+    for layer in layers.values():
+        layer.register_forward_hook(lambda m, args, out: calls.append(len(out)))
+    for x, out in zip(runs, expected, strict=True):  # conditions of each call are new tensors: nothing is foreseen
         torch.testing.assert_close(model(**x).sample, out, atol=1e-5, rtol=1e-4)
-    assert calls == [1] * (3 * layers)
+    assert calls == [1] * (3 * len(layers))
 
     calls.clear()
-    labels = runs[0]["class_labels"]
+    condition = runs[0][name]
     for x, out in zip(runs, expected, strict=True):
-        torch.testing.assert_close(model(**{**x, "class_labels": labels}).sample, out, atol=1e-5, rtol=1e-4)
-    assert calls == [1] * layers + [2] * layers  # the second step computes the third's, too
+        torch.testing.assert_close(model(**{**x, name: condition}).sample, out, atol=1e-5, rtol=1e-4)
+    assert calls == [1] * len(layers) + [2] * len(layers)  # the second step computes the third's, too
 
-    labels += 1 if int(labels[0]) == 0 else -1  # in place: other conditions
+    condition += 1 if int(condition.flatten()[0]) == 0 else -1  # in place: other conditions
     model.unpack()
-    changed = [model(**{**x, "class_labels": labels}).sample for x in runs]
+    changed = [model(**{**x, name: condition}).sample for x in runs]
     assert not torch.allclose(changed[2], expected[2], atol=1e-3)
     object.__setattr__(model, "_plan", plan)
     for x, out in zip(runs, changed, strict=True):
-        torch.testing.assert_close(model(**{**x, "class_labels": labels}).sample, out, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(**{**x, name: condition}).sample, out, atol=1e-5, rtol=1e-4)
+
+
+def test_rounded_timesteps_are_foreseen_once_they_are_known() -> None:
+    layer = torch.nn.Linear(2, 4)
+    ahead = AheadModulation([[(layer,)]] * 3, torch.tensor([0.9, 0.5, 0.1]))
+    asked: list[float] = []
+
+    def embed(t: torch.Tensor) -> torch.Tensor:
+        asked.append(float(t[0]))
+        return t.float()[:, None].expand(-1, 2)
+
+    rounded = [torch.tensor([t]).bfloat16() for t in (0.9, 0.5, 0.1)]
+    for _ in range(2):  # two pictures
+        prompt = torch.zeros(1)
+        found = [ahead.at(s, t, (prompt,), embed(t), embed) for s, t in enumerate(rounded)]
+    assert found[0] is None and found[1] is not None and found[2] is not None
+    assert set(asked) == {float(t) for t in rounded}  # never the planned 0.9 or 0.1, which are not what came
+    torch.testing.assert_close(found[2][0], layer(torch.nn.functional.silu(embed(rounded[2]))))
 
 
 def test_steps_of_other_modulation_layers_are_left_alone() -> None:
-    layers = [[torch.nn.Linear(4, 24)] for _ in range(3)]  # TD-LoRA: another one at each step
-    ahead = AheadModulation(layers, [3.0, 2.0, 1.0])
-    for step in range(3):
-        assert ahead.at(step, ("same",), torch.zeros(1, 4), lambda t: torch.zeros(1, 4)) is None
+    layers = [[(torch.nn.Linear(4, 24),)] for _ in range(3)]  # TD-LoRA: another one at each step
+    ahead = AheadModulation(layers, torch.tensor([3.0, 2.0, 1.0]))
+    for step, t in enumerate((3.0, 2.0, 1.0)):
+        assert ahead.at(step, torch.tensor([t]), ("same",), torch.zeros(1, 4), lambda t: torch.zeros(1, 4)) is None
 
 
 def packed(**options: Any) -> Any:
