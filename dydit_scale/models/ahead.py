@@ -18,7 +18,7 @@ from torch.nn import functional as F
 BYTES = 64 * 2**20
 """What the stored modulations may take; as many steps are computed at once as fit."""
 
-Embed = Callable[[Shaped[Tensor, " batch"]], Float[Tensor, "batch dim"]]
+Embed = Callable[[Shaped[Tensor, " batch_t"]], Float[Tensor, "batch dim"]]
 Layers = tuple[nn.Module, ...]
 
 
@@ -40,7 +40,7 @@ class AheadModulation:
     def at(
         self,
         step: int,
-        timestep: Shaped[Tensor, " batch"],
+        timestep: Shaped[Tensor, " batch_t"],
         conditions: Sequence[Any],
         temb: Float[Tensor, "batch dim"],
         embed: Embed,
@@ -80,7 +80,7 @@ class AheadModulation:
         steps = [s for s in steps if s in known]
         if len(steps) < 2:
             return {}
-        tembs = [temb if s == step else embed(known[s].expand(len(temb))) for s in steps]
+        tembs = [temb if s == step else embed(known[s].expand(len(timestep))) for s in steps]
         stacked = F.silu(torch.cat(tembs))
         each = [torch.cat([layer(stacked) for layer in block], dim=1).split(len(temb)) for block in layers]
         return {s: [rows[i] for rows in each] for i, s in enumerate(steps)}

@@ -268,7 +268,7 @@ class DynamicModelMixin(HookedModelMixin):
     def _modulations(
         self,
         step: int | None,
-        timestep: Shaped[Tensor, " batch"],
+        timestep: Shaped[Tensor, " batch_t"],
         conditions: Sequence[Any],
         temb: Float[Tensor, "batch dim"],
         embed: Embed,
