@@ -52,15 +52,20 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int)
     parser.add_argument(
-        "--pack-memory", type=float, metavar="GIB", help="for packed weights, the faster the more (default: half of "
-        "the free memory)",
-    )  # fmt: skip
+        "--pack-memory", type=float, metavar="GIB", help="for packed weights (default: half of the free memory)"
+    )
+    parser.add_argument(
+        "--fixed-tokens",
+        action="store_true",
+        help="count tokens in a first pass: no wait for a GPU's answer",
+    )
+    parser.add_argument("--execution", choices=("eager", "compile", "cudagraphs"), default="eager")
     parser.set_defaults(run=_run_sample)
 
 
 def _run_sample(args: argparse.Namespace) -> None:
     _quiet()
-    from dydit_scale.workflows.sample import read_prompts, sample_run
+    from dydit_scale.workflows.sample import PackOptions, read_prompts, sample_run
 
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
@@ -69,7 +74,8 @@ def _run_sample(args: argparse.Namespace) -> None:
     options = ("steps", "height", "width", "cfg", "guidance", "sampler", "batch", "seed")
     config = {name: getattr(args, name) for name in options}
     memory = None if args.pack_memory is None else int(args.pack_memory * 2**30)
-    sample_run(args.folder, prompts, out, config=config, fps=args.fps, max_bytes=memory)
+    packing = PackOptions(max_bytes=memory, fixed_tokens=args.fixed_tokens, execution=args.execution)
+    sample_run(args.folder, prompts, out, config=config, fps=args.fps, packing=packing)
     print(f"pictures: {out}")
 
 
