@@ -144,3 +144,20 @@ def test_a_kernel_layout_is_for_the_cpu_and_says_so() -> None:
         KernelLinear(linear)
     assert not has_kernel_layout(torch.device("cuda"), torch.float32)
     assert part_store.copied_bytes([KernelLinear(CutLinear([nn.Linear(4, 8)]))], set()) >= 4 * 8 * 4
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_half_precision_packs_to_within_its_rounding(family: Family, dtype: torch.dtype) -> None:
+    exact = scramble(family.make(tokens=False))  # a rounded score may fall on the other side of a threshold
+    expected = exact(**family.x(*STEPS)).sample
+    model = scramble(family.make(tokens=False)).to(dtype)
+    x = {n: v.to(dtype) if v.is_floating_point() and n != "timestep" else v for n, v in family.x(*STEPS).items()}
+    masked = model(**x).sample
+    model.pack(family.steps(*STEPS))
+    packed = model(**x).sample
+    assert packed.dtype == dtype
+    rounding = float((masked.float() - expected).abs().mean())
+    assert 0 < rounding < 0.05 * float(expected.abs().mean())
+    assert float((packed.float() - expected).abs().mean()) < 1.5 * rounding
