@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +66,13 @@ def mlp_on_rows(
     Raises:
         ValueError: an unknown activation, sizes that do not fit, or one of shift and scale without the other.
     """
-    given = (x, up_weight, up_bias, down_weight, down_bias, gate, residual, shift, scale, up_scale, down_scale)
-    _check(x, up_weight, down_weight, gate, residual, activation, shift, scale)
+    given = {
+        "up_weight": up_weight, "up_bias": up_bias, "down_weight": down_weight, "down_bias": down_bias, "gate": gate,
+        "residual": residual, "shift": shift, "scale": scale, "up_scale": up_scale, "down_scale": down_scale,
+    }  # fmt: skip
+    _check(x, rows, len(up_weight), activation, given)
     tanh = activation == "gelu-approximate"
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given.values()))
     flat, out = x.flatten(0, 1), residual.flatten(0, 1)
     if not recorded and _is_fused(x, up_weight, down_weight):
         out = out.contiguous()
@@ -80,31 +83,29 @@ def mlp_on_rows(
         )  # fmt: skip
         return out.view_as(residual)
     part = _plain(x, rows, up_weight, up_bias, down_weight, down_bias, gate, tanh, shift, scale, up_scale, down_scale)
-    rows = rows.clamp(0, len(flat) - 1)  # padding adds zero there
+    part, rows = part.to(out.dtype), rows.clamp(0, len(flat) - 1)  # padding adds zero there
     in_place = not recorded and out.is_contiguous()
     return (out.index_add_(0, rows, part) if in_place else out.index_add(0, rows, part)).view_as(residual)
 
 
-def _check(
-    x: Tensor, up_weight: Tensor, down_weight: Tensor, gate: Tensor, residual: Tensor, activation: str,
-    shift: Tensor | None, scale: Tensor | None,
-) -> None:  # fmt: skip
+def _check(x: Tensor, rows: Tensor, hidden: int, activation: str, given: dict[str, Tensor | None]) -> None:
+    """The kernels would read beyond the end of a tensor that is too small."""
     if activation not in ("gelu-approximate", "gelu"):
         raise ValueError(f"mlp_on_rows: expected activation 'gelu-approximate' or 'gelu', got {activation!r}")
-    if (shift is None) != (scale is None):
+    if (given["shift"] is None) != (given["scale"] is None):
         raise ValueError("mlp_on_rows: shift and scale modulate together; give both or neither")
+    if rows.ndim != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"mlp_on_rows: rows: expected a list of int64, got {list(rows.shape)} of {rows.dtype}")
     batch, _, dim = x.shape
-    hidden = len(up_weight)
-    expected = {
-        "up_weight": (up_weight, (hidden, dim)),
-        "down_weight": (down_weight, (dim, hidden)),
-        "gate": (gate, (batch, dim)),
-        "residual": (residual, tuple(x.shape)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"mlp_on_rows: {name}: expected {list(shape)} for x {list(x.shape)} and {hidden} hidden "
-                             f"channels, got {list(tensor.shape)}")  # fmt: skip
+    shapes = {"up_weight": (hidden, dim), "down_weight": (dim, hidden), "residual": tuple(x.shape)}
+    shapes |= {"up_bias": (hidden,), "up_scale": (hidden,), "down_bias": (dim,), "down_scale": (dim,)}
+    for name, tensor in given.items():
+        shape = shapes.get(name, (batch, dim))
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"mlp_on_rows: {name}: expected {list(shape)} for x {list(x.shape)} and {hidden} hidden channels, got "
+                f"{list(tensor.shape)}"
+            )
 
 
 def _plain(
@@ -153,16 +154,19 @@ def _fused(
     if len(rows) == 0:
         return
     token_kernels.run(
-        x, rows, _dense_rows(up_weight), up_bias, _dense_rows(down_weight), down_bias, _dense_rows(gate), out,
-        tokens=tokens, tanh=tanh,
-        shift=None if shift is None else _dense_rows(shift), scale=None if scale is None else _dense_rows(scale),
-        up_scale=up_scale, down_scale=down_scale,
+        _near(x), rows, _near(up_weight), _near(up_bias), _near(down_weight), _near(down_bias), _near(gate), out,
+        tokens=tokens, tanh=tanh, shift=_near(shift), scale=_near(scale), up_scale=_near(up_scale),
+        down_scale=_near(down_scale),
     )  # fmt: skip
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+@overload
+def _near(x: Tensor) -> Tensor: ...
+@overload
+def _near(x: None) -> None: ...
+def _near(x: Tensor | None) -> Tensor | None:
     """With neighbouring elements in the last axis, as the kernels read them; rows may lie apart."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 # To torch.compile the kernels are one operation.

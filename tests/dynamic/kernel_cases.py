@@ -67,7 +67,7 @@ def measure(
     if weights is not None:
         options |= {"up_scale": normal(hidden).abs(), "down_scale": normal(dim).abs()}
         up, down = (up * 30).to(weights), (down * 30).to(weights)
-    biases = (normal(hidden), normal(dim)) if bias else (None, None)
+    biases = (normal(hidden, 2)[:, 1], normal(dim)) if bias else (None, None)
     given = (x, rows.to(device), up, biases[0], down, biases[1], gate)
 
     def run(fused: bool, call: Any = mlp_on_rows, as_: torch.dtype | None = None) -> Tensor:

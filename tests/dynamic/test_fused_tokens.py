@@ -137,6 +137,9 @@ def test_weights_of_8_bits_have_their_scales(weights: torch.dtype) -> None:
         ({"shift": torch.zeros(BATCH, DIM)}, "shift and scale modulate together"),
         ({"gate": torch.zeros(BATCH + 1, DIM)}, r"gate: expected \[2, 12\] for x"),
         ({"down_weight": torch.zeros(DIM, HIDDEN + 1)}, r"down_weight: expected \[12, 20\].* got \[12, 21\]"),
+        ({"up_bias": torch.zeros(HIDDEN - 1)}, r"up_bias: expected \[20\].* got \[19\]"),
+        ({"down_scale": torch.zeros(HIDDEN)}, r"down_scale: expected \[12\].* got \[20\]"),
+        ({"rows": torch.tensor([0.0])}, r"rows: expected a list of int64, got \[1\] of torch\.float32"),
         ({"residual": torch.zeros(BATCH, TOKENS + 1, DIM)}, r"residual: expected \[2, 7, 12\]"),
     ],
 )
