@@ -33,7 +33,7 @@ RECIPE_COUNT = 30
 # Import names that differ from the name of the distribution.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # The user chooses their builds.
-UNPINNED = {"torch", "xformers"}
+UNPINNED = {"torch", "triton", "xformers"}
 
 # Written in pieces so that this file passes its own test.
 NOT_OURS = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils import quantization_utils
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from dydit_scale.adapters import td_lora
 from dydit_scale.adapters.state import load_td_lora, save_td_lora
 from dydit_scale.adapters.td_lora import add_td_lora, merge_at, td_layers, unmerge
 from dydit_scale.dynamic.timestep import TimestepState
@@ -63,12 +63,12 @@ class Backend(QuantizationBackend):
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the scheme of this file one that peft knows."""
-    theirs = td_lora.resolve_quantization_backend
+    theirs = quantization_utils.resolve_quantization_backend
 
     def resolve(base: nn.Module, **options: Any) -> QuantizationBackend | None:
         return Backend() if isinstance(base, Int8Linear) else theirs(base, **options)
 
-    monkeypatch.setattr(td_lora, "resolve_quantization_backend", resolve)
+    monkeypatch.setattr(quantization_utils, "resolve_quantization_backend", resolve)
 
 
 def quantised(kind: str) -> Any:
