@@ -44,7 +44,7 @@ class KernelLinear(nn.Module):
         self.gelu = gelu
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), None)
         # Of the slice, what low_rank_at needs.
-        self.source = (_without_weight(linear),)
+        self.source = (without_weight(linear),)
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +65,8 @@ class KernelLinear(nn.Module):
         return self.source[0].low_rank_at(t_emb)
 
 
-def _without_weight(linear: CutLinear) -> CutLinear:
+def without_weight(linear: CutLinear) -> CutLinear:
+    """The slice without its weight and bias: where it was cut, which ``low_rank_at`` needs."""
     empty = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
     return shallow(linear, weight=empty, bias=None)
 

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dydit_scale.dynamic.weight_only import dense_weight
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -40,21 +42,19 @@ def depends_on_timestep(module: nn.Module) -> bool:
 
 
 def effective_weight(linear: Any, t_emb: Float[Tensor, "1 dim"] | None) -> Float[Tensor, "out in"]:
-    """The weight that the layer computes with, its active adapters folded in: those of TD-LoRA at ``t_emb``, or, where
-    that is None, without them."""
+    """The weight that the layer computes with, dequantised, its active adapters folded in: those of TD-LoRA at
+    ``t_emb``, or, where that is None, without them."""
     if isinstance(linear, LinearColumns):
         return effective_weight(linear.layer, t_emb).narrow(1, linear.start, linear.in_features)
     if hasattr(linear, "weight_at"):
         return linear.base_weight() if t_emb is None else linear.weight_at(t_emb)
     if hasattr(linear, "get_delta_weight"):
         return _with_lora(linear)
-    if not isinstance(linear.weight, Tensor) or not linear.weight.is_floating_point():
-        raise ValueError(f"{type(linear).__name__} with a quantised weight cannot be sliced; sample without packing")
-    return linear.weight
+    return dense_weight(linear)
 
 
 def _with_lora(layer: Any) -> Tensor:
-    weight = layer.get_base_layer().weight
+    weight = dense_weight(layer.get_base_layer())
     if layer.disable_adapters or layer.merged:
         return weight
     active = [name for name in layer.active_adapters if name in layer.lora_A]

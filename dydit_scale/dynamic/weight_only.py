@@ -78,14 +78,15 @@ def compress(linear: nn.Linear, kind: Kind) -> WeightOnlyLinear:
     return WeightOnlyLinear(divided.clamp(-largest, largest).to(target), scale, bias)
 
 
-def _check_compressible(linear: nn.Module, kind: str) -> None:
+def _check_compressible(linear: Any, kind: str) -> None:
     if kind not in ("int8", "fp8"):
         raise ValueError(f"compress: expected 'int8' or 'fp8', got {kind!r}")
-    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor:
+    computes_plainly = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    if not computes_plainly or hasattr(linear, "weight_at") or type(linear.weight.data) is not Tensor:
         weight = getattr(linear, "weight", None)
         raise ValueError(
             f"compress: expected a plain nn.Linear, got {type(linear).__name__} with a weight of "
-            f"{type(weight).__name__}; fold adapters and dequantise first (slice_linear, dense_weight)"
+            f"{type(weight).__name__}; fold adapters and dequantise first (CutLinear)"
         )
     weight, where = linear.weight, f"compress: {kind} weights on {linear.weight.device.type}"
     if weight.dtype not in COMPUTE_DTYPES:
@@ -126,13 +127,13 @@ def dense_weight(linear: Any, dtype: torch.dtype | None = None) -> Float[Tensor,
     if isinstance(linear, WeightOnlyLinear):
         return linear.dense_weight(dtype or linear.scale.dtype)
     weight, kind, backend = getattr(linear, "weight", None), type(linear).__name__, None
-    if not _is_plain(weight):
+    if not is_plain(weight):
         backend = quantisation_of(linear)
         try:
             weight = weight if backend is None else backend.get_base_weight(linear)
         except (NotImplementedError, TypeError) as error:
             raise ValueError(f"dense_weight: {kind} is quantised and cannot be dequantised: {error}") from error
-    if not _is_plain(weight):
+    if not is_plain(weight):
         raise ValueError(
             f"dense_weight: {kind} has a weight of {type(weight).__name__} ({getattr(weight, 'dtype', None)}), "
             "quantised in a way that peft does not know; load the model unquantised, or with bitsandbytes or torchao"
@@ -142,5 +143,6 @@ def dense_weight(linear: Any, dtype: torch.dtype | None = None) -> Float[Tensor,
     return weight.detach().to(dtype or known)
 
 
-def _is_plain(weight: Any) -> TypeGuard[Tensor]:
+def is_plain(weight: Any) -> TypeGuard[Tensor]:
+    """Whether a weight is an ordinary tensor of floating point."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in (*COMPUTE_DTYPES, torch.float64)

@@ -23,11 +23,12 @@ from dydit_scale.dynamic.cost import ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
 from dydit_scale.dynamic.precise import UpcastLinear
 from dydit_scale.dynamic.timestep import TimestepState
+from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.dynamic.width import Router, WidthRouter
 from dydit_scale.models.ahead import Embed
 from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.hooks import HookedModelMixin
-from dydit_scale.models.plan import PackedPlan, StepTable, TokenPlan
+from dydit_scale.models.plan import PackedPlan, StepTable, StorageOptions, TokenPlan
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound="DynamicModelMixin")
@@ -180,6 +181,8 @@ class DynamicModelMixin(HookedModelMixin):
         capacity: TokenCapacity | None = None,
         share_scores: bool = False,
         kernel_layout: bool = True,
+        weights: Kind | None = None,
+        fused_tokens: bool = False,
     ) -> PackedPlan:
         """Cut a sub-network for each of the sampler's timesteps (as the forward takes them); forwards without gradient
         use them from now on. Equal attentions and MLPs are shared between steps.
@@ -192,6 +195,9 @@ class DynamicModelMixin(HookedModelMixin):
                 threshold, as in training's evaluation.
             share_scores: let the branches of guidance, the halves of a batch, skip the same tokens.
             kernel_layout: False leaves copied weights plain, as torch.compile needs them.
+            weights: keep the copies in int8 or (CUDA) fp8, cast at each call: half the memory, no more speed.
+            fused_tokens: run the MLP of chosen tokens in two Triton kernels (CUDA, half precision) in place of gather,
+                MLP and scatter. No GPU has measured them yet.
 
         Raises:
             ValueError: ``max_bytes`` is too little for views even, a capacity for other timesteps, or a hook that the
@@ -203,7 +209,8 @@ class DynamicModelMixin(HookedModelMixin):
         if capacity is not None:
             counts = capacity.at(timesteps.float().cpu(), len(self.dynamic_blocks()), self.timestep_tolerance)
         tokens = TokenPlan(None if counts is None else counts.tolist(), share_scores)
-        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes, kernel_layout=kernel_layout, tokens=tokens)
+        storage = StorageOptions(kernel_layout=kernel_layout, weights=weights, fused_tokens=fused_tokens)
+        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes, storage=storage, tokens=tokens)
         object.__setattr__(self, "_plan", plan)
         return plan
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.fused_tokens import fixed_rows
 from dydit_scale.dynamic.gates import threshold_gate
 from dydit_scale.dynamic.packing import chosen_rows
 from dydit_scale.dynamic.ranking import units_in_place
@@ -111,19 +112,12 @@ class PackedBlock(nn.Module):
             logits = logits.unflatten(0, (2, -1)).mean(0).repeat(2, 1)
         if gates.capacity is not None:
             k = min(gates.capacity, tokens)
-            rows = highest_rows(logits, k)
+            rows = fixed_rows(logits, k)
             keep = torch.zeros_like(logits).flatten().index_fill_(0, rows, 1.0).view_as(logits) if collect else None
             return PackedTokens(None if k == tokens else rows, keep)
         keep = threshold_gate(logits)
         rows = chosen_rows(keep)
         return PackedTokens(None if len(rows) == batch * tokens else rows, keep)
-
-
-def highest_rows(scores: Float[Tensor, "batch tokens"], k: int) -> Int64[Tensor, " batch_k"]:
-    """The places, among the flattened (batch, token) rows, of each sample's ``k`` highest scores, ascending; nothing
-    waits for the device."""
-    chosen = scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    return (chosen + torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]).flatten()
 
 
 def ones_or(keep: Tensor | None, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens"]:

@@ -51,7 +51,7 @@ class PackedFluxBlock(PackedBlock):
         text_stream = gated_sum(encoder_hidden_states, c_gate, self.attn.project_out(text_out, 1))
 
         tokens = self._tokens(image_stream, text_stream, temb, gates, collect)
-        mlp_on_tokens_(image_stream, tokens.rows, self.ff, self.norm2, shift_mlp, scale_mlp, gate_mlp)
+        image_stream = mlp_on_tokens_(image_stream, tokens.rows, self.ff, self.norm2, shift_mlp, scale_mlp, gate_mlp)
         mlp_on_tokens_(text_stream, None, self.ff_context, self.norm2_context, c_shift_mlp, c_scale_mlp, c_gate_mlp)
         outputs = (finite(text_stream), image_stream)
         return (*outputs, ones_or(tokens.keep, image_stream)) if collect else outputs
@@ -91,6 +91,9 @@ class PackedFluxSingleBlock(PackedBlock):
         attn = _attend(self.attn, self.attn.project(x), image_rotary_emb, joint_attention_kwargs)
         if tokens.rows is None:
             stream = gated_sum(stream, gate, self.attn.project_out(attn).add_(self.mlp(x)))
+        elif self.keeps_attention and self.mlp.fuses:
+            stream = gated_sum(stream, gate, self.attn.project_out(attn))
+            stream = self.mlp.add_on_rows(x, _among_all(tokens.rows, len(x), texts, images), gate, stream)
         else:
             rows = _among_all(tokens.rows, len(x), texts, images)
             update = self.mlp(x.flatten(0, 1).index_select(0, rows))

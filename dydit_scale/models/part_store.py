@@ -5,8 +5,9 @@ A speed for memory bargain, struck for all layers at once under a budget.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.kernel_layout import KernelLinear, has_kernel_layout
 from dydit_scale.dynamic.packing import effective_weight, members_of
-from dydit_scale.models.parts import Part, Source, with_experts
+from dydit_scale.dynamic.weight_only import Kind, is_plain
+from dydit_scale.models.parts import MLPPart, Part, Source, with_experts
 
 Storage = Literal["own", "shared", "in place"]
 """``own``: each distinct part has its weights, fused and, on a CPU, in its kernel's layout. ``shared``: one copy of all
@@ -29,10 +31,18 @@ class PartStore:
     Args:
         masks: which units work at each step, on the CPU; None: all at every step.
         kernel_layout: whether weights of its own may take the layout of the machine's kernels, if these have one.
+        weights: keep weights of its own in 8 bits; nothing is shared or in place then.
+        fused_tokens: whether MLPs run fused kernels for their chosen tokens where they can.
     """
 
     def __init__(
-        self, source: Source, masks: Bool[Tensor, "steps units"] | None, *, kernel_layout: bool = True
+        self,
+        source: Source,
+        masks: Bool[Tensor, "steps units"] | None,
+        *,
+        kernel_layout: bool = True,
+        weights: Kind | None = None,
+        fused_tokens: bool = False,
     ) -> None:
         self.source = source
         self.masks = masks
@@ -41,8 +51,11 @@ class PartStore:
             self.patterns = {mask.numpy().tobytes(): mask for mask in masks}
         self.order = _order(masks) if masks is not None else None
         self.storage: Storage = "in place"
+        self.weights, self.fused_tokens = weights, fused_tokens
         weight = effective_weight(source.layers[0], None)
-        self.has_kernel_layout = kernel_layout and has_kernel_layout(weight.device, weight.dtype)
+        self.device, self.itemsize = weight.device, weight.itemsize
+        self.has_kernel_layout = kernel_layout and not weights and has_kernel_layout(weight.device, weight.dtype)
+        self.is_quantised = any(not is_plain(getattr(m, "weight", None)) for m in _bases(source))
         self.folded = False
         """Whether TD-LoRA's experts are folded into weights of each step's own."""
         self.has_experts = any(hasattr(getattr(m, "layer", m), "low_rank_at") for m in source.layers)
@@ -52,7 +65,9 @@ class PartStore:
     # What it would take
     def bytes_as(self, storage: Storage, *, folded: bool = False) -> int:
         """Memory of the copies."""
-        unit = self.source.unit_bytes()
+        if self.weights and storage != "own":
+            return sys.maxsize // 2**20  # never chosen
+        unit = self.source.unit_bytes() // (self.itemsize if self.weights else 1)
         if folded:
             return sum(unit * int(mask.sum()) for mask in self._steps())
         sizes = {key: unit * int(mask.sum()) for key, mask in self._distinct().items()}
@@ -73,6 +88,8 @@ class PartStore:
         return torch.ones(int(self.source.unit_of.max()) + 1, dtype=torch.bool)
 
     def _lies_in_place(self, key: bytes) -> bool:
+        if self.is_quantised:
+            return False
         if not self.patterns or bool(self.patterns[key].all()):
             return True
         members = members_of(self._ascending(key), self.source.unit_of)
@@ -101,7 +118,7 @@ class PartStore:
                 self._parts[(key,)] = self._cut(key, None)
             else:
                 if self._home is None:
-                    self._home = self.source.part(self.order, fused=True, t_emb=None)
+                    self._home = self._with_kernels(self.source.part(self.order, fused=True, t_emb=None))
                 self._parts[(key,)] = self._home.narrowed(*run)
         return self._parts[(key,)]
 
@@ -109,7 +126,16 @@ class PartStore:
         whole = not self.patterns or bool(self.patterns[key].all())
         units = None if whole else self._ascending(key)
         part = self.source.part(units, fused=self.storage != "in place", t_emb=t_emb)
-        return part.in_kernel_layout() if self.storage == "own" and self.has_kernel_layout else part
+        if self.weights:
+            part = part.compressed(self.weights)
+        elif self.storage == "own" and self.has_kernel_layout:
+            part = part.in_kernel_layout()
+        return self._with_kernels(part)
+
+    def _with_kernels(self, part: Part) -> Part:
+        if self.fused_tokens and isinstance(part, MLPPart):
+            part.fused = True
+        return part
 
 
 def allot(stores: Sequence[PartStore], max_bytes: int | None) -> None:
@@ -145,10 +171,14 @@ def allot(stores: Sequence[PartStore], max_bytes: int | None) -> None:
 
 
 def _half_of_free_memory(stores: Sequence[PartStore]) -> int:
-    device = effective_weight(stores[0].source.layers[0], None).device
-    if device.type == "cuda":
+    if (device := stores[0].device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return psutil.virtual_memory().available // 2
+
+
+def _bases(source: Source) -> list[nn.Module]:
+    layers: list[Any] = [getattr(layer, "layer", layer) for layer in source.layers]
+    return [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
 
 
 def _order(masks: Bool[Tensor, "steps units"]) -> Int64[Tensor, " used"]:

@@ -5,6 +5,7 @@ A source says which layers a part is cut from; a part is what runs. Parts are ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dydit_scale.dynamic.kernel_layout import KernelLinear
+from dydit_scale.dynamic.fused_tokens import mlp_on_rows
+from dydit_scale.dynamic.kernel_layout import KernelLinear, without_weight
 from dydit_scale.dynamic.packing import (
     CutLinear,
     LinearColumns,
@@ -25,6 +27,7 @@ from dydit_scale.dynamic.packing import (
     members_of,
     shallow,
 )
+from dydit_scale.dynamic.weight_only import Kind, WeightOnlyLinear, compress
 
 P = TypeVar("P", bound=nn.Module)
 
@@ -141,12 +144,18 @@ class AttentionPart(nn.Module):
 
     def in_kernel_layout(self) -> AttentionPart:
         """The same with its weights laid out for the CPU."""
+        return self._with_layers(KernelLinear)
 
-        def laid_out(stream: Any) -> Any:
-            out = None if stream.out is None else KernelLinear(stream.out)
-            return shallow(stream, qkv=nn.ModuleList(KernelLinear(linear) for linear in stream.qkv), out=out)
+    def compressed(self, kind: Kind) -> AttentionPart:
+        """The same with 8-bit weights."""
+        return self._with_layers(lambda linear: CompressedLinear(linear, kind))
 
-        return shallow(self, streams=nn.ModuleList(laid_out(stream) for stream in self.streams))
+    def _with_layers(self, make: Callable[[CutLinear], nn.Module]) -> AttentionPart:
+        def made(stream: Any) -> Any:
+            out = None if stream.out is None else make(stream.out)
+            return shallow(stream, qkv=nn.ModuleList(make(linear) for linear in stream.qkv), out=out)
+
+        return shallow(self, streams=nn.ModuleList(made(stream) for stream in self.streams))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +199,9 @@ class MLPSource:
 class MLPPart(nn.Module):
     """An MLP with some of its channels."""
 
+    fused = False
+    """Whether the chosen tokens' MLP runs in Triton kernels where it can (``fused_tokens``)."""
+
     def __init__(self, up: nn.Module, activation: nn.Module, down: nn.Module, unit_channels: int) -> None:
         super().__init__()
         self.up, self.activation, self.down, self.unit_channels = up, activation, down, unit_channels
@@ -211,6 +223,47 @@ class MLPPart(nn.Module):
         gelu = self.activation.approximate if isinstance(self.activation, nn.GELU) else None
         return shallow(self, up=KernelLinear(self.up, gelu), down=KernelLinear(self.down))  # type: ignore[arg-type]
 
+    def compressed(self, kind: Kind) -> MLPPart:
+        """The same with 8-bit weights."""
+        return shallow(self, up=CompressedLinear(self.up, kind), down=CompressedLinear(self.down, kind))  # type: ignore[arg-type]
+
+    def add_on_rows(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        rows: Int64[Tensor, " rows"],
+        gate: Float[Tensor, "batch dim"],
+        residual: Float[Tensor, "batch tokens dim"],
+        **modulation: Float[Tensor, "batch dim"],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """``residual``, which may be written over, with the gated MLP of the chosen rows of ``x`` added, in two fused
+        kernels; ``modulation`` is a ``shift`` and a ``scale`` of the normalised ``x``."""
+        up, down = self.up, self.down
+        assert isinstance(self.activation, nn.GELU), "fuses says so"
+        return mlp_on_rows(
+            x, rows, up.weight, up.bias, down.weight, down.bias, gate,  # type: ignore[arg-type]
+            activation="gelu-approximate" if self.activation.approximate == "tanh" else "gelu", residual=residual,
+            up_scale=getattr(up, "scale", None), down_scale=getattr(down, "scale", None), **modulation,
+        )  # fmt: skip
+
+    @property
+    def fuses(self) -> bool:
+        """Whether ``add_on_rows`` can be asked: a GELU between two layers whose weights a kernel can read."""
+        readable = all(isinstance(layer, (CutLinear, CompressedLinear)) for layer in (self.up, self.down))
+        return self.fused and readable and isinstance(self.activation, nn.GELU)
+
+
+class CompressedLinear(WeightOnlyLinear):
+    """A cut layer with 8-bit weights."""
+
+    def __init__(self, linear: CutLinear, kind: Kind) -> None:
+        made = compress(linear, kind)
+        super().__init__(made.weight, made.scale, made.bias)
+        self.source = (without_weight(linear),)
+
+    def low_rank_at(self, t_emb: Float[Tensor, "1 dim"]) -> tuple[Tensor, Tensor] | None:
+        """As the slice's."""
+        return self.source[0].low_rank_at(t_emb)
+
 
 Source = AttentionSource | MLPSource
 Part = AttentionPart | MLPPart
@@ -219,7 +272,7 @@ Part = AttentionPart | MLPPart
 def with_experts(module: P, t_emb: Float[Tensor, "1 dim"]) -> P:
     """A part with what TD-LoRA's experts add at a timestep beside its slices; the part itself where they add
     nothing."""
-    if isinstance(module, (CutLinear, KernelLinear)):
+    if isinstance(module, (CutLinear, KernelLinear, CompressedLinear)):
         pair = module.low_rank_at(t_emb)
         if pair is None:
             return module
@@ -265,6 +318,8 @@ def mlp_on_tokens_(
     all); tokens that skip it are not normalised either."""
     if rows is None:
         return x.addcmul_(gate[:, None], mlp(modulated(norm, x, shift, scale)))
+    if getattr(mlp, "fuses", False):
+        return mlp.add_on_rows(norm(x), rows, gate, x, shift=shift, scale=scale)  # type: ignore[operator]
     tokens = x.shape[1]
     chosen = x.view(-1, x.shape[-1]).index_select(0, rows)
     chosen = modulated(norm, chosen, at_rows(shift, rows, tokens), at_rows(scale, rows, tokens))
@@ -283,4 +338,4 @@ def _bytes(layers: list[nn.Module], members: int) -> int:
 def _itemsize(layer: Any) -> int:
     layer = layer.layer if isinstance(layer, LinearColumns) else layer
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    return layer.weight.element_size()
+    return layer.weight.element_size() if layer.weight.is_floating_point() else 2  # as dequantised

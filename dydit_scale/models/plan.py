@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.masks import WidthMasks
 from dydit_scale.dynamic.packing import is_adapted
+from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.models.ahead import AheadModulation
 from dydit_scale.models.hooks import copy_hooks
 from dydit_scale.models.part_store import PartStore, allot, copied_bytes
@@ -89,6 +90,15 @@ def _acting(layer: Any) -> tuple[object, ...]:
     return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), scales
 
 
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How cut weights are kept; see :class:`PartStore`."""
+
+    kernel_layout: bool = True
+    weights: Kind | None = None
+    fused_tokens: bool = False
+
+
 @dataclass(frozen=True)
 class TokenPlan:
     """How packed blocks choose their tokens."""
@@ -129,7 +139,7 @@ class PackedPlan:
         timesteps: Float[Tensor, " steps"],
         *,
         max_bytes: int | None,
-        kernel_layout: bool = True,
+        storage: StorageOptions = StorageOptions(),
         tokens: TokenPlan = TokenPlan(),
     ) -> PackedPlan:
         table = model.step_table(timesteps)
@@ -138,7 +148,7 @@ class PackedPlan:
             _check_heads(table, layer, step)
         stores = [
             {
-                name: PartStore(source, _masks_of(table, layer, source), kernel_layout=kernel_layout)
+                name: PartStore(source, _masks_of(table, layer, source), **asdict(storage))
                 for name, source in block.pack_sources().items()  # type: ignore[operator]
             }
             for layer, block in enumerate(blocks)

@@ -11,7 +11,6 @@ import torch
 from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.masks import DynamicMasks
 from dydit_scale.models.ahead import AheadModulation
-from dydit_scale.models.blocks import highest_rows
 from dydit_scale.sampling.execution import Execution
 from tests.models.tiny import scramble
 from tests.models.tiny_families import FAMILIES, STEPS, Family, each
@@ -35,11 +34,6 @@ def test_capacity_is_the_mean_rounded_up_to_a_tile() -> None:
         found.at(torch.tensor([9.0]), 3, 1e-5)
     with pytest.raises(ValueError, match="got 0 masks"):
         TokenCapacity.from_masks([], [])
-
-
-def test_the_highest_scores_are_found_sample_by_sample() -> None:
-    scores = torch.tensor([[0.1, 0.9, 0.5, -1.0], [2.0, 1.0, 3.0, 4.0]])
-    assert highest_rows(scores, 2).tolist() == [1, 2, 6, 7]
 
 
 @each

@@ -13,7 +13,7 @@ from dydit_scale.dynamic.kernel_layout import KernelLinear, has_kernel_layout
 from dydit_scale.dynamic.packing import CutLinear, LowRankLinear
 from dydit_scale.models import part_store, plan
 from dydit_scale.models.part_store import PartStore, allot
-from dydit_scale.models.parts import MLPSource
+from dydit_scale.models.parts import CompressedLinear, MLPPart, MLPSource, Part
 from tests.adapters.tiny import flux_config, shake
 from tests.models.tiny import inputs, scramble, tiny_dynamic
 from tests.models.tiny_families import STEPS, Family, each
@@ -161,3 +161,30 @@ def test_half_precision_packs_to_within_its_rounding(family: Family, dtype: torc
     rounding = float((masked.float() - expected).abs().mean())
     assert 0 < rounding < 0.05 * float(expected.abs().mean())
     assert float((packed.float() - expected).abs().mean()) < 1.5 * rounding
+
+
+@each
+@torch.no_grad()
+def test_copies_in_eight_bits_take_that_and_are_nearly_right(family: Family) -> None:
+    model = scramble(family.make(tokens=False))
+    x = family.x(*STEPS)
+    expected = model(**x).sample
+    made = model.pack(family.steps(*STEPS), weights="int8")
+    parts = [m for row in made.blocks for block in row for m in block.modules() if isinstance(m, Part)]
+    layers = [m for part in parts for m in part.modules() if hasattr(m, "in_features")]
+    assert layers and all(isinstance(m, CompressedLinear) and m.weight.dtype == torch.int8 for m in layers)
+    error = float((model(**x).sample - expected).norm() / expected.norm())
+    assert 0 < error < 0.05
+    with pytest.raises(ValueError, match=r"compress: fp8 weights on cpu.*use int8"):
+        model.pack(family.steps(*STEPS), weights="fp8")
+
+
+@each
+@torch.no_grad()
+def test_the_kernels_plain_path_computes_what_gather_and_scatter_do(family: Family) -> None:
+    model, x = scramble(family.make()), family.x(*STEPS)
+    expected = model(**x).sample
+    plan = model.pack(family.steps(*STEPS), kernel_layout=False, fused_tokens=True)
+    parts = [m for row in plan.blocks for block in row for m in block.modules() if isinstance(m, MLPPart)]
+    assert parts and all(part.fuses for part in parts)
+    torch.testing.assert_close(model(**x).sample, expected, atol=1e-5, rtol=1e-4)
