@@ -174,7 +174,7 @@ def test_a_damaged_sample_is_bad_and_keeps_its_place(tmp_path: Path, damage: str
 
 def test_sound_samples_are_read(tmp_path: Path) -> None:
     index = build_index(write_world(tmp_path), progress=False)
-    assert index.bad == {2: "broken image"} and list(index.samples["width"]) == [40] * 4
+    assert index.bad == {2: "broken image"} and list(index.columns.sizes["width"]) == [40] * 4
     assert (index.labels, index.frames) == (None, None)
     config = DataConfig(path=str(tmp_path), caption_dropout=0.0, image_size=12, buckets=True, bucket_step=4)
     loader = make_loader(

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from dydit_scale.data import remote
 from dydit_scale.data.cache import FileCache, Wanted
+from dydit_scale.data.files import SampleFiles
 from dydit_scale.data.loader import DataConfig, Loader, make_loader, open_data
 from dydit_scale.data.remote import RemoteError, RemoteFolder, is_url, redacted
 from dydit_scale.data.shards import ShardIndex, build_index, load_index, write_shards
-from dydit_scale.data.storage import RangeShards
 from tests.data.test_loader import assert_same, joined, samples, take
 from tests.data.web_store import WebStore, serve
 
@@ -58,19 +59,17 @@ def test_the_index_is_that_of_the_local_folder(folder: Path, store: WebStore, tm
     for cache in (None, FileCache(tmp_path / "cache", 1 << 20)):
         found = load_index(store.url + "/", cache)
         assert (found.digest, found.shards, found.place) == (local.digest, local.shards, store.url)
-        assert (found.samples == local.samples).all() and found.key(29) == local.key(29)
+        assert all(map(np.array_equal, found.columns, local.columns)) and found.key(29) == local.key(29)
     del store.reads[:]
     load_index(store.url, FileCache(tmp_path / "cache", 1 << 20))
     assert store.reads == ["index.json"], "the arrays lie in the cache"
 
 
 def test_a_sample_is_one_request(store: WebStore) -> None:
-    index = load_index(store.url)
-    shards = RangeShards(RemoteFolder(store.url), index.shards)
+    files = SampleFiles(load_index(store.url))
     del store.reads[:]
-    for part in ("image", "caption"):
-        row = index.samples[3]
-        assert len(shards.read("shard-000000.tar", int(row[f"{part}_offset"]), int(row[f"{part}_bytes"]))) > 0
+    found = files.read(3)
+    assert len(found.image) > 0 and found.caption == b"picture 0003"
     assert store.reads == ["shard-000000.tar"]
 
 
@@ -128,10 +127,10 @@ def test_a_failing_store_stops_the_loader_by_name(store: WebStore) -> None:
 def test_changed_bytes_are_a_bad_sample(store: WebStore) -> None:
     some = loader(store.url)
     index = load_index(store.url)
-    row = index.samples[3]
+    image = index.record(3).image
     path = store.folder / "shard-000000.tar"
     data = bytearray(path.read_bytes())
-    data[int(row["image_offset"]) + 5] ^= 1
+    data[image.offset + 5] ^= 1
     path.write_bytes(data)
     with pytest.warns(UserWarning, match=r"bad shard-000000\.tar sample '0003': image checksum"):
         assert "0003" not in joined(take(some, 8)).keys
@@ -226,7 +225,7 @@ def test_a_cache_smaller_than_a_shard_is_refused_before_reading(store: WebStore,
 
 def test_a_cache_full_of_shards_in_use_reads_on_by_ranges(folder: Path, store: WebStore, tmp_path: Path) -> None:
     index = load_index(folder)
-    arrays = sum((folder / name).stat().st_size for name in ("index-samples.npy", "index-keys.npy", "index-labels.npy"))
+    arrays = sum((folder / name).stat().st_size for name in ARRAYS)
     room = max(arrays, 2 * max(shard.bytes for shard in index.shards)) + 1
     cache = FileCache(tmp_path / "cache", room)
     used = load_index(store.url, cache)
@@ -237,6 +236,9 @@ def test_a_cache_full_of_shards_in_use_reads_on_by_ranges(folder: Path, store: W
     assert_same(got, joined(take(loader(str(folder)), 8)))
     for fd in held:
         os.close(fd)
+
+
+ARRAYS = ("index-samples.npy", "index-sizes.npy", "index-key-ends.npy", "index-keys.npy", "index-labels.npy")
 
 
 def remote_shard(index: ShardIndex, number: int) -> Wanted:
