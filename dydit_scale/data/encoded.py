@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dydit_scale.data.decode import MAX_LABEL, BadSampleError
+from dydit_scale.data.remote import RemoteFolder
 
 ENCODERS_FILE = "encoders.json"
 EMPTY_FILE = "empty.safetensors"
@@ -147,20 +148,21 @@ def encoding_digest(encoding: Encoding) -> str:
     return hashlib.sha256(encoding_bytes(encoding)).hexdigest()
 
 
-def find_encoding(folder: Path) -> Encoding | None:
+def find_encoding(folder: Path | RemoteFolder) -> Encoding | None:
     """The ``encoders.json`` of a folder, None if its shards are no encoded ones; ValueError if it is broken or of
-    another format."""
-    path = folder / ENCODERS_FILE
-    if not path.is_file():
+    another format, RemoteError if the object store cannot be read."""
+    data = _read_file(folder, ENCODERS_FILE)
+    if data is None:
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data.decode("utf-8"))
         if (found := content.pop("format")) != FORMAT:
             raise ValueError(f"format {found!r}, expected {FORMAT!r}")
         return Encoding(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: broken or foreign ({error}); encode the data again, or restore the file from its source"
+            f"{folder}/{ENCODERS_FILE}: broken or foreign ({error}); encode the data again, or restore the file from its "
+            "source"
         ) from error
 
 
@@ -169,13 +171,15 @@ def empty_bytes(text: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in text.items()})
 
 
-def read_empty(folder: Path, encoding: Encoding) -> dict[str, Tensor]:
-    """The empty prompt's embeddings; ValueError if they are not those that ``encoders.json`` names."""
+def read_empty(folder: Path | RemoteFolder, encoding: Encoding) -> dict[str, Tensor]:
+    """The empty prompt's embeddings; ValueError if they are not those that ``encoders.json`` names, RemoteError if the
+    object store cannot be read."""
     if encoding.empty is None:
         return {}
-    path = folder / EMPTY_FILE
+    data = _read_file(folder, EMPTY_FILE)
     try:
-        data = path.read_bytes()
+        if data is None:
+            raise ValueError("no such file")
         if hashlib.sha256(data).hexdigest() != encoding.empty:
             raise ValueError(f"it does not belong to {ENCODERS_FILE}")
         places, size = _parse(_header(data))
@@ -183,8 +187,17 @@ def read_empty(folder: Path, encoding: Encoding) -> dict[str, Tensor]:
         return {
             name: _tensor(memoryview(bytearray(data)), _data_start(data, size), place) for name, place in text.items()
         }
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}; restore the file from its source, or encode the data again") from error
+    except ValueError as error:
+        place = f"{folder}/{EMPTY_FILE}"
+        raise ValueError(f"{place}: {error}; restore the file from its source, or encode the data again") from error
+
+
+def _read_file(folder: Path | RemoteFolder, name: str) -> bytes | None:
+    """A file beside the shards; None if there is none."""
+    if isinstance(folder, Path):
+        return (folder / name).read_bytes() if (folder / name).is_file() else None
+    size = folder.size(name)
+    return None if size is None else folder.read(name, 0, size)
 
 
 def pack_sample(entry: Entry, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:

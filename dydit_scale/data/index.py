@@ -94,9 +94,14 @@ class ShardIndex:
     """Where whole shards of the object store are kept on this node; None reads them by ranges."""
 
     @property
+    def home(self) -> Path | RemoteFolder:
+        """Where the shards are, and what lies beside them."""
+        return self.remote or self.folder
+
+    @property
     def place(self) -> str:
         """Where the shards are, for messages."""
-        return str(self.remote or self.folder)
+        return str(self.home)
 
     @property
     def num_samples(self) -> int:
@@ -263,8 +268,7 @@ def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
             "folder and upload all of it"
         )
     text = remote.read(INDEX_FILE, 0, size)
-    if b'"encoding":' in text:
-        raise ValueError(f"{remote}: encoded data are read from local folders only; download the folder")
+    encoding = find_encoding(remote) if b'"encoding":' in text else None
     with tempfile.TemporaryDirectory() as passing, ExitStack() as in_use:
         folders = [*([cache] if cache else []), FileCache(Path(passing), sys.maxsize)]
 
@@ -281,7 +285,7 @@ def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
             raise AssertionError("a folder without a limit has room")
 
         try:
-            index = _read_index(folders[0].folder, text, fetched, None)
+            index = _read_index(folders[0].folder, text, fetched, encoding)
         except RemoteError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:

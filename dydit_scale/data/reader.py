@@ -312,7 +312,7 @@ def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:
     if fps is not None and index.frames is not None and index.seconds is None:
         raise ValueError(
             f"{index.place}: data.fps needs the clips' durations, which this index does not hold; "
-            f"run `dydit data index {index.folder}` (which makes it another data set)"
+            f"run `dydit data index {index.place}` (which makes it another data set)"
         )
     if index.frames is None:
         fault = "there are pictures only"
@@ -327,4 +327,4 @@ def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:
         if fps is None
         else f"data.frames and data.fps ask for clips of more than {(needed - 1) / fps:g} s"
     )
-    raise ValueError(f"{index.folder}: {fault}, but {asked}; change them, or choose other shards")
+    raise ValueError(f"{index.place}: {fault}, but {asked}; change them, or choose other shards")

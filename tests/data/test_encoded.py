@@ -214,7 +214,7 @@ def test_the_encoding_belongs_to_the_index(tmp_path: Path) -> None:
         (ENCODERS_FILE, b'{"format": "x"}', "expected 'dydit-encoded-v1'"),
         (ENCODERS_FILE, b'{"format": "dydit-encoded-v1", "vae": 1}', "unexpected keyword argument"),
         (EMPTY_FILE, empty_bytes({"text": drawn(2, 6), "pooled": drawn(5)}), "does not belong to encoders.json"),
-        (EMPTY_FILE, None, "No such file"),
+        (EMPTY_FILE, None, "no such file"),
     ],
 )
 def test_broken_files_beside_the_shards_are_refused(tmp_path: Path, file: str, data: bytes | None, said: str) -> None:

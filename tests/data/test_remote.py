@@ -6,18 +6,23 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+import torch
 
 from dydit_scale.data import remote
 from dydit_scale.data.cache import FileCache, Wanted
+from dydit_scale.data.encoded import EMPTY_FILE, ENCODERS_FILE, encoding_bytes, read_empty
 from dydit_scale.data.files import SampleFiles
-from dydit_scale.data.loader import DataConfig, Loader, make_loader, open_data
+from dydit_scale.data.loader import Batch, DataConfig, Loader, make_loader, open_data
 from dydit_scale.data.remote import RemoteError, RemoteFolder, is_url, redacted
 from dydit_scale.data.shards import ShardIndex, build_index, load_index, write_shards
+from dydit_scale.data.stream import open_stream
+from tests.data.test_encoded import write_world
 from tests.data.test_loader import assert_same, joined, samples, take
 from tests.data.web_store import WebStore, serve
 
@@ -134,6 +139,59 @@ def test_changed_bytes_are_a_bad_sample(store: WebStore) -> None:
     path.write_bytes(data)
     with pytest.warns(UserWarning, match=r"bad shard-000000\.tar sample '0003': image checksum"):
         assert "0003" not in joined(take(some, 8)).keys
+
+
+# --- encoded data ---------------------------------------------------------------------------------------------------
+
+
+def encoded_batches(path: str, cache: str = "", workers: int = 0) -> list[Batch]:
+    config = DataConfig(path=path, cache=cache, workers=workers, image_size=12, buckets=True, bucket_step=4)
+    data = open_data(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one sample is bad
+        some = make_loader(config, data, seed=5, rank=0, world_size=1, global_batch=8, micro_batch=4, consumed=0)
+        return take(some, 6)
+
+
+@pytest.mark.parametrize(("cached", "workers"), [(False, 0), (False, 2), (True, 0), (True, 2)])
+def test_encoded_batches_are_those_of_the_local_folder(
+    store: WebStore, tmp_path: Path, cached: bool, workers: int
+) -> None:
+    folder = build_index(write_world(store.folder / "encoded")).folder
+    cache = str(tmp_path / "cache") if cached else ""
+    reference = encoded_batches(str(folder))
+    for ours, theirs in zip(encoded_batches(f"{store.url}/encoded", cache, workers), reference, strict=True):
+        assert ours.encoded is not None and theirs.encoded is not None
+        assert (ours.keys, ours.captions) == (theirs.keys, theirs.captions)
+        torch.testing.assert_close(ours.encoded, theirs.encoded, atol=0, rtol=0)
+
+
+def test_what_lies_beside_encoded_shards_is_read_from_the_store(store: WebStore) -> None:
+    local = build_index(write_world(store.folder / "encoded"))
+    url = f"{store.url}/encoded"
+    found = load_index(url)
+    assert (found.encoding, found.digest) == (local.encoding, local.digest) and found.encoding is not None
+    empty, expected = (read_empty(index.home, found.encoding) for index in (found, local))
+    assert empty.keys() == expected.keys() and all(torch.equal(empty[name], expected[name]) for name in empty)
+    with pytest.raises(ValueError, match=r"/encoded: encoded data have an index; .*set data\.mode=indexed"):
+        open_stream(url)
+    (local.folder / EMPTY_FILE).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{url}/empty\.safetensors: it does not belong to encoders\.json"):
+        read_empty(found.home, found.encoding)
+    (local.folder / EMPTY_FILE).unlink()
+    with pytest.raises(ValueError, match=rf"{url}/empty\.safetensors: no such file"):
+        read_empty(found.home, found.encoding)
+    path = local.folder / ENCODERS_FILE
+    path.write_bytes(encoding_bytes(replace(found.encoding, encoders={"vae": "w"})))
+    with pytest.raises(ValueError, match=r"its index cannot be used \(encoders\.json does not belong to index\.json"):
+        load_index(url)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"encoders\.json does not belong to index\.json"):
+        load_index(url)
+    path.write_bytes(encoding_bytes(found.encoding))
+    store.faults = ["", "403"]
+    with pytest.raises(RemoteError, match=r"/encoded/encoders\.json: access denied or expired"):
+        load_index(url)
 
 
 def test_shards_of_another_size_or_missing_are_named(folder: Path, store: WebStore) -> None:
