@@ -161,8 +161,8 @@ def find_encoding(folder: Path | RemoteFolder) -> Encoding | None:
         return Encoding(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder}/{ENCODERS_FILE}: broken or foreign ({error}); encode the data again, or restore the file from its "
-            "source"
+            f"{folder}/{ENCODERS_FILE}: broken or foreign ({error}); encode the data again, or restore the file from "
+            "its source"
         ) from error
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from dydit_scale.data.encoded import (
 from dydit_scale.data.index import load_index
 from dydit_scale.data.loader import DataConfig, make_loader
 from dydit_scale.data.shards import build_index
+from tests.data.test_loader import change as break_bytes
 
 Samples = dict[str, dict[str, bytes]]
 KEYS = ("a", "b", "c", "d")
@@ -224,3 +227,33 @@ def test_broken_files_beside_the_shards_are_refused(tmp_path: Path, file: str, d
         (folder / file).write_bytes(data)
     with pytest.raises(ValueError, match=f"{file}: .*{said}"):
         build_index(folder, progress=False)
+
+
+def lay_four(samples: Samples) -> None:
+    """Four more samples, lying where the others stand."""
+    for key in "efgh":
+        info = SourceInfo(shard=SHARD, key=key, width=80, height=40, media_sha256="m", caption_sha256="c")
+        lying = {"mean": drawn(4, 4, 8), "std": drawn(4, 4, 8).exp()}
+        samples[key] = pack_sample(entry(key, source=info, height=8, width=16), tensors() | lying)
+
+
+def test_a_substitute_comes_from_its_own_bucket(tmp_path: Path) -> None:
+    index = build_index(write_world(tmp_path, lay_four), progress=False)
+    for sample in (1, 5):
+        break_bytes(index, sample, "image")
+    config = DataConfig(path=str(tmp_path), image_size=12, buckets=True, bucket_step=4, bucket_batch=4)
+    quarantine = tmp_path / "quarantine.jsonl"
+    loader = make_loader(
+        config, index, seed=0, rank=0, world_size=1, global_batch=4, micro_batch=4, consumed=0, quarantine=quarantine
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = list(islice(iter(loader), 40))
+    told = {json.loads(line)["key"] for line in quarantine.read_text().splitlines()}
+    assert told == {"b", "c", "f"}, "no good sample of another size was tried"
+    shapes = set()
+    for batch in batches:
+        assert batch.encoded is not None
+        shapes.add(shape := tuple(batch.encoded.moments.shape[-2:]))
+        assert set(batch.keys) <= ({"a", "d"} if shape == (8, 4) else {"e", "g", "h"})
+    assert shapes == {(8, 4), (4, 8)}
