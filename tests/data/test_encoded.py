@@ -33,6 +33,7 @@ from dydit_scale.data.encoded import (
 from dydit_scale.data.index import load_index
 from dydit_scale.data.loader import DataConfig, make_loader
 from dydit_scale.data.shards import build_index
+from dydit_scale.workflows.summarize import summarize
 from tests.data.test_loader import change as break_bytes
 
 Samples = dict[str, dict[str, bytes]]
@@ -257,3 +258,11 @@ def test_a_substitute_comes_from_its_own_bucket(tmp_path: Path) -> None:
         shapes.add(shape := tuple(batch.encoded.moments.shape[-2:]))
         assert set(batch.keys) <= ({"a", "d"} if shape == (8, 4) else {"e", "g", "h"})
     assert shapes == {(8, 4), (4, 8)}
+
+
+def test_the_page_says_why_it_shows_no_pictures(tmp_path: Path) -> None:
+    build_index(write_world(tmp_path), progress=False)
+    lines = summarize(tmp_path)
+    assert any(line.startswith("examples: none, these are latents") for line in lines)
+    page = (tmp_path / "summary.html").read_text(encoding="utf-8")
+    assert "encoded samples are latents, not pictures" in page and "<img" not in page
