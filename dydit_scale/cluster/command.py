@@ -1,4 +1,4 @@
-"""What every target agrees on: the training command, its environment, where ranks meet, and how long an end may take."""
+"""What every target agrees on: the training command, its environment, where ranks meet and how long an end takes."""
 
 from __future__ import annotations
 
@@ -138,9 +138,9 @@ class Job:
     def folders(self) -> dict[str, bool]:
         """Folders of the claim that the recipe reads, and whether it writes there, by their names under WORKDIR."""
         found = {_first(self.recipe.run, "run"): True}
-        paths = {"model.base": self.recipe.model.base, "engine.deepspeed": self.recipe.engine.deepspeed or ""}
-        paths |= {"data.path": path for path in data_paths(self.recipe) if not is_url(path)}
-        for key, path in paths.items():
+        paths = [("model.base", self.recipe.model.base), ("engine.deepspeed", self.recipe.engine.deepspeed or "")]
+        paths += [("data.path", path) for path in data_paths(self.recipe) if not is_url(path)]
+        for key, path in paths:
             if path and (name := _first(path, key)) != IMAGE_FOLDER:
                 found.setdefault(name, False)
         return found
@@ -148,10 +148,11 @@ class Job:
 
 def make_job(path: str, overrides: Sequence[str], spec: ClusterSpec) -> Job:
     """The job of a recipe on a cluster. Raises ValueError if something in either, or of both together, does not fit."""
-    recipe, overrides = load_recipe(path, overrides), list(overrides)
-    if spec.object_store:
-        overrides += _from_store(recipe, spec)
-        recipe = load_recipe(path, overrides)
+    overrides = list(overrides)
+    if spec.object_store:  # a cache is for URLs only, so it cannot be asked for before the path is one
+        without_cache = [text for text in overrides if not text.startswith("data.cache")]
+        overrides += _from_store(load_recipe(path, without_cache), spec)
+    recipe = load_recipe(path, overrides)
     if spec.target in KUBERNETES and any(map(is_url, data_paths(recipe))) and not recipe.data.cache:
         overrides += [f"data.cache={CACHE}/shards"]
         recipe = load_recipe(path, overrides)
@@ -169,7 +170,9 @@ def check_fit(recipe: Recipe, spec: ClusterSpec) -> None:
     """ValueError if a recipe cannot train on such a cluster."""
     engine = recipe.engine.name
     if engine == "single" and spec.world_size > 1:
-        raise ValueError(f"engine.name is single, one process, but there are {spec.world_size} ranks; set engine.name=zero")
+        raise ValueError(
+            f"engine.name is single, one process, but there are {spec.world_size} ranks; set engine.name=zero"
+        )
     if spec.target == "deepspeed" and engine != "zero":
         raise ValueError(f"--target deepspeed: expected engine.name=zero; got {engine}. torchrun starts every engine")
     check_batch(recipe, World(world_size=spec.world_size))

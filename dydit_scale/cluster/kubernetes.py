@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from dydit_scale.cluster.command import Job
 from dydit_scale.cluster.pod import (
-    CONTAINER, KEEP_FINISHED, NEVER_AGAIN, Manifest, disruption_rule, environment, exit_rule, fixed_part, labels,
-    main_part, meeting, metadata, network_policy, pod_template, recipe_map, resources, suspended,
+    CONTAINER,
+    KEEP_FINISHED,
+    NEVER_AGAIN,
+    Manifest,
+    disruption_rule,
+    environment,
+    exit_rule,
+    fixed_part,
+    labels,
+    main_part,
+    meeting,
+    metadata,
+    network_policy,
+    pod_template,
+    recipe_map,
+    resources,
+    suspended,
 )  # fmt: skip
 from dydit_scale.train.exits import Exit
 
@@ -63,7 +78,7 @@ def render_trainjob(job: Job) -> list[Manifest]:
             "labels": labels(job) | {"trainer.kubeflow.org/framework": "torch"},
         },
         "spec": {
-            "mlPolicy": {"numNodes": job.spec.nodes, "torch": {"numProcPerNode": job.spec.gpus}},
+            "mlPolicy": {"numNodes": job.spec.nodes, "torch": {}},
             "template": {"spec": _set_spec(job, template, nodes=None)},
         },
     }

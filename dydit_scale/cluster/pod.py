@@ -90,7 +90,7 @@ def fixed_part(job: Job) -> Manifest:
     ports: list[Manifest] = [{"name": "rendezvous", "containerPort": PORT}]
     if job.metrics_port:
         ports.append({"name": "metrics", "containerPort": job.metrics_port})
-    run, times = job.recipe.run, job.times
+    run, times = f"{WORKDIR}/{job.recipe.run}", job.times  # whole: where probes start is not said everywhere
     health = {"exec": {"command": ["dydit", "health", run, "--max-age", str(times.health)]}}
     period = {"periodSeconds": PROBE_PERIOD, "timeoutSeconds": PROBE_PERIOD}
     stop = ["dydit", "stop", run, "--wait", "--timeout", str(times.shutdown)]

@@ -28,25 +28,29 @@ def render_slurm(job: Job) -> str:
         "open-mode": "append",
         "output": f"{job.name}-%j.log",
     }
+    run = shlex.quote(job.recipe.run)
     settings |= {"partition": spec.queue} if spec.queue else {}
     settings |= {"qos": spec.priority} if spec.priority else {}
     head = [f"#SBATCH --{name}={value}" for name, value in settings.items()] + ["#SBATCH --requeue"]
     again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {spec.restarts} ]'
     never = "|".join(map(str, NEVER_AGAIN))
-    rank = "export PET_NODE_RANK=$SLURM_NODEID; exec \"$@\""
+    rank = 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"'
     return _lines(
         *head,
         "set -u",
         "",
         "# Asked by Slurm, before the time limit or a preemption: save, leave, and go on later.",
         "asked=0",
-        f"trap 'asked=1; dydit stop {shlex.quote(job.recipe.run)}' USR1 TERM",
+        f"trap 'asked=1; dydit stop {run}; kill -TERM \"$step\"' USR1 TERM",
         "",
         *_exports(job.environment | job.rendezvous),
         'PET_MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "export PET_MASTER_ADDR",
         "",
-        _command(["srun", "--kill-on-bad-exit=0", "bash", "-c", rank, "node", *job.torchrun]) + " &",
+        _command(
+            ["srun", f"--cpus-per-task={spec.cpus}", "--kill-on-bad-exit=0", "bash", "-c", rank, "node", *job.torchrun]
+        )
+        + " &",
         "step=$!",
         "code=0",
         "# a signal ends wait, not the step",
@@ -54,9 +58,9 @@ def render_slurm(job: Job) -> str:
         "",
         'case "$code" in',
         "    0) exit 0 ;;",
-        f"    {never}) exit \"$code\" ;;  # a restart would fail again",
-        f"    {int(Exit.STOPPED)}) [ \"$asked\" = 1 ] || exit \"$code\" ;;  # stopped by a person",
-        f"    *) {again} || exit \"$code\" ;;",
+        f'    {never}) exit "$code" ;;  # a restart would fail again',
+        f'    {int(Exit.STOPPED)}) [ "$asked" = 1 ] || exit "$code" ;;  # stopped by a person',
+        f'    *) {again} || exit "$code" ;;',
         "esac",
         'scontrol requeue "$SLURM_JOB_ID"',
     )

@@ -33,7 +33,8 @@ def _option(default: Any, text: str, targets: tuple[str, ...] = TARGETS, placeho
     return field(default=default, metadata={"help": text, "targets": targets, "placeholder": placeholder})
 
 
-Pairs = tuple[tuple[str, str], ...]
+_NO_PAIRS: tuple[tuple[str, str], ...] = ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
@@ -52,17 +53,17 @@ class ClusterSpec:
     queue: str = _option("", "Kueue's local queue; Slurm's partition", ("slurm", *KUBERNETES))
     priority: str = _option("", "PriorityClass; Slurm's quality of service", ("slurm", *KUBERNETES))
     interface: str = _option("", "network interface of NCCL and gloo, e.g. eth0 (default on Kubernetes)")
-    env: Pairs = _option((), "a variable; may be repeated", placeholder="NAME=VALUE")
+    env: tuple[tuple[str, str], ...] = _option(_NO_PAIRS, "a variable; may be repeated", placeholder="NAME=VALUE")
     image: str = _option("", "with its digest: NAME@sha256:...", KUBERNETES)
     namespace: str = _option("default", "where the job lives", KUBERNETES)
     pvc: str = _option("", "ReadWriteMany claim; holds the recipe's folders under their own names", KUBERNETES)
     object_store: str = _option("", "URL, s3:// and others, under which data.path is found instead", KUBERNETES)
-    secret: Pairs = _option(
-        (), "a variable from a key of a secret; may be repeated", KUBERNETES, "NAME=SECRET/KEY"
+    secret: tuple[tuple[str, str], ...] = _option(
+        _NO_PAIRS, "a variable from a key of a secret; may be repeated", KUBERNETES, "NAME=SECRET/KEY"
     )
     rdma: str = _option("", "resource of the RDMA device plugin, e.g. rdma/ib; adds IPC_LOCK", KUBERNETES)
-    node_selector: Pairs = _option(
-        (), "label of the nodes; may be repeated", KUBERNETES, placeholder="KEY=VALUE"
+    node_selector: tuple[tuple[str, str], ...] = _option(
+        _NO_PAIRS, "label of the nodes; may be repeated", KUBERNETES, placeholder="KEY=VALUE"
     )
     topology: str = _option("", "label of nodes that should be one for all pods, e.g. a rack's", KUBERNETES)
     https: bool = _option(False, "let the pods reach port 443 anywhere, e.g. the hub (data of a URL: on)", KUBERNETES)
@@ -143,7 +144,9 @@ class ClusterSpec:
                 f"--memory-gib {self.memory_gib}"
             )
         if self.cache_gib < 1:
-            raise ValueError(f"--disk-gib: expected more than {TMP_GIB + SPARE_GIB} for /tmp and logs; got {self.disk_gib}")
+            raise ValueError(
+                f"--disk-gib: expected more than {TMP_GIB + SPARE_GIB} for /tmp and logs; got {self.disk_gib}"
+            )
         if self.rdma and not _RDMA.fullmatch(self.rdma):
             raise ValueError(f"--rdma: expected a resource such as rdma/ib; got {self.rdma!r}")
         if self.object_store and "://" not in self.object_store:

@@ -1,4 +1,4 @@
-"""``python -m dydit_scale.cluster.supervise --grace SECONDS -- LAUNCHER ...``: a launcher on one node, made well behaved.
+"""``python -m dydit_scale.cluster.supervise --grace SECONDS -- LAUNCHER ...``: a launcher, made well behaved.
 
 torchrun and deepspeed answer 1 for every failed rank, and the deepspeed runner keeps signals to itself. This program
 passes SIGTERM and SIGUSR1 on to the ranks, whatever their launcher does; it leaves when the last of them has left, and
@@ -30,7 +30,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the launcher to its end; the exit code of its ranks."""
-    parser = argparse.ArgumentParser(prog="python -m dydit_scale.cluster.supervise", description="Supervise a launcher.")
+    parser = argparse.ArgumentParser(
+        prog="python -m dydit_scale.cluster.supervise", description="Supervise a launcher."
+    )
     parser.add_argument("--grace", type=float, required=True, help="seconds that ranks have after a request to stop")
     parser.add_argument("command", nargs="+", help="after --: torchrun or deepspeed with its words")
     args = parser.parse_args(argv)
@@ -107,7 +109,7 @@ class Supervisor:
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    """Whether a launcher started it to train; what it started itself has inherited as much, and heeds the signal too."""
+    """Whether a launcher started it to train; what it started itself inherits as much."""
     try:
         return "RANK" in process.environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
