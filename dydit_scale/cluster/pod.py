@@ -159,7 +159,7 @@ def network_policy(job: Job) -> Manifest:
     """The pods reach one another and the name service, and port 443 if the job has business outside; nobody reaches
     them, but for the metrics."""
     own = {"podSelector": {"matchLabels": labels(job)}}
-    anywhere = {"namespaceSelector": {}}
+    anywhere: Manifest = {"namespaceSelector": {}}
     dns = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
     ingress: list[Manifest] = [{"from": [own]}]
     if job.metrics_port:

@@ -371,7 +371,7 @@ def _network(work: Workload) -> Iterator[Finding]:
         )
     rules = [rule for rule in maps(policy.get("egress")) if "ports" in rule]
     names = [rule for rule in rules if _ports(rule) == [(53, "UDP"), (53, "TCP")]]
-    service = [[{"namespaceSelector": {}}]]
+    service: list[list[Manifest]] = [[{"namespaceSelector": {}}]]
     yield [at(r, "to") for r in names] == service, "NetworkPolicy: egress: expected the name service"
     rest = [_ports(rule) for rule in rules if rule not in names]
     yield rest in ([], [[(443, "TCP")]]), "NetworkPolicy: egress: expected nothing but port 443 besides"

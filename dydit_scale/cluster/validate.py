@@ -118,7 +118,7 @@ def _check_against(work: Workload, recipe: Recipe) -> Iterator[str]:
     gpus = str(at(work.container, "resources", "limits", "nvidia.com/gpu"))
     if not (number(nodes) >= 1 and gpus.isdigit() and int(gpus) >= 1):
         return  # told elsewhere
-    spec = ClusterSpec(target="torchrun", nodes=nodes, gpus=int(gpus))
+    spec = ClusterSpec(target="torchrun", nodes=int(number(nodes)), gpus=int(gpus))
     try:
         check_fit(recipe, spec)
         job = Job(spec=spec, recipe=recipe, path="", text="", overrides=(), times=Times.of(recipe.limits))
