@@ -209,8 +209,8 @@ def _check_slurm(text: str, times: Times) -> Iterator[str]:
     given = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, re.MULTILINE))
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     for line in lines:
-        name = re.match(r"#SBATCH --([\w-]+)", line)
-        if name is None or name[1] not in SBATCH:
+        found = re.match(r"#SBATCH --([\w-]+)", line)
+        if found is None or found[1] not in SBATCH:
             yield f"{line}: no option that sbatch is known to have"
     needed = ("nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue", "open-mode")
     for name in needed:

@@ -64,9 +64,7 @@ def test_it_is_what_the_manifests_expect() -> None:
     last = max(step.stage for step in steps(TEXT))
     assert last == 1 and len(of("FROM", 0) + of("FROM", 1)) == 2
     assert all("${PYTHON_IMAGE}" in step.rest for step in steps(TEXT) if step.word == "FROM"), "pinned from outside"
-    assert steps(TEXT)[0] == Step(-1, "ARG", "PYTHON_IMAGE"), (
-        "no default, for only a digest that was looked up is a pin"
-    )
+    assert steps(TEXT)[0] == Step(-1, "ARG", "PYTHON_IMAGE"), "no default: a pin is looked up"
     assert of("USER", last) == [f"{USER}:{USER}"] and of("WORKDIR", last) == [WORKDIR]
     assert of("ENTRYPOINT", last) == ['["tini", "--"]'] and "tini" in of("RUN", last)[0]
     assert ([IMAGE_FOLDER], f"{WORKDIR}/{IMAGE_FOLDER}") in sources()
