@@ -26,6 +26,7 @@ ENGINE, LAUNCH = "tests/parallel/test_engines.py::test_", "tests/multiprocess/te
 LOOP = "tests/train/test_loop.py::test_"
 
 FAULTS = "tests/multiprocess/test_faults.py::test_"
+PODS, SUPERVISE = "tests/cluster/test_pods.py::test_", "tests/cluster/test_supervise.py::test_"
 STOP = "tests/train/test_stopping.py::test_"
 RANKS_TESTS = "tests/checkpoint/test_ranks.py::test_"
 ROWS = (
@@ -57,6 +58,20 @@ ROWS = (
     Row("SIGTERM to the deepspeed runner", "a real signal",
         "its ranks train on (DeepSpeed does not tell them); `dydit stop` ends them",
         (FAULTS + "the_deepspeed_runner_keeps_a_signal_to_itself_and_the_stop_file_helps",)),
+    Row("SIGTERM to the supervisor of torchrun or of the deepspeed runner", "real signals",
+        "all ranks save and leave at the same step; the supervisor leaves with 75",
+        (PODS + "a_signal_to_the_supervisor_ends_its_ranks_with_their_state_saved",
+         SUPERVISE + "the_answer_is_that_of_the_ranks")),
+    Row("two pods are stopped by their preStop hook", "the words and variables of a rendered Job, in two networks",
+        "both leave with 75; one pod goes on at the same step",
+        (PODS + "pods_train_stop_before_they_are_ended_and_go_on_as_one",)),
+    Row("Slurm's time limit, failures and mistakes", "the rendered batch script, with stand-ins for srun and scontrol",
+        "back into the queue, or not, after each exit code",
+        (SUPERVISE + "a_batch_script_goes_back_into_the_queue_when_that_helps",)),
+    Row("a mistake in the recipe, under a launcher that answers 1", "an unknown key, under torchrun",
+        "the supervisor leaves with 64", (PODS + "a_mistake_in_the_recipe_is_told_through_torchrun",)),
+    Row("a rank that is slow now and then", "SIGSTOP and SIGCONT by turns", "the same losses, nothing fails",
+        (FAULTS + "a_rank_that_is_slow_now_and_then_fails_nothing",)),
     Row("a signal during set-up, twice, between micro-batches", "fail points",
         "no checkpoint of a step half done, no damage", (FAULTS + "a_signal_to_one_rank_during_set_up_stops_both",
          STOP + "a_second_signal_during_the_save_changes_nothing",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dydit_scale.cli.ckpt import add_ckpt
+from dydit_scale.cli.cluster import add_cluster
 from dydit_scale.cli.data import add_data
 
 EXPORT_FORMATS = (
@@ -214,4 +215,5 @@ COMMANDS: dict[str, tuple[Add, str]] = {
     "convert": (_convert, "turn DiT, SiT, Latte, FLUX, DyDiT and DyFLUX checkpoints into model folders, and back"),
     "ckpt": (add_ckpt, "list, verify, convert and prune the checkpoints of a run"),
     "report": (_report, "write one HTML page about a run"),
+    "cluster": (add_cluster, "make and check files for Kubernetes, Slurm, torchrun and deepspeed"),
 }

@@ -12,7 +12,7 @@ from dydit_scale.data.loader import BadDataError
 from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.parallel.world import ONE_PROCESS, close, init_world
 from dydit_scale.train.attempt import FolderInUseError
-from dydit_scale.train.exits import Exit
+from dydit_scale.train.exits import Exit, note
 from dydit_scale.train.guard import NotFiniteError
 from dydit_scale.train.loop import train
 from dydit_scale.train.recipe import load_recipe
@@ -55,4 +55,8 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main(stop=StopRequest().catch_signals()))
+    request = StopRequest().catch_signals()
+    note(Exit.FAILED)  # until it is known better
+    code = main(stop=request)
+    note(code)
+    sys.exit(code)

@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dydit_scale.checkpoint.store import load_checkpoint
@@ -96,6 +98,31 @@ def two_ranks(
         return [(first, second)[rank].wait(PATIENCE) for rank in awaited]
 
 
+@contextmanager
+def fits_and_starts(rank: int) -> Iterator[list[int]]:
+    """Suspend the process of ``rank`` for a third of a second, again and again; yields the pauses so far."""
+    pauses: list[int] = []
+    over = threading.Event()
+
+    def pause() -> None:
+        while not over.wait(0.3):
+            for child in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    if child.environ().get("RANK") == str(rank):
+                        child.suspend()
+                        over.wait(0.3)
+                        child.resume()
+                        pauses.append(child.pid)
+
+    thread = threading.Thread(target=pause)
+    thread.start()
+    try:
+        yield pauses
+    finally:
+        over.set()
+        thread.join()
+
+
 def said(run: Path) -> str:
     return "\n".join((run.parent / f"{run.name}-{rank}.log").read_text(errors="replace") for rank in (0, 1))
 
@@ -136,6 +163,18 @@ def test_nobody_waits_for_a_suspended_rank(recipe: Path, tmp_path: Path) -> None
     assert two_ranks(recipe, run, *words, fault="train.step=2@rank1:stop", awaited=(0,)) == [Exit.STUCK]
     assert "no progress in phase step for 10 s" in said(run)
     assert "in train_step" in (run / "stacks-rank-0.txt").read_text()
+
+
+@pytest.mark.slow  # two processes, twice
+def test_a_rank_that_is_slow_now_and_then_fails_nothing(recipe: Path, tmp_path: Path) -> None:
+    run, even = tmp_path / "run", tmp_path / "even"
+    words = ("engine.name=fsdp", "train.steps=12", "train.evaluate_every=0")
+    assert two_ranks(recipe, even, *words) == [Exit.DONE, Exit.DONE], said(even)[-3000:]
+    with fits_and_starts(rank=1) as pauses:
+        assert two_ranks(recipe, run, *words) == [Exit.DONE, Exit.DONE], said(run)[-3000:]
+    assert len(pauses) > 5
+    losses = [[r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] for folder in (run, even)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
 @pytest.mark.slow  # two processes
