@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dydit_scale.data.buckets import Bucket, bucket_numbers, config_buckets
+from dydit_scale.data.cache import CacheUse, take_use
 from dydit_scale.data.config import DataConfig
 from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
@@ -78,6 +79,7 @@ class Read(NamedTuple):
 
     batch: Batch
     bad: tuple[BadSample, ...]
+    cache: CacheUse = CacheUse(0, 0)
 
 
 class Failure(NamedTuple):
@@ -122,7 +124,7 @@ class Reader(Dataset[Any]):
     def __getitem__(self, positions: range) -> Read | Failure:
         draw = self._mixture[positions.start]
         try:
-            return self._sources[draw.source].read(positions, draw.position)
+            return self._sources[draw.source].read(positions, draw.position)._replace(cache=take_use())
         # torch would raise a worker's exception with its traceback as the message; this way the message stays.
         except (ValueError, OSError) as error:
             return Failure(str(error), traceback.format_exc())

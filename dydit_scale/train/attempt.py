@@ -62,6 +62,8 @@ class Attempt:
 
     folder: Path
     token: str
+    before: Holder | None = None
+    """Who held it before."""
 
     def still_ours(self) -> None:
         """Raise FolderInUseError if another process has taken the folder since. Call it before anything is committed
@@ -112,7 +114,7 @@ def take_folder(folder: Path, *, wait: float, say: Callable[[str], None] = print
             holder = read_holder(folder)
             if holder is None or not holder.lives(folder):
                 _write(folder, ours)
-                return Attempt(folder, ours.token)
+                return Attempt(folder, ours.token, holder)
         if time.monotonic() >= deadline:
             raise FolderInUseError(
                 f"run {folder}: in use by {holder}; waited {wait:.0f} s for it to leave (limits.takeover). "
