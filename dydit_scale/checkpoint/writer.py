@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dydit_scale.checkpoint.agree import CheckpointError, first_problem, on_main
+from dydit_scale.checkpoint.agree import first_problem, on_main
 from dydit_scale.checkpoint.draft import Origin, missing_ranks, write_manifest, write_parts
+from dydit_scale.checkpoint.errors import CheckpointError
 from dydit_scale.checkpoint.files import check_space
 from dydit_scale.checkpoint.folder import (
     abandon,

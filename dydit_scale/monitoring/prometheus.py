@@ -45,6 +45,8 @@ class Endpoint:
         """Take the numbers of a record."""
         with self._lock:
             for metric, labels, value in samples(record):
+                if metric.of == "run" and self._constant["rank"] != "0":
+                    continue
                 if metric.kind == "histogram":
                     self._histograms[metric].labels(*self._labels(metric, labels)).observe(value)
                 else:
@@ -69,7 +71,10 @@ class Endpoint:
                 if metric not in families:
                     families[metric] = kind(metric.full_name, metric.help, labels=metric.all_labels)
                 families[metric].add_metric(self._labels(metric, labels), value)
-        return [*families.values(), *(family for one in self._histograms.values() for family in one.collect())]
+            histograms = [family for one in self._histograms.values() for family in one.collect()]
+        for family in histograms:
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+        return [*families.values(), *histograms]
 
     def _labels(self, metric: Metric, labels: tuple[str, ...]) -> list[str]:
         own = len(metric.all_labels) - len(metric.labels)

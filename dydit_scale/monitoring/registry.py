@@ -45,6 +45,7 @@ class Metric:
         return (*COMMON, *(("rank",) if self.of == "process" else ()), *self.labels)
 
 
+# fmt: off
 METRICS = (
     Metric("train_step", "step", "gauge", "Steps from 0: the newest that was trained"),
     Metric("train_steps", "steps", "gauge", "Steps that the recipe asks for"),
@@ -66,7 +67,7 @@ METRICS = (
         "gauge",
         "Share of heads, MLP groups or tokens that work",
         ("kind", "layer", TIMESTEP),
-    ),  # fmt: skip
+    ),
     Metric("dead_heads_ratio", "dead_heads", "gauge", "Share of heads that no sample used since the last record"),
     Metric("dead_experts_ratio", "dead_experts", "gauge", "Share of TD-LoRA experts that no timestep uses"),
     Metric("expert_entropy_ratio", "gate_entropy", "gauge", "Entropy of the experts' mixtures; 1 where all are equal"),
@@ -81,7 +82,7 @@ METRICS = (
         "Wait for data, encoders and forward of a step's first micro-batch: min, mean, max over ranks",
         ("stat",),
         clock=True,
-    ),  # fmt: skip
+    ),
     Metric("slowest_rank", "slowest_rank", "gauge", "The rank with the longest of these", clock=True),
     Metric("data_wait_ratio", "data_wait", "gauge", "Share of a step that its slowest reader waited", clock=True),
     Metric("samples_per_second", "samples_per_second", "gauge", "Samples trained per second, all ranks", clock=True),
@@ -93,7 +94,7 @@ METRICS = (
         "(dense)",
         ("work",),
         clock=True,
-    ),  # fmt: skip
+    ),
     Metric("mfu", "mfu", "gauge", "The same as a share of the device's peak", ("work",), clock=True),
     Metric("peak_tflops", "peak_tflops", "gauge", "Peak of one device, 10^12 operations per second", clock=True),
     Metric(
@@ -119,6 +120,7 @@ METRICS = (
     Metric("rank_data_seconds", "rank_data_seconds", "gauge", "Wait for its data", of="process", clock=True),
     Metric("gpu_memory_bytes", "gpu_memory", "gauge", "Most that was allocated", of="process", clock=True),
 )
+# fmt: on
 BY_KEY = {metric.key: metric for metric in METRICS}
 CLOCK_KEYS = frozenset({"data_seconds"} | {metric.key for metric in METRICS if metric.clock})
 """Keys of a record that differ between two runs that train alike."""

@@ -151,14 +151,19 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _silence(folder: Path) -> float:
     """Seconds since the last sign of life, on the clock of the file system."""
-    probe = folder / f".{ATTEMPT_FILE}-now-{os.getpid()}"
     try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        return now - (folder / ATTEMPT_FILE).stat().st_mtime
+        return file_clock(folder) - (folder / ATTEMPT_FILE).stat().st_mtime
     except OSError:
         return 0.0
+
+
+def file_clock(folder: Path) -> float:
+    """The time by the folder's file system, in seconds since 1970; OSError if nothing can be written there."""
+    probe = folder / f".{ATTEMPT_FILE}-now-{os.getpid()}"
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink()
+    return now
 
 
 def _pid_started(pid: int) -> str:

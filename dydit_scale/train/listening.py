@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from dydit_scale.monitoring.prometheus import Endpoint
 from dydit_scale.monitoring.records import RUN_FILE, read_about
 from dydit_scale.monitoring.sinks import open_sinks
 from dydit_scale.parallel.world import World
-from dydit_scale.train.attempt import Attempt
+from dydit_scale.train.attempt import Attempt, read_holder
 from dydit_scale.train.metrics import Metrics, records_before
 from dydit_scale.train.observer import Observer, measured_peak
 from dydit_scale.train.recipe import Recipe, flat_values
@@ -63,7 +62,9 @@ def start_metrics(
     folder, world = Path(recipe.run), observer.world
     earlier = read_about(folder)
     kept = records_before(folder, first_step)
-    observer.went_before(earlier.get("began", observer.began), kept)
+    holder = read_holder(folder)
+    began = observer.began if holder is None else holder.began
+    observer.went_before(earlier.get("began", began), kept)
     metrics = Metrics(
         folder, name=recipe.name, steps=recipe.train.steps, first_step=first_step, kept=kept,
         listeners=lambda say: [Listeners(recipe, first_step, endpoints, say)],
@@ -72,7 +73,6 @@ def start_metrics(
         "name": recipe.name,
         "token": attempt.token,
         "began": observer.began,
-        "attempt_began": time.time(),
         "restarts": _restarts(earlier, attempt),
         "ranks": world.world_size,
         "engine": recipe.engine.name,
@@ -82,6 +82,7 @@ def start_metrics(
         "first_step": first_step,
         "steps": recipe.train.steps,
         "save_every": recipe.train.save_every,
+        "checkpoint_step": first_step,
     }
     path = folder / RUN_FILE
     try:

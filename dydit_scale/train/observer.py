@@ -43,6 +43,9 @@ class Observer:
         self.failed_saves = 0
         self._cost = objective.cost if hasattr(objective.network, "cost") else None
         self._passes = 3 if recipe.adapter.kind == "none" else 2
+        dynamic = recipe.dynamic
+        routed = {} if dynamic is None else dict(zip(KINDS, (dynamic.heads, dynamic.mlp, dynamic.tokens), strict=True))
+        self._kinds = [kind for kind, has in routed.items() if has]
         self._buckets = recipe.monitor.timestep_buckets
         self._loss = torch.zeros(2, self._buckets, device=world.device)  # sums, counts
         self._routers: _Routers | None = None
@@ -81,7 +84,7 @@ class Observer:
         self._loss.index_add_(1, bucket[: len(flow)], torch.stack([flow, torch.ones_like(flow)]))
         if terms.masks is not None:
             if self._routers is None:
-                self._routers = _Routers(terms.masks, self._buckets)
+                self._routers = _Routers(terms.masks, self._buckets, self._kinds)
             self._routers.add(terms.masks, bucket)
 
     def values(self, step: int) -> dict[str, float]:
@@ -164,7 +167,8 @@ class Observer:
 class _Routers:
     """Sums over the steps since the last record, on the device."""
 
-    def __init__(self, masks: DynamicMasks, buckets: int) -> None:
+    def __init__(self, masks: DynamicMasks, buckets: int, kinds: list[str]) -> None:
+        self._kinds = kinds
         layers, _, heads = masks.heads.shape
         self._active = masks.heads.new_zeros(len(KINDS), layers, buckets, dtype=torch.float32)
         self._seen = masks.heads.new_zeros(buckets, dtype=torch.float32)
@@ -196,7 +200,9 @@ class _Routers:
         heads = rest[len(KINDS) * layers * buckets :]
         shares = [_ratios(line, seen) for line in active]
         return {
-            "routers": {kind: shares[k * layers : (k + 1) * layers] for k, kind in enumerate(KINDS)},
+            "routers": {
+                kind: shares[k * layers : (k + 1) * layers] for k, kind in enumerate(KINDS) if kind in self._kinds
+            },
             "dead_heads": sum(not used for used in heads) / len(heads),
         }
 
