@@ -54,6 +54,14 @@ class SaveReport(NamedTuple):
     """Over all ranks."""
 
 
+class Commit(NamedTuple):
+    """A save that became a checkpoint."""
+
+    step: int
+    time: float
+    """Seconds since 1970."""
+
+
 @dataclass
 class _Save:
     """One save as this rank sees it."""
@@ -123,6 +131,8 @@ class CheckpointWriter:
         self._stage = Stage()
         self._save: _Save | None = None
         self._failures = 0
+        self.newest: Commit | None = None
+        """On rank 0: the newest commit of this process, known before all ranks agree on it."""
 
     def start(self) -> None:
         """Remove what a killed process left unfinished in the folder; call it once, before the first step. Collective.
@@ -237,7 +247,7 @@ class CheckpointWriter:
                 raise TimeoutError("another rank gave up")
             later = later_than(save.target)
             commit(save.draft, save.target)
-            save.committed = True
+            save.committed, self.newest = True, Commit(save.origin.step, time.time())
         except Exception as error:  # of any kind: the other ranks wait for the verdict
             save.problem = _words(error)
             return

@@ -15,25 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-
-class CacheUse(NamedTuple):
-    """How often files were asked for."""
-
-    hits: int
-    misses: int
-    """They had to be downloaded."""
-
-
-_used = CacheUse(0, 0)
-
-
-def take_use() -> CacheUse:
-    """The use that this process made of its caches since the last call."""
-    global _used
-    use, _used = _used, CacheUse(0, 0)
-    return use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +47,15 @@ class FileCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (fd := _open_used(path)) is not None:
-                return _counted(fd, hit=True)
+                return fd
             with _locked(self.folder / f"{wanted.sha256}.lock"):
                 if (fd := _open_used(path)) is not None:
-                    return _counted(fd, hit=True)
+                    return fd
                 part.unlink(missing_ok=True)  # of a process that was killed
                 fd = self._reserve(part, wanted.size)
                 if fd is not None:
                     _fill(fd, part, wanted, chunks)
                     os.replace(part, path)
-                    _counted(fd, hit=False)
                 return fd
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -105,12 +85,6 @@ class FileCache:
                 _discard(fd, part)
                 raise
             return fd
-
-
-def _counted(fd: int, *, hit: bool) -> int:
-    global _used
-    _used = CacheUse(_used.hits + hit, _used.misses + (not hit))
-    return fd
 
 
 def _fill(fd: int, part: Path, wanted: Wanted, chunks: Callable[[], Iterable[bytes]]) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dydit_scale.data.cache import CacheUse
 from dydit_scale.data.config import DataConfig, SourceConfig
 from dydit_scale.data.dataset import DataSet, load_data
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.reader import BadSample, Batch, Failure, Reader
+from dydit_scale.data.storage import CacheUse
 from dydit_scale.data.stream import ShardStream, StreamReader, open_stream
 
 __all__ = ["BadDataError", "Batch", "DataConfig", "DataSet", "Loader", "SourceConfig", "make_loader", "open_data"]
@@ -95,7 +95,7 @@ class Loader:
         self, reader: Reader | StreamReader, positions: _Positions | None, logs: list[_BadSampleLog], workers: int
     ) -> None:
         self._reader, self._positions, self._logs, self._workers = reader, positions, logs, workers
-        self._cache = CacheUse(0, 0)
+        self._cache = CacheUse()
 
     def counts(self) -> tuple[int, int, int]:
         """Up to the last batch: different bad samples, shards found in the cache, shards downloaded into it."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dydit_scale.data.buckets import Bucket, bucket_numbers, config_buckets
-from dydit_scale.data.cache import CacheUse, take_use
 from dydit_scale.data.config import DataConfig
 from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
@@ -22,7 +21,7 @@ from dydit_scale.data.encoded import EncodedBatch, decode_entry, decode_tensors,
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.mixture import Mixture
 from dydit_scale.data.position import SampleOrder
-from dydit_scale.data.storage import open_shards
+from dydit_scale.data.storage import CachedShards, CacheUse, open_shards
 from dydit_scale.data.video import decode_clip, decode_clip_at, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
@@ -79,7 +78,7 @@ class Read(NamedTuple):
 
     batch: Batch
     bad: tuple[BadSample, ...]
-    cache: CacheUse = CacheUse(0, 0)
+    cache: CacheUse = CacheUse()
 
 
 class Failure(NamedTuple):
@@ -124,7 +123,8 @@ class Reader(Dataset[Any]):
     def __getitem__(self, positions: range) -> Read | Failure:
         draw = self._mixture[positions.start]
         try:
-            return self._sources[draw.source].read(positions, draw.position)._replace(cache=take_use())
+            source = self._sources[draw.source]
+            return source.read(positions, draw.position)._replace(cache=source.take_use())
         # torch would raise a worker's exception with its traceback as the message; this way the message stays.
         except (ValueError, OSError) as error:
             return Failure(str(error), traceback.format_exc())
@@ -157,6 +157,10 @@ class SourceReader:
 
     def close(self) -> None:
         self._shards.close()
+
+    def take_use(self) -> CacheUse:
+        """What was opened since the last call."""
+        return self._shards.take_use() if isinstance(self._shards, CachedShards) else CacheUse()
 
     def read(self, positions: range, first: int) -> Read:
         """The samples from place ``first`` of the source's own order on, at ``positions`` of the training stream."""

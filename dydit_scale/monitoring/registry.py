@@ -105,7 +105,7 @@ METRICS = (
     Metric("checkpoint_bytes", "checkpoint_bytes", "gauge", "Of the newest save, all ranks"),
     Metric("checkpoint_failures", "checkpoint_failures", "gauge", "Failed saves in a row"),
     Metric("checkpoint_failures_total", "checkpoint_failures_total", "counter", "Failed saves"),
-    Metric("checkpoint_step", "checkpoint_step", "gauge", "Steps in the newest commit"),
+    Metric("checkpoint_step", "checkpoint_step", "gauge", "Steps in the newest commit", clock=True),
     Metric(
         "checkpoint_timestamp_seconds", "checkpoint_time", "gauge", "When it was committed (since 1970)", clock=True
     ),

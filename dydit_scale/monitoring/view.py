@@ -132,7 +132,7 @@ def _machine(shot: Snapshot) -> Table:
         table.add_row("MFU activated", f"{use['activated']:.1%}", f"{speed['activated']:.3g} TFLOP/s a device")
         table.add_row("  as if dense", f"{use['dense']:.1%}", f"{speed['dense']:.3g} of {peak}")
     if "goodput" in last:
-        table.add_row("goodput", f"{last['goodput']:.1%}", "of the time in steps that count")
+        table.add_row("goodput", f"{last['goodput']:.1%}", "time in steps that count")
     if "checkpoint_bytes" in last:
         size, blocked = last["checkpoint_bytes"] / 2**20, last["checkpoint_blocked_seconds"]
         text = f"{size:.1f} MiB, {last['checkpoint_seconds']:.1f} s, blocked {blocked:.2f}"

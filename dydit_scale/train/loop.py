@@ -85,7 +85,7 @@ def _steps(run: Run) -> None:
             taken = train_step(run, read)
             run.step += 1
             run.consumed += train.batch_size
-            run.observer.finish(taken.record, consumed=run.consumed, counts=taken.applied)
+            run.observer.finish(taken.record, consumed=run.consumed, counts=taken.applied, commit=run.writer.newest)
             if run.metrics:
                 run.metrics.step(taken.record)
             if taken.spike or run.guard.must_go_back:

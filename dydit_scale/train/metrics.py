@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,7 +123,7 @@ class Metrics:
             "checkpoint_failures_total": failures,
         }
         if report.path is not None:
-            record |= {"checkpoint_step": report.step, "checkpoint_time": time.time()}
+            record["checkpoint_step"] = report.step
         self._write(record)
 
     def say(self, text: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from dydit_scale.checkpoint.writer import Commit
 from dydit_scale.data.loader import Loader
 from dydit_scale.dynamic.masks import DynamicMasks
 from dydit_scale.parallel.world import World
@@ -121,12 +122,13 @@ class Observer:
             record |= self._routers.found(rows["routers"])
         return record
 
-    def finish(self, record: dict[str, Any], *, consumed: int, counts: bool) -> None:
+    def finish(self, record: dict[str, Any], *, consumed: int, counts: bool, commit: Commit | None) -> None:
         """The step is done: add to its record what needs the clock, and write this rank's own.
 
         Args:
             consumed: samples read so far.
             counts: the step was applied.
+            commit: the newest of this process.
         """
         now, seconds = time.time(), time.perf_counter() - self._began
         if counts:
@@ -144,6 +146,8 @@ class Observer:
         }
         if self._cost is not None:
             record |= {"tflops": tflops, "mfu": {work: value / self.peak for work, value in tflops.items()}}
+        if commit is not None:
+            record |= {"checkpoint_step": commit.step, "checkpoint_time": commit.time}
         own = {"step": record["step"], "time": now, "rank_step_seconds": seconds, "rank_data_seconds": self._data}
         if self.world.device.type == "cuda":
             own["gpu_memory"] = torch.cuda.max_memory_allocated(self.world.device)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dydit_scale.checkpoint.store import load_checkpoint
+from dydit_scale.checkpoint.writer import Commit
 from dydit_scale.dynamic.masks import DynamicMasks
 from dydit_scale.monitoring import sinks
 from dydit_scale.monitoring.records import RUN_FILE, rank_file, read_about, read_metrics
@@ -227,9 +228,10 @@ def test_two_ranks_measure_as_one_would(world_folder: Path, tmp_path: Path) -> N
     assert record["routers"]["groups"][0] == [1.0, None, None, 1.0] and record["routers"]["tokens"][1][0] == 0
     assert record["dead_heads"] == 5 / 8
     assert record["slowest_rank"] == 1 and record["rank_seconds"]["max"] >= 2 > record["rank_seconds"]["min"] >= 1
-    step = {"step": 0, "ratio": 0.5}
+    step: dict[str, Any] = {"step": 0, "ratio": 0.5}
     both[0]._began -= 4.0  # a step of four seconds
-    both[0].finish(step, consumed=8, counts=True)
+    both[0].finish(step, consumed=8, counts=True, commit=Commit(5, 7.0))
+    assert (step["checkpoint_step"], step["checkpoint_time"]) == (5, 7.0)
     assert step["data_wait"] == pytest.approx(0.5, rel=0.2), "of the slowest reader"
     assert step["tflops"]["dense"] == pytest.approx(2 * 2 * 2000 / step["seconds"] / 1e12)
 
