@@ -15,6 +15,7 @@ from dydit_scale.checkpoint.folder import list_checkpoints
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
 from dydit_scale.cli.main import main as dydit
 from dydit_scale.monitoring.records import read_metrics
+from dydit_scale.monitoring.registry import CLOCK_KEYS
 from dydit_scale.train.__main__ import main
 from dydit_scale.train.attempt import ATTEMPT_FILE, Attempt, read_holder, take_folder
 from dydit_scale.train.exits import Exit
