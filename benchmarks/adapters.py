@@ -24,11 +24,11 @@ import numpy as np
 
 from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.evaluation.judges import judge_for
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.report.markup import Html, el
 from dydit_scale.sampling.generate import generate, sampler_timesteps
 from dydit_scale.sampling.speed import machine
 from dydit_scale.train.build import build_parts
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.launch import call
 from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline

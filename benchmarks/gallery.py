@@ -22,10 +22,10 @@ from PIL import Image
 
 from dydit_scale.evaluation.judges import judge_for
 from dydit_scale.models.registry import family_of
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.sampling.generate import generate, picture_grid, sampler_timesteps
 from dydit_scale.sampling.speed import machine
 from dydit_scale.sampling.video import write_video
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.workflows.evaluate import evaluate_run
 from dydit_scale.workflows.launch import call, launch
 from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline

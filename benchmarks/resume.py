@@ -29,11 +29,11 @@ from matplotlib.ticker import MaxNLocator
 
 from dydit_scale.checkpoint.store import load_checkpoint
 from dydit_scale.models.quiet import quiet_libraries
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.engine import EngineConfig
 from dydit_scale.parallel.world import barrier, close, init_world
 from dydit_scale.sampling.speed import machine
 from dydit_scale.train.loop import train
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import Recipe, load_recipe
 from dydit_scale.workflows.launch import call
 

@@ -8,18 +8,28 @@ dy.pack(transformer, dy.sampler_timesteps(pipe, dy.SampleConfig(steps=28)))
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
-from dydit_scale.models.dit import DyDiTTransformer2DModel
-from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
-from dydit_scale.models.flux import DyFluxTransformer2DModel
-from dydit_scale.models.latte import DyLatteTransformer3DModel
-from dydit_scale.models.pipelines import ClassLattePipeline, DyDiTPipeline, SiTPipeline
-from dydit_scale.models.registry import all_families, make_dynamic
-from dydit_scale.models.sit_scheduler import SiTScheduler
-from dydit_scale.sampling.generate import SampleConfig, sampler_timesteps
+_LIGHT = ("-h", "--help", "health", "stop", "top")
+"""Arguments of the ``dydit`` command that must answer at once, probes among them."""
+
+if TYPE_CHECKING or not (os.path.basename(sys.argv[0]) == "dydit" and sys.argv[1:2] and sys.argv[1] in _LIGHT):
+    # Their imports take seconds; everyone else may count on them.
+    from dydit_scale.dynamic.config import DynamicConfig
+    from dydit_scale.models.class_latte import ClassLatteTransformer3DModel
+    from dydit_scale.models.dit import DyDiTTransformer2DModel
+    from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
+    from dydit_scale.models.flux import DyFluxTransformer2DModel
+    from dydit_scale.models.latte import DyLatteTransformer3DModel
+    from dydit_scale.models.pipelines import ClassLattePipeline, DyDiTPipeline, SiTPipeline
+    from dydit_scale.models.registry import all_families, make_dynamic
+    from dydit_scale.models.sit_scheduler import SiTScheduler
+    from dydit_scale.sampling.generate import SampleConfig, sampler_timesteps
+
+    # Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
+    all_families()
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +38,6 @@ if TYPE_CHECKING:
     from dydit_scale.models.plan import PackedPlan
 
 __version__ = "0.1.0"
-
-# Pipelines saved with our classes name their modules; diffusers finds them only where they are imported already.
-all_families()
 
 
 def pack(model: DynamicModelMixin, timesteps: Tensor, **options: Any) -> PackedPlan:

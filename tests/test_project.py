@@ -31,7 +31,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 RECIPE_COUNT = 31
 
 # Import names that differ from the name of the distribution.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "mlflow": "mlflow-skinny", "yaml": "pyyaml"}
 # The user chooses their builds.
 UNPINNED = {"torch", "triton", "xformers"}
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from dydit_scale.checkpoint.errors import CheckpointError
 from dydit_scale.parallel.world import World, gather_objects
 from dydit_scale.parallel.world import on_main as run_on_main
 
 T = TypeVar("T")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; raised on every rank alike."""
 
 
 def on_main(world: World, action: Callable[[], T]) -> T:

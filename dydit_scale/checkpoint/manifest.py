@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dydit_scale.checkpoint.agree import CheckpointError
+from dydit_scale.checkpoint.errors import CheckpointError
 from dydit_scale.checkpoint.files import file_digest
 from dydit_scale.checkpoint.tensor_file import DTYPES, Kind, TensorFile
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dydit_scale.checkpoint.agree import CheckpointError, first_problem, on_main
+from dydit_scale.checkpoint.agree import first_problem, on_main
+from dydit_scale.checkpoint.errors import CheckpointError
 from dydit_scale.checkpoint.folder import checkpoint_path, list_checkpoints, recover, remember_whole, set_aside
 from dydit_scale.checkpoint.manifest import MANIFEST, Damaged, Manifest, check_content, read_manifest
 from dydit_scale.checkpoint.stored import StoredTensors

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dydit_scale.checkpoint.agree import CheckpointError, first_problem, on_main
+from dydit_scale.checkpoint.agree import first_problem, on_main
 from dydit_scale.checkpoint.draft import Origin, missing_ranks, write_manifest, write_parts
+from dydit_scale.checkpoint.errors import CheckpointError
 from dydit_scale.checkpoint.files import check_space
 from dydit_scale.checkpoint.folder import (
     abandon,
@@ -51,6 +52,14 @@ class SaveReport(NamedTuple):
     """From the call to the commit."""
     bytes: int
     """Over all ranks."""
+
+
+class Commit(NamedTuple):
+    """A save that became a checkpoint."""
+
+    step: int
+    time: float
+    """Seconds since 1970."""
 
 
 @dataclass
@@ -122,6 +131,8 @@ class CheckpointWriter:
         self._stage = Stage()
         self._save: _Save | None = None
         self._failures = 0
+        self.newest: Commit | None = None
+        """On rank 0: the newest commit of this process, known before all ranks agree on it."""
 
     def start(self) -> None:
         """Remove what a killed process left unfinished in the folder; call it once, before the first step. Collective.
@@ -236,7 +247,7 @@ class CheckpointWriter:
                 raise TimeoutError("another rank gave up")
             later = later_than(save.target)
             commit(save.draft, save.target)
-            save.committed = True
+            save.committed, self.newest = True, Commit(save.origin.step, time.time())
         except Exception as error:  # of any kind: the other ranks wait for the verdict
             save.problem = _words(error)
             return

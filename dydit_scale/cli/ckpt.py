@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from dydit_scale.checkpoint.convert import convert
-from dydit_scale.checkpoint.folder import prune
-from dydit_scale.checkpoint.survey import Row, checkpoints_of, chosen, size_of, survey, verify
-from dydit_scale.train.attempt import read_holder
+if TYPE_CHECKING:
+    from dydit_scale.checkpoint.survey import Row
 
 EXIT_DAMAGED = 1
 
@@ -41,6 +38,8 @@ def add_ckpt(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(args: argparse.Namespace) -> None:
+    from dydit_scale.checkpoint.survey import checkpoints_of, survey
+
     rows = [("checkpoint", "written (UTC)", "size", "by", "tensors", "pieces", "")]
     rows += map(_cells, survey(checkpoints_of(args.folder)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -63,6 +62,10 @@ def _size(count: int) -> str:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from dydit_scale.checkpoint.survey import checkpoints_of, chosen, size_of, verify
+
     paths = chosen(checkpoints_of(args.folder), args.step)
     if not paths:
         raise ValueError(f"{args.folder}: all checkpoints were found damaged before; dydit ckpt ls lists them")
@@ -75,6 +78,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from dydit_scale.checkpoint.convert import convert
+
     options = ("step", "weights", "prefix", "trust_pickle")
     done = convert(args.source, args.out, **{name: getattr(args, name) for name in options})
     print(f"{args.source}: {done.title}")
@@ -82,6 +87,10 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _prune(args: argparse.Namespace) -> None:
+    from dydit_scale.checkpoint.folder import prune
+    from dydit_scale.checkpoint.survey import checkpoints_of
+    from dydit_scale.train.attempt import read_holder
+
     if args.keep < 1 or args.keep_every < 0:
         raise ValueError(f"expected --keep >= 1 and --keep-every >= 0, got {args.keep} and {args.keep_every}")
     folder = checkpoints_of(args.folder)

@@ -9,6 +9,8 @@ from pathlib import Path
 from dydit_scale.cli.ckpt import add_ckpt
 from dydit_scale.cli.cluster import add_cluster
 from dydit_scale.cli.data import add_data
+from dydit_scale.cli.health import add_health
+from dydit_scale.cli.top import add_top
 
 EXPORT_FORMATS = (
     "td-lora", "diffusers", "peft", "kohya", "comfyui", "lora-ranges", "lora-experts", "pipeline", "static",
@@ -209,6 +211,8 @@ COMMANDS: dict[str, tuple[Add, str]] = {
     "data": (add_data, "make and index training data"),
     "base": (_base, "write a small pipeline with random weights, to be trained on the built-in data"),
     "stop": (_stop, "ask a run to save its state and leave after its step; for people and for preStop hooks"),
+    "top": (add_top, "watch a run in the terminal: progress, losses, cost, routers, machines"),
+    "health": (add_health, "say whether a run is alive and makes progress; exit status 1 if not; for probes"),
     "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),
     "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
     "export": (_export, "write adapters or models, loaded back and verified"),

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from dydit_scale.checkpoint.store import CheckpointError
+from dydit_scale.checkpoint.errors import CheckpointError
 from dydit_scale.cli.commands import COMMANDS
 
 

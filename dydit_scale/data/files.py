@@ -10,7 +10,7 @@ from isal.isal_zlib import crc32  # zlib's, many times faster
 from dydit_scale.data.decode import BadSampleError
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.records import Part
-from dydit_scale.data.storage import open_shards
+from dydit_scale.data.storage import CachedShards, CacheUse, open_shards
 
 GAP = 1 << 16
 """Bytes between the files of a sample that are read along with them; behind more, the second is read by itself."""
@@ -58,6 +58,10 @@ class SampleFiles:
     def forget(self) -> None:
         """The memory of all that was read may be used again."""
         self._memory.forget()
+
+    def take_use(self) -> CacheUse:
+        """What was opened since the last call."""
+        return self._shards.take_use() if isinstance(self._shards, CachedShards) else CacheUse()
 
     def close(self) -> None:
         """Close the shards that this process holds open."""

@@ -23,6 +23,7 @@ from dydit_scale.data.config import DataConfig, SourceConfig
 from dydit_scale.data.dataset import DataSet, load_data
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.reader import BadSample, Batch, Failure, Reader
+from dydit_scale.data.storage import CacheUse
 from dydit_scale.data.stream import ShardStream, StreamReader, open_stream
 
 __all__ = ["BadDataError", "Batch", "DataConfig", "DataSet", "Loader", "SourceConfig", "make_loader", "open_data"]
@@ -94,6 +95,11 @@ class Loader:
         self, reader: Reader | StreamReader, positions: _Positions | None, logs: list[_BadSampleLog], workers: int
     ) -> None:
         self._reader, self._positions, self._logs, self._workers = reader, positions, logs, workers
+        self._cache = CacheUse()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Up to the last batch: different bad samples, shards found in the cache, shards downloaded into it."""
+        return sum(len(log) for log in self._logs), *self._cache
 
     def __iter__(self) -> Iterator[Batch]:
         results: DataLoader[Any] = DataLoader(
@@ -111,6 +117,7 @@ class Loader:
                 if isinstance(result, Failure):
                     raise ValueError(result.message) from RuntimeError(result.trace)
                 self._logs[result.batch.source].add(result.bad)
+                self._cache = CacheUse(*(a + b for a, b in zip(self._cache, result.cache, strict=True)))
                 yield result.batch
         finally:
             self._reader.close()
@@ -140,6 +147,9 @@ class _BadSampleLog:
                 shard = index.shards[index.shard_of(sample)].name
                 self._found[shard, index.key(sample)] = f"{index.name(sample)}: {reason}"
         self._check()
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def add(self, bad: tuple[BadSample, ...]) -> None:
         for entry in bad:

@@ -21,6 +21,7 @@ from dydit_scale.data.files import Files, SampleFiles
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.mixture import Mixture
 from dydit_scale.data.position import SampleOrder
+from dydit_scale.data.storage import CacheUse
 from dydit_scale.data.video import decode_clip, decode_clip_at, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
@@ -77,6 +78,7 @@ class Read(NamedTuple):
 
     batch: Batch
     bad: tuple[BadSample, ...]
+    cache: CacheUse = CacheUse()
 
 
 class Failure(NamedTuple):
@@ -121,7 +123,8 @@ class Reader(Dataset[Any]):
     def __getitem__(self, positions: range) -> Read | Failure:
         draw = self._mixture[positions.start]
         try:
-            return self._sources[draw.source].read(positions, draw.position)
+            source = self._sources[draw.source]
+            return source.read(positions, draw.position)._replace(cache=source.take_use())
         # torch would raise a worker's exception with its traceback as the message; this way the message stays.
         except (ValueError, OSError) as error:
             return Failure(str(error), traceback.format_exc())
@@ -153,6 +156,10 @@ class SourceReader:
 
     def close(self) -> None:
         self._files.close()
+
+    def take_use(self) -> CacheUse:
+        """What was opened since the last call."""
+        return self._files.take_use()
 
     def read(self, positions: range, first: int) -> Read:
         """The samples from place ``first`` of the source's own order on, at ``positions`` of the training stream."""

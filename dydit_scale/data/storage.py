@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dydit_scale.data.cache import FileCache, Wanted
 from dydit_scale.data.index import ShardIndex, ShardInfo
@@ -82,6 +81,15 @@ class RangeShards:
         """Nothing is held open."""
 
 
+class CacheUse(NamedTuple):
+    """How shards were opened."""
+
+    hits: int = 0
+    """They were in the cache."""
+    misses: int = 0
+    """They had to be downloaded."""
+
+
 class CachedShards(ShardFiles):
     """Shards of an object store, kept whole on this node; by ranges while the cache is full of shards in use."""
 
@@ -89,7 +97,7 @@ class CachedShards(ShardFiles):
         super().__init__(cache.folder)
         self._remote, self._cache, self._max_open = remote, cache, MAX_CACHED_SHARDS
         self._wanted = {s.name: Wanted(name=f"{remote}/{s.name}", size=s.bytes, sha256=s.sha256) for s in shards}
-        self._ranges = RangeShards(remote, shards)
+        self._ranges, self._use = RangeShards(remote, shards), CacheUse()
         largest = max(self._wanted.values(), key=lambda wanted: wanted.size)
         if largest.size > cache.limit:
             raise ValueError(
@@ -110,15 +118,26 @@ class CachedShards(ShardFiles):
             return self._ranges.read(shard, offset, buffer)
 
     def _open_shard(self, shard: str) -> int:
-        wanted = self._wanted[shard]
-        download = partial(self._remote.chunks, shard, wanted.size)
+        wanted, missed = self._wanted[shard], False
+
+        def download() -> Iterator[bytes]:
+            nonlocal missed
+            missed = True
+            return self._remote.chunks(shard, wanted.size)
+
         fd = self._cache.open(wanted, download)
         if fd is None:
             self.close()  # some may be of the past
             fd = self._cache.open(wanted, download)
         if fd is None:
             raise _NoRoomError
+        self._use = CacheUse(self._use.hits + (not missed), self._use.misses + missed)
         return fd
+
+    def take_use(self) -> CacheUse:
+        """What this process opened since the last call."""
+        use, self._use = self._use, CacheUse()
+        return use
 
 
 class _NoRoomError(Exception):

@@ -62,6 +62,8 @@ class Attempt:
 
     folder: Path
     token: str
+    before: Holder | None = None
+    """Who held it before."""
 
     def still_ours(self) -> None:
         """Raise FolderInUseError if another process has taken the folder since. Call it before anything is committed
@@ -112,7 +114,7 @@ def take_folder(folder: Path, *, wait: float, say: Callable[[str], None] = print
             holder = read_holder(folder)
             if holder is None or not holder.lives(folder):
                 _write(folder, ours)
-                return Attempt(folder, ours.token)
+                return Attempt(folder, ours.token, holder)
         if time.monotonic() >= deadline:
             raise FolderInUseError(
                 f"run {folder}: in use by {holder}; waited {wait:.0f} s for it to leave (limits.takeover). "
@@ -149,14 +151,19 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _silence(folder: Path) -> float:
     """Seconds since the last sign of life, on the clock of the file system."""
-    probe = folder / f".{ATTEMPT_FILE}-now-{os.getpid()}"
     try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        return now - (folder / ATTEMPT_FILE).stat().st_mtime
+        return file_clock(folder) - (folder / ATTEMPT_FILE).stat().st_mtime
     except OSError:
         return 0.0
+
+
+def file_clock(folder: Path) -> float:
+    """The time by the folder's file system, in seconds since 1970; OSError if nothing can be written there."""
+    probe = folder / f".{ATTEMPT_FILE}-now-{os.getpid()}"
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink()
+    return now
 
 
 def _pid_started(pid: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -63,8 +62,7 @@ def train(recipe: Recipe, world: World, *, resume: bool = False, stop: StopReque
             try:
                 _steps(run)
             finally:
-                if run.metrics:
-                    run.metrics.close()
+                run.close()
     return run.folder
 
 
@@ -81,17 +79,15 @@ def _steps(run: Run) -> None:
             run.watchdog.enter(phase)
             phase = "step"
             fail_point("data.next", run.step)
-            began = time.perf_counter()
+            run.observer.begin()
             read = list(islice(batches, train.accumulation))
-            waited = time.perf_counter() - began
+            run.observer.has_data()
             taken = train_step(run, read)
-            taken.record["seconds"] = time.perf_counter() - began
-            taken.record["data_seconds"] = waited
-            taken.record["samples_per_second"] = train.batch_size / taken.record["seconds"]
-            if run.metrics:
-                run.metrics.step(taken.record)
             run.step += 1
             run.consumed += train.batch_size
+            run.observer.finish(taken.record, consumed=run.consumed, counts=taken.applied, commit=run.writer.newest)
+            if run.metrics:
+                run.metrics.step(taken.record)
             if taken.spike or run.guard.must_go_back:
                 go_back(run)
             elif run.step == train.steps or not taken.stop:
@@ -112,6 +108,7 @@ class Taken(NamedTuple):
     record: dict[str, Any]
     stop: bool
     spike: bool
+    applied: bool
 
 
 def train_step(run: Run, batches: list[Batch]) -> Taken:
@@ -137,7 +134,8 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
         for key in sums:
             sums[key] += float(parts[key].detach()) / len(batches)
     flags = {"stop": float(run.stop.asked()), "lost": float(run.world.is_main and run.attempt.lost())}
-    means = mean_values(sums | flags)
+    means = mean_values(sums | flags | run.observer.values(step))
+    seen = run.observer.reduced(means)
     if means.pop("lost"):
         on_main(run.world, run.attempt.still_ours)
     stop = means.pop("stop") > 0
@@ -151,9 +149,11 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
             run.ema.update()
     else:
         run.guard.went_wrong(step, sums["loss"], batches, refused=not result.applied)
+        run.observer.nonfinite += not result.applied
         _tell(run, means["loss"], spike)
     record = {"step": step, **means, "target": target, "lr": recipe.train.lr * scale, "grad_norm": result.grad_norm}
-    return Taken(record, stop, spike)
+    record |= seen | {"nonfinite": run.observer.nonfinite, "rollbacks": len(run.guard.rollbacks)}
+    return Taken(record, stop, spike, applied=result.applied and not spike)
 
 
 def _can_go_back(run: Run) -> bool:
@@ -204,7 +204,9 @@ def _terms(run: Run, batch: Batch) -> Terms:
     places = batch.positions - run.consumed
     levels = run.objective.training_levels(run.step, places)
     inputs = run.objective.prepare(batch, levels, run.recipe.seed, unprompted=run.objective.guided)
-    return run.objective.terms(run.engine.module, inputs, batch.positions, run.step)
+    terms = run.objective.terms(run.engine.module, inputs, batch.positions, run.step)
+    run.observer.saw(inputs, terms)
+    return terms
 
 
 def _reduce(terms: Terms, recipe: Recipe, target: float) -> dict[str, torch.Tensor]:
@@ -305,4 +307,5 @@ def _batches(run: Run) -> Iterator[Batch]:
         global_batch=train.batch_size, micro_batch=train.batch_size // world.world_size // train.accumulation,
         consumed=run.consumed, quarantine=run.folder / f"quarantine-{world.rank}.jsonl",
     )  # fmt: skip
+    run.observer.loader = loader
     return iter(loader)

@@ -1,32 +1,95 @@
-"""What a run says while it trains: JSON lines (the record), TensorBoard, and a progress bar."""
+"""What a run says while it trains: JSON lines (the record), and whoever else listens; a progress bar."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dydit_scale.checkpoint.writer import SaveReport
+from dydit_scale.monitoring.records import METRICS_FILE, rank_file, read_metrics
+
+
+class Listener(Protocol):
+    """Gets records; never raises, never waits. The sinks and the endpoint of ``monitoring`` are such."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A record."""
+
+    def close(self) -> None:
+        """The last one is written."""
+
+
+class Lines:
+    """A file of JSON lines. No record is worth a run: the first failure is told, and what a full disk refused goes
+    with the next record."""
+
+    def __init__(self, path: Path, say: Callable[[str], object]) -> None:
+        self.path, self._say, self._troubled = path, say, False
+        self._file: IO[str] | None = None
+        with self._survived():
+            self._open().flush()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record."""
+        with self._survived():
+            file = self._open()
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+    def close(self) -> None:
+        """Flush everything."""
+        with self._survived():
+            if self._file is not None:
+                self._file.close()
+
+    def _open(self) -> IO[str]:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a")
+        return self._file
+
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._troubled:
+                self._say(f"warning: {self.path.parent}: records cannot be written: {error}; training goes on")
+            self._troubled = True
+            with suppress(OSError):
+                os.utime(self.path)  # its time of change tells that the run goes on
 
 
 class Metrics:
     """Writes one record per step. On other ranks than the first it is not made."""
 
-    def __init__(self, run: Path, *, name: str, steps: int, first_step: int) -> None:
-        self._path = run / "metrics.jsonl"
-        last = _drop_from(self._path, first_step)
-        self.evaluated = any("mse_eval" in record for record in last)
+    def __init__(
+        self,
+        run: Path,
+        *,
+        name: str,
+        steps: int,
+        first_step: int,
+        kept: Sequence[Mapping[str, Any]],
+        listeners: Callable[[Callable[[str], object]], Sequence[Listener]] = lambda say: (),
+    ) -> None:
+        """
+        Args:
+            kept: the records of the steps before ``first_step``, as ``records_before`` returns them.
+            listeners: makes them, given what tells people.
+        """
+        self.evaluated = any("mse_eval" in record for record in kept if record["step"] == first_step - 1)
         """Whether the step before the first one was evaluated."""
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(total=steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True, smoothing=0.1)
         self._shown: dict[str, str] = {}
-        self._troubled = False
+        self._lines = Lines(run / METRICS_FILE, self.say)
+        self._listeners = listeners(self.say)
 
     def step(self, record: dict[str, Any]) -> None:
         """The record of a training step; ``record["step"]`` counts from 0."""
@@ -43,23 +106,25 @@ class Metrics:
 
     def back_to(self, step: int, record: dict[str, Any]) -> None:
         """The run went back and trains ``step`` again; ``record`` says why. The records in between stay."""
-        self._append({"step": step, **record})
+        self._write({"step": step, **record})
         self._bar.n = step
         self._bar.refresh()
 
-    def checkpoint(self, report: SaveReport) -> None:
-        """The record of a save, and a warning if it failed."""
+    def checkpoint(self, report: SaveReport, failures: int) -> None:
+        """The record of a save, and a warning if it failed; ``failures`` counts those of this process."""
         if report.problem and not report.fatal:
             self.say(f"warning: {report.problem}; training goes on, the checkpoint before it is intact")
-        self._write(
-            {
-                "step": report.step - 1,
-                "checkpoint_blocked_seconds": report.blocked_seconds,
-                "checkpoint_seconds": report.total_seconds,
-                "checkpoint_bytes": report.bytes,
-                "checkpoint_failures": report.failures,
-            }
-        )
+        record = {
+            "step": report.step - 1,
+            "checkpoint_blocked_seconds": report.blocked_seconds,
+            "checkpoint_seconds": report.total_seconds,
+            "checkpoint_bytes": report.bytes,
+            "checkpoint_failures": report.failures,
+            "checkpoint_failures_total": failures,
+        }
+        if report.path is not None:
+            record["checkpoint_step"] = report.step
+        self._write(record)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -68,48 +133,45 @@ class Metrics:
     def close(self) -> None:
         """Flush everything."""
         self._bar.close()
-        for sink in (self._board, self._file):
-            with self._survived():
-                sink.close()
+        self._lines.close()
+        for listener in self._listeners:
+            listener.close()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._append(record)
-        with self._survived():
-            for key, value in record.items():
-                if key != "step":
-                    self._board.add_scalar(key, value, record["step"])
-
-    def _append(self, record: dict[str, Any]) -> None:
-        with self._survived():  # what a full disk refused stays in the file's buffer, and goes with the next record
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-
-    @contextmanager
-    def _survived(self) -> Iterator[None]:
-        """No record is worth a run; the first failure is told."""
-        try:
-            yield
-        except OSError as error:
-            if not self._troubled:
-                self.say(f"warning: {self._path.parent}: records cannot be written: {error}; training goes on")
-            self._troubled = True
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._lines.write(record)
+        for listener in self._listeners:
+            listener.write(record)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a file."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # a line cut short by a kill
-    return records
+class RankLog:
+    """What one process says about itself alone: a line a step. Its file's time of change is a sign of life."""
+
+    def __init__(self, run: Path, rank: int, listeners: Sequence[Listener] = ()) -> None:
+        self._lines, self._listeners = Lines(rank_file(run, rank), print), listeners
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """The record of a training step."""
+        self._lines.write(record)
+        for listener in self._listeners:
+            listener.write(record)
+
+    def beat(self) -> None:
+        """Give a sign of life, without a record."""
+        with suppress(OSError):
+            os.utime(self._lines.path)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._lines.close()
+        for listener in self._listeners:
+            listener.close()
 
 
-def _drop_from(path: Path, step: int) -> list[dict[str, Any]]:
-    """Forget the records that a resumed run will write again; returns those of the step before."""
-    kept = [r for r in read_metrics(path) if r["step"] < step]
+def records_before(run: Path, step: int) -> list[dict[str, Any]]:
+    """The records of the steps before ``step``; the others, which a resumed run will write again, are dropped."""
+    path = run / METRICS_FILE
+    kept = [record for record in read_metrics(path) if record["step"] < step]
     draft = path.with_name(f".{path.name}")
-    draft.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
     draft.replace(path)
-    return [r for r in kept if r["step"] == step - 1]
+    return kept

@@ -49,6 +49,8 @@ class Terms(NamedTuple):
     supervision: Float[Tensor, " batch"]
     ratio: Float[Tensor, " batch"]
     """MACs dynamic / static."""
+    masks: DynamicMasks | None = None
+    """Of the forward; None of a static model."""
 
 
 def make_process(recipe: Recipe, family: Family) -> Process:
@@ -162,6 +164,7 @@ class Objective:
             flow.unflatten(0, (copies, -1)).mean(0),
             self._supervision(module, inputs, sample, step).unflatten(0, (copies, -1)).mean(0),
             ratio.unflatten(0, (copies, -1)).mean(0),
+            masks,
         )
 
     def forward_dynamic(self, module: nn.Module, inputs: Inputs, gates: GateMode) -> tuple[Tensor, DynamicMasks]:

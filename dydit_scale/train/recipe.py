@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dydit_scale.data.config import DataConfig
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.losses import TargetSchedule
+from dydit_scale.monitoring.config import MonitorConfig
 from dydit_scale.parallel.engine import EngineConfig
 from dydit_scale.parallel.watchdog import LimitsConfig
 from dydit_scale.train.guard import GuardConfig
@@ -235,6 +236,7 @@ class Recipe:
     engine: EngineConfig = field(default_factory=EngineConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in a YAML file."""

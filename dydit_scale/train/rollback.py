@@ -39,6 +39,7 @@ def go_back(run: Run) -> None:
     restore(checkpoint, run.engine, run.ema)
     run.guard.go_back(at=at, to=checkpoint.step, consumed=run.consumed, state=checkpoint.meta.get("guard"))
     run.step = run.saved = checkpoint.step
+    run.observer.back_to(run.step)
     run.saved_consumed = checkpoint.meta["consumed"]
     run.say(
         f"step {at - 1}: back to the checkpoint of step {run.step}; the data go on at sample {run.consumed}; {path}"

@@ -28,8 +28,10 @@ from dydit_scale.train.checks import check_batch, check_data, check_same
 from dydit_scale.train.encoded import EncodedInputs, check_encoded
 from dydit_scale.train.gates import GateLog, make_gate_log
 from dydit_scale.train.guard import Guard
-from dydit_scale.train.metrics import Metrics
+from dydit_scale.train.listening import make_endpoint, peak_of, start_metrics
+from dydit_scale.train.metrics import Metrics, RankLog
 from dydit_scale.train.objective import Objective, make_process
+from dydit_scale.train.observer import Observer
 from dydit_scale.train.preflight import check_agreement, check_disk, check_writing
 from dydit_scale.train.recipe import Recipe, differences, save_recipe
 from dydit_scale.train.recompute import checkpoint_function
@@ -58,6 +60,7 @@ class Run:
     watchdog: Watchdog
     attempt: Attempt
     writer: CheckpointWriter
+    observer: Observer
     step: int = 0
     """The next step to train."""
     consumed: int = 0
@@ -74,13 +77,20 @@ class Run:
         """What became of a save; on every rank alike."""
         if report.path is not None:
             self.saved, self.saved_consumed = report.step, self.saving_consumed
+        self.observer.failed_saves += report.path is None
         if self.metrics:
-            self.metrics.checkpoint(report)
+            self.metrics.checkpoint(report, self.observer.failed_saves)
 
     def say(self, text: str) -> None:
         """A line for people, from rank 0."""
         if self.metrics:
             self.metrics.say(text)
+
+    def close(self) -> None:
+        """Write what is left to say."""
+        for writer in (self.metrics, self.observer.log):
+            if writer:
+                writer.close()
 
 
 def hold_folder(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog) -> Attempt:
@@ -167,10 +177,14 @@ def start(
     leave_if_asked(stop)
     encoded = {source: EncodedInputs(folder, encoding) for source, (folder, encoding) in encodings.items()}
     objective = Objective(recipe, parts.network, parts.pipeline, parts.teacher, world.device, encoded)
+    endpoints = make_endpoint(recipe, world)
+    log = RankLog(folder, world.rank, endpoints)
+    watchdog.beat = partial(_beat, attempt, log) if world.is_main else log.beat
     run = Run(
         recipe, world, folder, data, engine, ema, objective, Validator(recipe, data, objective, world), gates, None,
         base, Guard(recipe.guard), stop, watchdog, attempt,
         _writer(recipe, world, attempt, lambda report: run.told(report)),
+        Observer(recipe, world, objective, log, peak_of(recipe, world)),
     )  # fmt: skip
     if checkpoint is not None:
         restore(checkpoint, engine, ema)
@@ -179,10 +193,15 @@ def start(
         run.guard.load(checkpoint.meta.get("guard"))
     if world.is_main:
         save_recipe(recipe, folder / "recipe.yaml")
-        run.metrics = Metrics(folder, name=recipe.name, steps=recipe.train.steps, first_step=run.step)
+        run.metrics = start_metrics(recipe, run.observer, attempt, endpoints, first_step=run.step)
         run.say(_summary(recipe, engine, groups, data, run.step))
     run.writer.start()
     return run
+
+
+def _beat(attempt: Attempt, log: RankLog) -> None:
+    attempt.beat()
+    log.beat()
 
 
 def _writer(recipe: Recipe, world: World, attempt: Attempt, tell: Callable[[SaveReport], None]) -> CheckpointWriter:

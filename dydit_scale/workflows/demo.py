@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.report.page import write_report
 from dydit_scale.sampling.speed import machine
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run

@@ -321,7 +321,9 @@ def test_beyond_the_budget_is_an_error(index: ShardIndex, tmp_path: Path, worker
         change(index, sample, "image")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert len(take(loader(index, bad_samples=3, workers=workers), 20)) == 20
+        some = loader(index, bad_samples=3, workers=workers)
+        assert some.counts() == (0, 0, 0)
+        assert len(take(some, 20)) == 20 and some.counts() == (3, 0, 0)
         batches = iter(loader(index, bad_samples=2, workers=workers))
         with pytest.raises(ValueError) as caught:
             list(islice(batches, 20))

@@ -59,6 +59,19 @@ def test_the_batches_are_those_of_the_local_folder(
     assert_same(joined(take(some, 12)), joined(take(loader(str(folder)), 12)))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_cache_did_is_counted(store: WebStore, tmp_path: Path, workers: int) -> None:
+    counts = []
+    for _ in range(2):
+        some = loader(store.url, cache=str(tmp_path / "cache"), workers=workers)
+        take(some, 12)
+        counts.append(some.counts())
+    shards = len(load_index(store.url).shards)
+    (_, hits, misses), again = counts
+    assert misses == shards and hits == (workers > 0) * (workers - 1) * shards, "each worker opens each"
+    assert again == (0, max(1, workers) * shards, 0)
+
+
 def test_the_index_is_that_of_the_local_folder(folder: Path, store: WebStore, tmp_path: Path) -> None:
     local = load_index(folder)
     for cache in (None, FileCache(tmp_path / "cache", 1 << 20)):

@@ -23,11 +23,11 @@ from dydit_scale.data.shards import load_index
 from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.loading import family_of_base, load_transformer
 from dydit_scale.models.registry import family_of
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import generate, recorded, sampler_timesteps
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.loop import train
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.objective import Objective, sample_size
 from dydit_scale.workflows.export import export_run
 from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline

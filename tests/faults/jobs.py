@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dydit_scale.checkpoint.store import load_checkpoint
-from dydit_scale.train.metrics import read_metrics
+from dydit_scale.monitoring.records import read_metrics
 from tests.faults.processes import VARIABLE, Process, kill, processes, wait_until
 from tests.parallel.launch import ROOT, child_environment, free_port
 

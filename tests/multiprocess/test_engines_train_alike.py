@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dydit_scale.checkpoint.store import load_checkpoint
-from dydit_scale.train.metrics import read_metrics
+from dydit_scale.monitoring.records import read_metrics
 from tests.train.small_run import small_world
 
 BIN = Path(sys.executable).parent

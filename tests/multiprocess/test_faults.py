@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from dydit_scale.checkpoint.store import load_checkpoint
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.train.__main__ import main
 from dydit_scale.train.attempt import Holder, read_holder
 from dydit_scale.train.exits import Exit
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.workflows.stop import stop_run
 from tests.parallel.launch import ROOT, child_environment, free_port
 from tests.train.small_run import small_world

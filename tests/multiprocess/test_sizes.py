@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dydit_scale.checkpoint.store import load_checkpoint
-from dydit_scale.train.metrics import read_metrics
+from dydit_scale.monitoring.records import read_metrics
 from tests.families.journey import write_world
 from tests.multiprocess.sizes import run_folder
 from tests.parallel.launch import Ranks

@@ -17,12 +17,12 @@ from PIL import Image
 
 from dydit_scale.data.loader import Batch, make_loader
 from dydit_scale.data.shards import load_index, write_shards
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
 from dydit_scale.train import setup
 from dydit_scale.train.build import Parts, build_parts
 from dydit_scale.train.encoded import EncodedInputs
 from dydit_scale.train.loop import train
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.objective import Objective
 from dydit_scale.train.recipe import Recipe
 from dydit_scale.workflows.encode import encode_data

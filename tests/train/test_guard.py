@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.train.__main__ import main
 from dydit_scale.train.exits import Exit
 from dydit_scale.train.guard import ENOUGH, Guard, GuardConfig
-from dydit_scale.train.metrics import read_metrics
 from tests.train.small_run import small_world
 
 TWO_BAD_STEPS = "train.loss=2:nan,train.loss=3:nan"

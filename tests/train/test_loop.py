@@ -13,13 +13,14 @@ from peft.tuners.lora import LoraLayer
 from dydit_scale.checkpoint.store import CheckpointError, load_checkpoint
 from dydit_scale.data.shapes.language import vocabulary
 from dydit_scale.models.small import small_flux_pipeline
+from dydit_scale.monitoring.records import read_metrics
+from dydit_scale.monitoring.registry import CLOCK_KEYS
 from dydit_scale.parallel import faults
 from dydit_scale.parallel.world import World
 from dydit_scale.sampling.generate import generate, sampler_timesteps
 from dydit_scale.train.__main__ import main
 from dydit_scale.train.exits import Exit
 from dydit_scale.train.loop import lr_scale, train
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import Recipe, load_recipe
 from dydit_scale.workflows.export import export_run
 from dydit_scale.workflows.runs import load_run, sample_config
@@ -38,9 +39,8 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
 
 
 def curve(run: Path) -> list[dict]:
-    timing = ("seconds", "data_seconds", "samples_per_second")
     records = (r for r in read_metrics(run / "metrics.jsonl") if "checkpoint_seconds" not in r)
-    return [{k: v for k, v in r.items() if k not in timing} for r in records]
+    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in records]
 
 
 @pytest.mark.parametrize("adapter", ["td_lora", "td_lora adapter.gate_scope=network", "none"])

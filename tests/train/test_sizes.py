@@ -18,11 +18,11 @@ from dydit_scale.data.shards import load_index, write_shards
 from dydit_scale.models.family import SampleSize
 from dydit_scale.models.loading import load_pipeline, load_transformer
 from dydit_scale.models.registry import family_of
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
 from dydit_scale.train import validation
 from dydit_scale.train.build import build_parts, shard_units
 from dydit_scale.train.loop import train
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.objective import Objective, size_of
 from dydit_scale.train.recipe import Recipe
 from dydit_scale.train.recompute import checkpoint_function

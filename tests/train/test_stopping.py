@@ -14,10 +14,11 @@ import torch
 from dydit_scale.checkpoint.folder import list_checkpoints
 from dydit_scale.checkpoint.store import Checkpoint, load_checkpoint
 from dydit_scale.cli.main import main as dydit
+from dydit_scale.monitoring.records import read_metrics
+from dydit_scale.monitoring.registry import CLOCK_KEYS
 from dydit_scale.train.__main__ import main
 from dydit_scale.train.attempt import ATTEMPT_FILE, Attempt, read_holder, take_folder
 from dydit_scale.train.exits import Exit
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.stopping import SIGNALS, STOP_FILE, StopRequest
 from tests.parallel.launch import ROOT
 from tests.train.small_run import small_world
@@ -46,8 +47,7 @@ def newest(run: Path) -> Checkpoint:
 
 
 def curve(run: Path) -> list[dict]:
-    timing = ("seconds", "data_seconds", "samples_per_second")
-    return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(run / "metrics.jsonl")]
+    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in read_metrics(run / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ from dydit_scale.data.index import load_index
 from dydit_scale.data.loader import BadDataError
 from dydit_scale.data.shards import build_index, index_folder
 from dydit_scale.data.tar import split_name, walk_members
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
 from dydit_scale.train.checks import check_data
 from dydit_scale.train.encoded import check_encoded
 from dydit_scale.train.loop import train
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import save_recipe
 from dydit_scale.workflows import encode as workflow
 from dydit_scale.workflows.encode import encode_data

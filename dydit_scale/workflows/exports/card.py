@@ -12,7 +12,7 @@ import yaml
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.models.registry import family_of
-from dydit_scale.train.metrics import read_metrics
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.workflows.exports.common import ExportRow
 from dydit_scale.workflows.runs import LoadedRun
 
