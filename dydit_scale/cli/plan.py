@@ -13,7 +13,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("the cluster")
     cluster.add_argument("--gpus", type=int, default=1, help="over all nodes")
     cluster.add_argument("--nodes", type=int, default=1)
-    cluster.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, ...: what follows, by its name")
+    cluster.add_argument(
+        "--gpu", default="h100", help="a100, h100 (default), h200, b200, ...: what follows, by its name"
+    )
     cluster.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU: 80GiB, 80GB")
     cluster.add_argument("--tflops", type=float, help="of one GPU, dense bf16")
     cluster.add_argument("--watts", type=float, help="of one GPU")

@@ -199,9 +199,7 @@ def _zero3(recipe: Recipe, own: Holdings, ranks: int) -> Layout:
     size = whole.all / own.numel
     most = settings["stage3_max_live_parameters"] + settings["stage3_prefetch_bucket_size"]
     gathered = min(whole.all - own.small, int(size * most)) if ranks > 1 else whole.all - own.small
-    return Layout(
-        kept=kept, host=host, gradients=lambda before, within: 0, gathered=lambda segment: gathered, step=0
-    )
+    return Layout(kept=kept, host=host, gradients=lambda before, within: 0, gathered=lambda segment: gathered, step=0)
 
 
 def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
@@ -239,9 +237,7 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
     def reducing(segment: Segment) -> int:
         return segment.gradients if segment.unit is not None else 0
 
-    return Layout(
-        kept=kept, host=host, gradients=gradients, gathered=gathered, reducing=reducing, step=part
-    )
+    return Layout(kept=kept, host=host, gradients=gradients, gathered=gathered, reducing=reducing, step=part)
 
 
 @dataclass(frozen=True, kw_only=True)

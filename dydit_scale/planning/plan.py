@@ -12,7 +12,7 @@ from dydit_scale.data.buckets import bucket_counts
 from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
 from dydit_scale.parallel.world import World
 from dydit_scale.planning.bases import Base, find_base
-from dydit_scale.planning.memory import GIB, Holdings, Peak, find_peak, holdings, layout, slack
+from dydit_scale.planning.memory import GIB, Peak, find_peak, holdings, layout, slack
 from dydit_scale.planning.network import Planned
 from dydit_scale.planning.speed import Cluster, Speed, Work, speed, traffic, work
 from dydit_scale.planning.trace import Segment, trace_encoding, trace_step

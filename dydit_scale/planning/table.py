@@ -30,16 +30,16 @@ def setting(plan: Plan) -> str:
     name = {"zero": f"ZeRO-{engine.zero_stage}", "fsdp": "FSDP2"}.get(engine.name, engine.name)
     offload = "" if engine.offload == "none" else f", {engine.offload} offloaded"
     recompute = {"none": "nothing", "full": "blocks", "selective": "blocks in part"}[train.gradient_checkpointing]
-    return (
-        f"{name}{offload}, micro-batches of {plan.micro_batch}, {train.accumulation} a step, {recompute} recomputed"
-    )
+    return f"{name}{offload}, micro-batches of {plan.micro_batch}, {train.accumulation} a step, {recompute} recomputed"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     yield f"Memory of a GPU at the peak ({plan.peak.when})"
     for name, size in plan.peak.items.items():
         yield _row(name, _gib(size))
-    yield _row("context, NCCL, allocator", f"{_gib(plan.slack)}   0.7 GiB, 0.8 GiB with more than one GPU, 4 % of tensors")
+    yield _row(
+        "context, NCCL, allocator", f"{_gib(plan.slack)}   0.7 GiB, 0.8 GiB with more than one GPU, 4 % of tensors"
+    )
     yield _row("all", f"{_gib(plan.needed)} of {_gib(plan.cluster.memory)}")
     if plan.host:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items())

@@ -87,7 +87,10 @@ def _choices(planner: Planner, plan: Plan, *, progress: bool) -> list[Choice]:
 
 def _advice(plan: Plan, choices: Sequence[Choice]) -> list[str]:
     if not choices:
-        return ["", "Nothing that was tried fits: add GPUs, encode the data beforehand (--encoded), or learn an adapter"]
+        return [
+            "",
+            "Nothing that was tried fits: add GPUs, encode the data beforehand (--encoded), or learn an adapter",
+        ]
     lines = ["", "Settings that fit, the fastest first (the batch of a step is kept)"]
     for overrides, other in choices[:_SHOWN]:
         lines += [
