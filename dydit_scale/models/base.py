@@ -140,7 +140,7 @@ class DynamicModelMixin(HookedModelMixin):
         _share_buffers(static, model)
         _materialise_routers(model, seed)
         model.train(static.training)
-        if rank:
+        if rank and not any(p.is_meta for p in static.parameters()):  # without contents there is no order
             model.rank_units()
         return model
 

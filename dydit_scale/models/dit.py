@@ -353,7 +353,7 @@ def with_one_embedder(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[name] = tensor
             continue
         first = ours.setdefault(_AT_ROOT + match[2], tensor)
-        if first is not tensor and not torch.equal(first, tensor):
+        if first is not tensor and not first.is_meta and not torch.equal(first, tensor):
             raise ValueError(
                 f"{name} differs from another block's: a dynamic DiT has one embedder of timestep and class for all "
                 "blocks, as the published models have; train a new one from DyDiTTransformer2DModel itself"

@@ -236,6 +236,10 @@ class Family(ABC):
         """
         return {}
 
+    def text_shapes(self, config: Mapping[str, Any], text_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Of what :meth:`embed` gives for one caption, by name, for a transformer with this config."""
+        return {}
+
     def embedded(self, pipeline: Any, prompts: Prompts) -> dict[str, Tensor]:
         """What :meth:`embed` makes of all captions of a batch, unless the prompts bring it."""
         if prompts.text is not None:

@@ -61,7 +61,7 @@ def load_transformer(base: str, family: Family, *, from_scratch: bool = False) -
         ValueError: the folder has none, or a weight is missing, too much, or of another shape (the first is named).
     """
     _check_folder(base)
-    cls: Any = _transformer_class(base, family)
+    cls: Any = transformer_class(base, family)
     if from_scratch:
         return family.trainable(cls.from_config(cls.load_config(base, subfolder="transformer")))
     if Path(base).is_dir():
@@ -86,7 +86,8 @@ def transformer_config(base: str, family: Family) -> dict[str, Any]:
         raise ValueError(f"base {base}: the config of its transformer cannot be read: {error}") from error
 
 
-def _transformer_class(base: str, family: Family) -> type[ModelMixin]:
+def transformer_class(base: str, family: Family) -> type[ModelMixin]:
+    """The static or dynamic class of the family that a base's transformer is of; ValueError if it is of another."""
     known = {cls.__name__: cls for cls in (family.static_class, family.dynamic_class)}
     config = transformer_config(base, family)
     name = config.get("_class_name")

@@ -35,17 +35,37 @@ def build_parts(recipe: Recipe, *, text_encoders: bool = True) -> Parts:
 
     Raises ValueError if the base does not fit, or the target ratio is below what the architecture can reach.
     """
-    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    dtype = frozen_dtype(recipe)
     family = family_of_base(recipe.model.base)
     pipeline = load_pipeline(recipe.model.base, family, dtype, text_encoders=text_encoders)
     torch.manual_seed(recipe.seed)  # fresh weights (from_scratch, plain LoRA) are equal on every rank
     network = load_transformer(recipe.model.base, family, from_scratch=recipe.model.from_scratch)
+    network = trainable_network(recipe, family, network)
     teacher = None
+    if has_teacher(recipe):
+        teacher = load_transformer(recipe.model.base, family).requires_grad_(False).eval().to(dtype)
+    pipeline.register_modules(transformer=network)
+    _check_size_and_target(recipe, family, network, pipeline)
+    return Parts(network, pipeline, teacher)
+
+
+def frozen_dtype(recipe: Recipe) -> torch.dtype:
+    """Of everything that does not learn."""
+    return torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+
+
+def has_teacher(recipe: Recipe) -> bool:
+    """Whether a second, static network is distilled from; of an adapter, or of routers alone, the network itself is
+    the teacher."""
+    distils = recipe.dynamic is not None and recipe.supervision.kind == "distill"
+    return distils and recipe.adapter.kind == "none"
+
+
+def trainable_network(recipe: Recipe, family: Family, network: Any) -> Any:
+    """Of a static network in fp32 the one that the recipe trains: dynamic or not, adapters in place, frozen where the
+    recipe says so."""
     if recipe.dynamic is not None:
         network = family.dynamic_class.from_static(network, recipe.dynamic, seed=recipe.seed)
-        if recipe.supervision.kind == "distill" and recipe.adapter.kind == "none":
-            # of an adapter, or of routers alone, the network itself is the teacher
-            teacher = load_transformer(recipe.model.base, family).requires_grad_(False).eval().to(dtype)
     network.requires_grad_(recipe.adapter.kind == "none")
     for name, parameter in network.named_parameters():
         if is_dynamic_name(name):
@@ -55,10 +75,8 @@ def build_parts(recipe: Recipe, *, text_encoders: bool = True) -> Parts:
     add_adapter(network, recipe.adapter, recipe.seed)
     for parameter in network.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    pipeline.register_modules(transformer=network)
-    _check_size_and_target(recipe, family, network, pipeline)
-    return Parts(network, pipeline, teacher)
+            parameter.data = parameter.data.to(frozen_dtype(recipe))
+    return network
 
 
 def add_adapter(network: nn.Module, config: AdapterConfig, seed: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,10 @@ class FluxFamily(Family):
             max_sequence_length=text_tokens,
         )
         return {"text": text, "pooled": pooled}
+
+    def text_shapes(self, config: Mapping[str, Any], text_tokens: int) -> dict[str, tuple[int, ...]]:
+        """As of the encoders that the config was made for."""
+        return {"text": (text_tokens, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
 
     def conditions(self, pipeline: FluxPipeline, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
         """Text, positions and guidance."""

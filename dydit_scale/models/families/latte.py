@@ -142,6 +142,10 @@ class LatteFamily(Family):
         text = pipeline.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
         return {"text": text * mask[..., None].to(text), "mask": mask}
 
+    def text_shapes(self, config: Mapping[str, Any], text_tokens: int) -> dict[str, tuple[int, ...]]:
+        """At the length of LattePipeline."""
+        return {"text": (LATTE_TEXT_TOKENS, config["caption_channels"]), "mask": (LATTE_TEXT_TOKENS,)}
+
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Any]:
         """The text of the clip, and of the pictures beside it."""
         text = self.embedded(pipeline, prompts)["text"]

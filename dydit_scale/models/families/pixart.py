@@ -7,7 +7,7 @@ arXiv 2403.04692.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -306,6 +306,10 @@ class PixArtSigmaFamily(Family):
             max_sequence_length=text_tokens,
         )
         return {"text": text, "mask": mask}
+
+    def text_shapes(self, config: Mapping[str, Any], text_tokens: int) -> dict[str, tuple[int, ...]]:
+        """As of the encoder that the config was made for."""
+        return {"text": (text_tokens, config["caption_channels"]), "mask": (text_tokens,)}
 
     def conditions(self, pipeline: Any, prompts: Prompts, size: SampleSize) -> dict[str, Tensor]:
         """The text and which of its tokens are padding."""
