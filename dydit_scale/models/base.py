@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig, TokenRouterKind
 from dydit_scale.dynamic.cost import ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, WidthMasks
+from dydit_scale.dynamic.masks import DynamicMasks, FrozenGates, GateMode, WidthMasks
 from dydit_scale.dynamic.precise import UpcastLinear
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.width import Router, WidthRouter
@@ -165,6 +165,8 @@ class DynamicModelMixin(HookedModelMixin):
     # Routing and packing
     def width_masks(self, t_emb: Float[Tensor, "batch dim"], mode: GateMode) -> WidthMasks:
         """Masks of all layers, or none in the complete model."""
+        if isinstance(mode, FrozenGates):
+            return mode.network.masks(t_emb.device)
         return WidthMasks(None, None) if mode == "open" else self.dy_width(t_emb, mode)
 
     def pack(self, timesteps: Float[Tensor, " steps"], *, max_bytes: int | None = None) -> PackedPlan:

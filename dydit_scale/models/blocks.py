@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
-from dydit_scale.dynamic.packing import active, shallow, slice_linear
+from dydit_scale.dynamic.masks import FrozenGates, GateMode, GateNoise, SharedUnits, WidthMasks
+from dydit_scale.dynamic.packing import active, add_on_rows, chosen_rows, shallow, slice_linear
 from dydit_scale.dynamic.ranking import units_in_place
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.tokens import make_token_router, route_tokens
@@ -24,6 +25,26 @@ class BlockGates(NamedTuple):
     token_noise: Float[Tensor, "batch tokens"] | None = None
     open: bool = False
     """No token is skipped."""
+    shared: SharedUnits | None = None
+    """In place of ``heads`` and ``groups``: what works for the whole batch, on which alone the block runs."""
+    kept_only: bool = False
+    """Skipped tokens are not computed, instead of masked."""
+
+    @property
+    def inside(self) -> BlockGates:
+        """The gates of the block cut to ``shared``."""
+        return self._replace(shared=None)
+
+
+def block_gates(
+    gates: GateMode, width: WidthMasks, layer: int, order: Callable[[Tensor], Tensor] = lambda tokens: tokens
+) -> BlockGates:
+    """The gates of one layer; ``order`` brings [batch, tokens] into the block's order."""
+    noise = gates.tokens if isinstance(gates, (GateNoise, FrozenGates)) else None
+    tokens = None if noise is None else order(noise[layer])
+    if isinstance(gates, FrozenGates):
+        return BlockGates(token_noise=tokens, shared=gates.network.layers[layer], kept_only=noise is None)
+    return BlockGates(*width.layer(layer), tokens, gates == "open")
 
 
 class DynamicBlock(nn.Module):
@@ -57,6 +78,28 @@ class DynamicBlock(nn.Module):
 
     def _head_mask(self, gates: BlockGates) -> Float[Tensor, "batch heads"] | None:
         return None if gates.heads is None else gates.heads[:, self.dy_head_unit]
+
+    def _members(self, units: SharedUnits) -> tuple[Int64[Tensor, " heads"] | None, Int64[Tensor, " channels"] | None]:
+        """The heads and MLP channels that work for a whole batch; None: all."""
+        return (
+            units.members("heads", "heads", self.dy_head_unit),
+            units.members("groups", "channels", self.dy_channel_unit),
+        )
+
+    def _add_on_kept(
+        self,
+        stream: Float[Tensor, "batch tokens dim"],
+        work: Callable[[Int64[Tensor, " rows"]], Float[Tensor, "rows dim"]],
+        keep: Float[Tensor, "batch tokens"],
+        gate: Float[Tensor, "batch dim"],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """``stream`` with ``gate`` times the work done on the kept tokens alone; ``work`` takes their places among the
+        flattened (batch, token) rows."""
+        rows, state = chosen_rows(keep), self.timestep_state
+        assert state is not None, "a block of a model has its state"
+        with state.scope(state.emb, samples=rows // stream.shape[1]):
+            done = work(rows)
+        return add_on_rows(stream, rows, done, gate)
 
     def _active(self, width: WidthMasks) -> tuple[Int64[Tensor, " heads"] | None, Int64[Tensor, " channels"] | None]:
         """The heads and MLP channels that work for one sample; None: all."""

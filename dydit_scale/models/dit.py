@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
+from dydit_scale.models.blocks import block_gates
 from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock
 
 TIME_FREQUENCIES = 256
@@ -201,7 +201,8 @@ class DyDiTTransformer2DModel(DynamicModelMixin, DiTTransformer2DModel, PeftAdap
             hidden_states: [batch, channels, side, side]; any side that is a multiple of the patch.
             timestep: [batch] or [1]; 0..999 for DiT, 0 (noise) .. 1 (data) for SiT, integers or fp32.
             class_labels: [batch]; the number of classes stands for no class.
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyDiTOutput` with the masks of all layers.
             drop_labels: the labels to replace by no class. None draws a tenth of them in training mode from torch's
                 global generator, once per forward (the static class draws anew in every block).
@@ -233,8 +234,7 @@ class DyDiTTransformer2DModel(DynamicModelMixin, DiTTransformer2DModel, PeftAdap
             temb = self._condition(timestep, class_labels, drop_labels, hidden_states.dtype)  # [batch, dim]
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
-                options = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                options = (t_emb, block_gates(gates, width, i), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(
                         block, hidden_states, temb, cross_attention_kwargs, *options

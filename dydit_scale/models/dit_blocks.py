@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.dynamic.masks import SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
 from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
 
 
 class DyDiTAttnProcessor:
@@ -123,6 +124,10 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
             temb: what modulates: timestep plus class.
             t_emb: the pure timestep embedding in fp32, for adapters.
         """
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, temb, cross_attention_kwargs, t_emb)
+            return DyDiTTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
             x = self.attn1(x, head_mask=self._head_mask(gates), **(cross_attention_kwargs or {}))
@@ -133,12 +138,21 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
             if self.is_packed and keep is not None:
                 rows = chosen_rows(keep)
                 hidden_states = add_on_rows(hidden_states, rows, self.ff(x.flatten(0, 1)[rows]), gate_mlp)
+            elif gates.kept_only and keep is not None:
+                flat = x.flatten(0, 1)
+                hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
             else:
                 x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
                 hidden_states = hidden_states + (x if keep is None else x * keep[..., None].to(x.dtype))
         if not collect:
             return hidden_states
         return hidden_states, torch.ones(x.shape[:2], device=x.device) if keep is None else keep
+
+    def sliced(self, units: SharedUnits) -> DyDiTTransformerBlock:
+        """The block on the units that a whole batch shares, for training."""
+        heads, channels = self._members(units)
+        attn1, ff = sliced_attention(self.attn1, heads), sliced_feed_forward(self.ff, channels)
+        return shallow(self, attn1=attn1, ff=ff)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyDiTTransformerBlock:
         """The block cut to one sample's active units."""

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode, WidthMasks
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
+from dydit_scale.models.blocks import BlockGates, block_gates
 from dydit_scale.models.class_latte import BLOCK_SETTINGS, ClassLatteTransformer3DModel, FrameAxis
 from dydit_scale.models.dit import TIME_FREQUENCIES
 from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock
@@ -143,8 +143,9 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
         """ClassLatteTransformer3DModel's forward (same arguments, same shapes), and:
 
         Args:
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training), whose
-                tokens are those of clip and pictures.
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), whose
+                tokens are those of clip and pictures, or one sub-network for the batch (training with frozen
+                routers).
             collect: return :class:`DyClassLatteOutput` with the masks of all layers.
         """
         self._check_processors()
@@ -242,9 +243,9 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
 
 def _block_gates(gates: GateMode, width: WidthMasks, layer: int, axis: FrameAxis) -> BlockGates:
     """The gates of a layer for the rows that it sees."""
-    noise = axis.into(layer, gates.tokens[layer]) if isinstance(gates, GateNoise) else None
-    heads, groups = (None if mask is None else axis.per_row(layer, mask) for mask in width.layer(layer))
-    return BlockGates(heads, groups, noise, gates == "open")
+    found = block_gates(gates, width, layer, partial(axis.into, layer))
+    heads, groups = (None if mask is None else axis.per_row(layer, mask) for mask in (found.heads, found.groups))
+    return found._replace(heads=heads, groups=groups)
 
 
 TransformerBlockRegistry.register(

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
+from dydit_scale.models.blocks import block_gates
 from dydit_scale.models.flux_blocks import (
     DyFluxAttnProcessor,
     DyFluxSingleTransformerBlock,
@@ -125,7 +125,8 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
 
         Args:
             timestep: [batch] in 0..1; keep it in fp32, routing reads it before it is rounded to the activations' dtype.
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyFluxOutput` with the masks of all layers.
         """
         self._check(joint_attention_kwargs)
@@ -158,9 +159,8 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             )
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
                 state = (hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs)
-                options = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                options = (t_emb, block_gates(gates, width, i), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *state, *options)
                 else:

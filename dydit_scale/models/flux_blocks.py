@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.dynamic.masks import SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import active, add_on_rows, chosen_rows, fold, shallow, slice_linear
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
+from dydit_scale.dynamic.slicing import IN, OUT, SlicedLayer
 from dydit_scale.models.blocks import (
     BlockGates,
     DynamicBlock,
@@ -32,6 +33,7 @@ from dydit_scale.models.blocks import (
     cut_feed_forward,
     feed_forward,
 )
+from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
 
 
 class DyFluxAttnProcessor(FluxAttnProcessor):
@@ -119,6 +121,10 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
         collect: bool = False,
     ) -> tuple[Tensor, ...]:
         """(text, image), and the token gates if ``collect``."""
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs, t_emb)
+            return DyFluxTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             image, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
             text, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
@@ -138,12 +144,22 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
             if self.is_packed and keep is not None:
                 rows = chosen_rows(keep)
                 hidden_states = add_on_rows(hidden_states, rows, self.ff(image.flatten(0, 1)[rows]), gate_mlp)
+            elif gates.kept_only and keep is not None:
+                flat = image.flatten(0, 1)
+                hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
             else:
                 image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
                 hidden_states = hidden_states + (image if keep is None else image * keep[..., None].to(image.dtype))
             text = feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
             encoder_hidden_states = _finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
         return _result(encoder_hidden_states, hidden_states, keep, collect)
+
+    def sliced(self, units: SharedUnits) -> DyFluxTransformerBlock:
+        """The block on the units that a whole batch shares, for training."""
+        heads, channels = self._members(units)
+        context = units.members("groups", "context", self.dy_context_channel_unit)
+        ff, ff_context = sliced_feed_forward(self.ff, channels), sliced_feed_forward(self.ff_context, context)
+        return shallow(self, attn=sliced_attention(self.attn, heads), ff=ff, ff_context=ff_context)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxTransformerBlock:
         """The block cut to one sample's active units."""
@@ -195,6 +211,10 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         collect: bool = False,
     ) -> tuple[Tensor, ...]:
         """(text, image), and the token gates if ``collect``."""
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs, t_emb)
+            return DyFluxSingleTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
             text_tokens = encoder_hidden_states.shape[1]
@@ -204,6 +224,8 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
             # The text is never skipped.
             keep_all = None if keep is None else torch.cat([keep.new_ones(len(keep), text_tokens), keep], dim=1)
             run = self._packed_output if self.is_packed else self._masked_output
+            if gates.kept_only and keep is not None:
+                run = self._kept_output
             stream = _finite(run(stream, x, attn, gate, keep_all, gates))
         return _result(stream[:, :text_tokens], stream[:, text_tokens:], keep, collect)
 
@@ -224,6 +246,21 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
             out = out * keep
         return stream + out
 
+    def _kept_output(
+        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor, gates: BlockGates
+    ) -> Tensor:
+        """As ``_masked_output``, with what skipped tokens miss computed for the others alone."""
+        tokens, heads = x.flatten(0, 1), attn.flatten(0, 1)
+
+        def mlp(rows: Tensor) -> Tensor:
+            return self.act_mlp(self.proj_mlp(tokens[rows]))
+
+        if self.dynamic.single_bypass == "attn_out+mlp":
+            both = lambda rows: self.proj_out(torch.cat([heads[rows], mlp(rows)], dim=1))  # noqa: E731
+            return self._add_on_kept(stream, both, keep, gate)
+        stream = stream + gate[:, None] * self.out_attn(attn)
+        return self._add_on_kept(stream, lambda rows: self.out_mlp(mlp(rows)), keep, gate)
+
     def _packed_output(
         self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
     ) -> Tensor:
@@ -234,6 +271,22 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         else:
             mlp = mlp + self.out_attn(attn.flatten(0, 1)[rows])
         return add_on_rows(stream, rows, mlp, gate)
+
+    def sliced(self, units: SharedUnits) -> DyFluxSingleTransformerBlock:
+        """The block on the units that a whole batch shares, for training; ``out_attn`` and ``out_mlp`` are the two
+        parts of ``proj_out``."""
+        heads, channels = self._members(units)
+        dim, device = self.attn.inner_dim, self.dy_channel_unit.device
+        attn_cols = torch.arange(dim, device=device) if heads is None else channels_of(heads, self.attn.head_dim)
+        mlp_cols = dim + (torch.arange(self.mlp_hidden_dim, device=device) if channels is None else channels)
+        changes: dict[str, Any] = {
+            "attn": sliced_attention(self.attn, heads),
+            "proj_mlp": self.proj_mlp if channels is None else SlicedLayer(self.proj_mlp, channels, OUT),
+            "proj_out": SlicedLayer(self.proj_out, torch.cat([attn_cols, mlp_cols]), IN),
+            "out_attn": SlicedLayer(self.proj_out, attn_cols, IN),
+            "out_mlp": SlicedLayer(self.proj_out, mlp_cols, IN, bias=False),
+        }
+        return shallow(self, **changes)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxSingleTransformerBlock:
         """The block cut to one sample's active units; the output projection falls into an attention and an MLP part."""

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
+from dydit_scale.models.blocks import block_gates
 from dydit_scale.models.class_latte import over_frames
 from dydit_scale.models.latte_blocks import DyLatteAttnProcessor, DyLatteTransformerBlock
 
@@ -153,7 +153,8 @@ class DyLatteTransformer3DModel(DynamicModelMixin, PeftAdapterMixin, AttentionMi
             encoder_attention_mask: booleans [batch, text], True to keep, or a bias [batch, 1, text]; either may be
                 repeated over the frames already, the only form that the static class takes. With own captions also
                 booleans [batch, 1 + images, text].
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyLatteOutput` with the masks of all layers; zeros in temporal blocks that
                 ``enable_temporal_attentions=False`` leaves out, and for pictures in all of them.
             images: how many of the last frames are separate pictures, for training on videos and pictures together
@@ -194,11 +195,9 @@ class DyLatteTransformer3DModel(DynamicModelMixin, PeftAdapterMixin, AttentionMi
                     x, pictures = rearrange(x, "(b f) p d -> (b p) f d", b=batch).split([clip, images], dim=1)
                     if i == 1 and clip > 1:
                         x = x + self.temp_pos_embed.to(x.dtype)
-                noise = (
-                    _in_block_order(gates.tokens[i], clip, images, temporal) if isinstance(gates, GateNoise) else None
-                )
+                order = partial(_in_block_order, clip=clip, images=images, temporal=temporal)
                 state = (x, None if temporal else text, None if temporal else text_mask, modulation)
-                settings = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                settings = (t_emb, block_gates(gates, width, i, order), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *state, *settings)
                 else:

@@ -16,10 +16,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
+from dydit_scale.dynamic.masks import SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
 from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
 
 
 class DyLatteAttnProcessor:
@@ -117,6 +118,10 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
         Args:
             timestep: the output of ``adaln_single`` for each sample, not repeated over its rows as upstream.
         """
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, encoder_hidden_states, encoder_attention_mask, timestep, t_emb)
+            return DyLatteTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             modulation = self.scale_shift_table[None] + timestep.unflatten(1, (6, -1))
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # batch 1 dim
@@ -134,12 +139,21 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
             if self.is_packed and keep is not None:
                 chosen = chosen_rows(keep)
                 x = add_on_rows(x, chosen, self.ff(hidden.flatten(0, 1)[chosen]), gate_mlp[:, 0])
+            elif gates.kept_only and keep is not None:
+                flat = hidden.flatten(0, 1)
+                x = self._add_on_kept(x, lambda rows: self.ff(flat[rows]), keep, gate_mlp[:, 0])
             else:
                 out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
                 x = (out if keep is None else out * keep[..., None].to(out.dtype)) + x
         if not collect:
             return x.view(rows)
         return x.view(rows), torch.ones(x.shape[:2], device=x.device) if keep is None else keep
+
+    def sliced(self, units: SharedUnits) -> DyLatteTransformerBlock:
+        """The block on the units that a whole batch shares, for training."""
+        heads, channels = self._members(units)
+        attn1, ff = sliced_attention(self.attn1, heads), sliced_feed_forward(self.ff, channels)
+        return shallow(self, attn1=attn1, ff=ff)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyLatteTransformerBlock:
         """The block cut to one sample's active units."""

@@ -84,6 +84,8 @@ class ParamGroup:
     """Learning rate at lr_scale 1."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
+    freezes: bool = False
+    """Stands still in steps that say ``frozen``."""
 
     def __post_init__(self) -> None:
         if not self.params:
@@ -138,6 +140,8 @@ class Engine(ABC):
     """What the trainer calls for the forward; never ask it for attributes."""
     network: nn.Module
     """The module that was given to ``make_engine``: attributes, config, train() and eval()."""
+    optimizer: torch.optim.Optimizer
+    """Its groups are ``groups``, in their order."""
     parameters: int
     """Number of its elements, whole and frozen ones included."""
 
@@ -161,8 +165,15 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, lr_scale: float) -> StepResult:
-        """One guarded, clipped AdamW step with lr = group.lr * lr_scale; then the gradients are cleared. Collective."""
+    def step(self, lr_scale: float, *, frozen: bool = False) -> StepResult:
+        """One guarded, clipped AdamW step with lr = group.lr * lr_scale; then the gradients are cleared. Collective.
+
+        ``frozen``: the groups that freeze keep their values, bit for bit; what gradients they have count in the norm.
+        """
+
+    def _set_lr(self, lr_scale: float, frozen: bool) -> None:
+        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            settings["lr"] = 0.0 if frozen and group.freezes else group.lr * lr_scale
 
     @abstractmethod
     def local_parameters(self) -> dict[str, Tensor]:
@@ -263,14 +274,16 @@ def make_engine(
     world: World,
     *,
     shard_units: Sequence[nn.Module] = (),
+    whole_units: bool = False,
     accumulation: int = 1,
     adamw: AdamWConfig = ADAMW,
 ) -> Engine:
     """Move ``module`` to the device of ``world`` and make it trainable there; collective.
 
     ``groups`` hold every parameter that requires a gradient, in fp32; the others stay frozen in any dtype.
-    ``shard_units`` are the blocks that FSDP2 gathers one at a time. ``accumulation`` is the number of micro-batches
-    of a step. Every rank starts from rank 0's parameters and buffers.
+    ``shard_units`` are the blocks that FSDP2 gathers one at a time; with ``whole_units`` ZeRO-3 does too, which blocks
+    need that read the weights of their layers themselves. ``accumulation`` is the number of micro-batches of a step.
+    Every rank starts from rank 0's parameters and buffers.
 
     Raises ValueError if groups and module do not fit, or if the engine cannot run in ``world``.
     """
@@ -291,9 +304,11 @@ def make_engine(
 
         return DdpEngine(config, module, groups, world, adamw)
     if config.name == "zero":
-        from dydit_scale.parallel.zero import Zero3Engine, ZeroEngine  # here, for deepspeed takes seconds to import
+        from dydit_scale.parallel import zero  # here, for deepspeed takes seconds to import
 
-        engine = Zero3Engine if config.zero_stage == 3 else ZeroEngine
+        if whole_units:
+            zero.gather_whole(shard_units)
+        engine = zero.Zero3Engine if config.zero_stage == 3 else zero.ZeroEngine
         return engine(config, module, groups, world, adamw, accumulation)
     if config.name == "fsdp":
         from dydit_scale.parallel.fsdp import FsdpEngine

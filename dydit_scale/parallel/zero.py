@@ -75,11 +75,10 @@ class ZeroEngine(Engine):
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         self._ready = last
 
-    def step(self, lr_scale: float) -> StepResult:
+    def step(self, lr_scale: float, *, frozen: bool = False) -> StepResult:
         assert self._ready, "step() before backward(last=True)"
         self._ready = False
-        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-            settings["lr"] = group.lr * lr_scale
+        self._set_lr(lr_scale, frozen)
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
         return StepResult(norm, self.deepspeed.was_step_applied())
@@ -141,6 +140,12 @@ class Zero3Engine(ZeroEngine):
             stage3._reassign_or_swap_out_partitioned_parameters(group)
         if small := stage3.persistent_parameters:
             small[0].all_gather(small)
+
+
+def gather_whole(units: Sequence[nn.Module]) -> None:
+    """Let ZeRO-3 gather each of the units as one, before its forward, and not layer by layer."""
+    for unit in units:
+        unit._z3_leaf = True  # type: ignore[assignment]  # as deepspeed.utils.set_z3_leaf_modules does, by class
 
 
 def load_deepspeed(world: World) -> Any:

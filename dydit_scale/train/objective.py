@@ -19,7 +19,7 @@ from dydit_scale.diffusion.process import DDPMProcess, FlowProcess, Process
 from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.dynamic.gates import logistic_noise
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, FrozenGates, GateMode, GateNoise, SubNetwork
 from dydit_scale.models.encoders import Posterior
 from dydit_scale.models.family import Family, Prompts, SampleSize
 from dydit_scale.models.registry import family_of
@@ -149,20 +149,27 @@ class Objective:
             rows.append([logistic_noise(torch.rand(shape, generator=generator)) for shape in shapes])
         return GateNoise(*(torch.stack(kind, dim=1).to(self.device) for kind in zip(*rows, strict=True)))
 
-    def terms(self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int) -> Terms:
-        """The losses of a training batch."""
+    def terms(
+        self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int, network: SubNetwork | None = None
+    ) -> Terms:
+        """The losses of a training batch; all of it runs ``network``, where one is given."""
         if not self.is_dynamic:
             flow = self._loss(self._forward(module, inputs), inputs)
             return Terms(flow, torch.zeros_like(flow), torch.ones_like(flow))
         copies = len(inputs.level) // len(positions)  # two where the batch follows again without prompts
-        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions, inputs.size)))
-        sample, masks = self.forward_dynamic(module, inputs, noise)
+        sample, masks = self.forward_dynamic(module, inputs, self._gates(inputs, positions, copies, network))
         flow, ratio = self._loss(sample, inputs), self.ratio(inputs, masks)
         return Terms(
             flow.unflatten(0, (copies, -1)).mean(0),
             self._supervision(module, inputs, sample, step).unflatten(0, (copies, -1)).mean(0),
             ratio.unflatten(0, (copies, -1)).mean(0),
         )
+
+    def _gates(self, inputs: Inputs, positions: Tensor, copies: int, network: SubNetwork | None) -> GateMode:
+        if network is not None and self.recipe.frozen_routers.tokens:
+            return FrozenGates(network)
+        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions, inputs.size)))
+        return noise if network is None else FrozenGates(network, noise.tokens)
 
     def forward_dynamic(self, module: nn.Module, inputs: Inputs, gates: GateMode) -> tuple[Tensor, DynamicMasks]:
         """Prediction and masks."""

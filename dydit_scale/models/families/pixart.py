@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
+from dydit_scale.models.blocks import block_gates
 from dydit_scale.models.encoders import PixelAutoencoder, small_text_encoders
 from dydit_scale.models.family import (
     Family,
@@ -155,7 +155,8 @@ class DyPixArtTransformer2DModel(DynamicModelMixin, PixArtTransformer2DModel, Pe
             added_cond_kwargs: not read; the pipeline passes empty ones.
             cross_attention_kwargs, attention_mask: must be None (or empty), as the pipeline leaves them.
             encoder_attention_mask: [batch, text], 1 to keep, or a bias [batch, 1, text].
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyPixArtOutput` with the masks of all layers.
         """
         if attention_mask is not None or cross_attention_kwargs:
@@ -189,8 +190,7 @@ class DyPixArtTransformer2DModel(DynamicModelMixin, PixArtTransformer2DModel, Pe
             state = (text, _text_bias(encoder_attention_mask, x.dtype), modulation)
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
-                settings = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                settings = (t_emb, block_gates(gates, width, i), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, x, *state, *settings)
                 else:

@@ -1,0 +1,35 @@
+"""Attention and MLP on the heads and channels that a whole batch shares, with gradients; see dynamic/slicing.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from dydit_scale.dynamic.packing import shallow
+from dydit_scale.dynamic.slicing import IN, OUT, SlicedLayer
+from dydit_scale.models.blocks import channels_of
+
+
+def sliced_attention(attn: Any, heads: Int64[Tensor, " active"] | None) -> Any:
+    """The attention on the given heads (None: all)."""
+    if heads is None:
+        return attn
+    channels = channels_of(heads, attn.inner_dim // attn.heads)
+    names = ["to_q", "to_k", "to_v"] + (["add_q_proj", "add_k_proj", "add_v_proj"] if attn.added_kv_proj_dim else [])
+    changes: dict[str, Any] = {name: SlicedLayer(getattr(attn, name), channels, OUT) for name in names}
+    if not attn.pre_only:
+        changes["to_out"] = nn.ModuleList([SlicedLayer(attn.to_out[0], channels, IN), attn.to_out[1]])
+    if attn.added_kv_proj_dim:
+        changes["to_add_out"] = SlicedLayer(attn.to_add_out, channels, IN)
+    return shallow(attn, heads=len(heads), **changes)
+
+
+def sliced_feed_forward(ff: Any, channels: Int64[Tensor, " active"] | None) -> Any:
+    """diffusers' FeedForward on the given hidden channels (None: all)."""
+    if channels is None:
+        return ff
+    up, dropout, down = ff.net
+    up = shallow(up, proj=SlicedLayer(up.proj, channels, OUT))
+    return shallow(ff, net=nn.ModuleList([up, dropout, SlicedLayer(down, channels, IN)]))
