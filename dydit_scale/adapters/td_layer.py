@@ -14,7 +14,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from dydit_scale.diffusion.randomness import keyed_generator
-from dydit_scale.dynamic.slicing import IN, OUT, linear_on, sliced_linear
+from dydit_scale.dynamic.slicing import IN, OUT, sliced_linear, weight_on
 from dydit_scale.dynamic.timestep import TimestepState
 
 GateKind = Literal["softmax", "sigmoid"]
@@ -245,12 +245,13 @@ class TDLoraLayer(TimestepGates):
             raise ValueError(f"{self.name}: a merged layer cannot be cut; unmerge it first")
         result = sliced_linear(self.base_layer, x, index, dim, bias=bias)
         for adapter in self._live_adapters():
+            # parts are called in the forward's order: under ZeRO-3 another rank may run the layer whole
+            mixed = self.mixed_experts(self._embedding(adapter), adapter)
+            mixed = mixed[:, index] if dim == OUT else mixed
             down = self.down(adapter)
             z = F.dropout(x, self.dropout[adapter], self.training)
-            z = down(z) if dim == OUT else linear_on(z.to(down.weight.dtype), down.weight, None, index, IN)
-            mixed = self.mixed_experts(self._embedding(adapter), adapter).to(z.dtype)
-            mixed = mixed[:, index] if dim == OUT else mixed
-            result = result + _apply_mixed(z, mixed, self.timestep_state.samples).to(result.dtype)
+            z = down(z) if dim == OUT else weight_on(down, z.to(down.weight.dtype), index, IN)
+            result = result + _apply_mixed(z, mixed.to(z.dtype), self.timestep_state.samples).to(result.dtype)
         return result
 
     def _live_adapters(self) -> list[str]:

@@ -1,12 +1,13 @@
 """Linear layers that compute on a part of their rows or columns, with the gradient of the whole weight.
 
-For training, where ``packing.slice_linear`` is for inference: the layer is cut anew in each forward, inside the block
-that owns it, so that engines which gather weights for a block (FSDP2, ZeRO-3) have them there. The backward cuts again
-instead of keeping the slice: a slice kept for it would outlive the gathered weight, and sharding would save nothing.
+For training, where ``packing.slice_linear`` is for inference: a layer is cut anew in each forward, and inside its own
+call, so that engines which gather weights for a block (FSDP2) or for a layer (ZeRO-3) have them there. The backward
+cuts again instead of keeping the slice, which would outlive the gathered weight, and sharding would save nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,27 @@ class _LinearOn(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None
 
 
+def called_as(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``forward(x)`` as a call of the layer, with all its hooks: those of ZeRO-3 bring the weights."""
+    before = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        return layer(x)
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
+
+
+def weight_on(
+    layer: Any, x: Tensor, index: Int64[Tensor, " active"], dim: Literal[0, 1], *, bias: bool = True
+) -> Tensor:
+    """:func:`linear_on` with the weight and bias of a module, read in a call of it."""
+    offset = getattr(layer, "bias", None) if bias else None
+    return called_as(layer, lambda x: linear_on(x, layer.weight, offset, index, dim), x)
+
+
 class SlicedLayer(nn.Module):
     """A linear layer, plain or adapted, on a part of its rows or columns; it reads the weights when it is called."""
 
@@ -89,7 +111,7 @@ def sliced_linear(
             f"frozen_routers: a {type(layer).__name__} with a quantised weight cannot be cut; train without "
             "frozen_routers"
         )
-    return linear_on(x, layer.weight, layer.bias if bias else None, index, dim)
+    return weight_on(layer, x, index, dim, bias=bias)
 
 
 def _with_lora(layer: Any, x: Tensor, index: Tensor, dim: Literal[0, 1], *, bias: bool) -> Tensor:
@@ -106,7 +128,6 @@ def _with_lora(layer: Any, x: Tensor, index: Tensor, dim: Literal[0, 1], *, bias
             )
         a, b = layer.lora_A[name], layer.lora_B[name]
         z = layer.lora_dropout[name](x.to(a.weight.dtype))
-        z = a(z) if dim == OUT else linear_on(z, a.weight, None, index, IN)
-        update = linear_on(z, b.weight, None, index, OUT) if dim == OUT else b(z)
+        update = weight_on(b, a(z), index, OUT) if dim == OUT else b(weight_on(a, z, index, IN))
         result = result + (update * layer.scaling[name]).to(result.dtype)
     return result

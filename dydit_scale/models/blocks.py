@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masking import masked
 from dydit_scale.dynamic.masks import FrozenGates, GateMode, GateNoise, SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import active, add_on_rows, chosen_rows, shallow, slice_linear
 from dydit_scale.dynamic.ranking import units_in_place
@@ -77,7 +78,7 @@ class DynamicBlock(nn.Module):
         return route_tokens(self.dy_token, image, temb, text, gates.token_noise, self.dynamic.temperature)
 
     def _head_mask(self, gates: BlockGates) -> Float[Tensor, "batch heads"] | None:
-        return None if gates.heads is None else gates.heads[:, self.dy_head_unit]
+        return None if gates.heads is None else gates.heads.index_select(1, self.dy_head_unit)
 
     def _members(self, units: SharedUnits) -> tuple[Int64[Tensor, " heads"] | None, Int64[Tensor, " channels"] | None]:
         """The heads and MLP channels that work for a whole batch; None: all."""
@@ -126,6 +127,13 @@ def channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor,
     return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
 
 
+def mask_heads(
+    out: Float[Tensor, "batch tokens channels"], head_mask: Float[Tensor, "batch heads"]
+) -> Float[Tensor, "batch tokens channels"]:
+    """Attention's output with its heads masked."""
+    return masked(out, head_mask.repeat_interleave(out.shape[-1] // head_mask.shape[1], dim=1))
+
+
 def feed_forward(
     ff: Any,
     x: Float[Tensor, "batch tokens dim"],
@@ -138,8 +146,16 @@ def feed_forward(
     if groups is None:
         return ff(x)
     up, dropout, down = ff.net
-    hidden = up(x)
-    return down(dropout(hidden * groups[:, unit_of][:, None].to(hidden.dtype)))
+    return down(dropout(masked(up(x), groups.index_select(1, unit_of))))
+
+
+def add_masked(
+    stream: Float[Tensor, "batch tokens dim"],
+    x: Float[Tensor, "batch tokens dim"],
+    keep: Float[Tensor, "batch tokens"] | None,
+) -> Float[Tensor, "batch tokens dim"]:
+    """``stream + x``, on kept tokens only; in one pass, and exact where all are kept."""
+    return stream + x if keep is None else torch.addcmul(stream, x, keep[..., None].to(x.dtype))
 
 
 def cut_feed_forward(ff: Any, channels: Int64[Tensor, " active"] | None, t_emb: Float[Tensor, "1 dim"]) -> nn.Module:

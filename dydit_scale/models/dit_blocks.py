@@ -18,7 +18,15 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.masks import SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+from dydit_scale.models.blocks import (
+    BlockGates,
+    DynamicBlock,
+    add_masked,
+    cut_attention,
+    cut_feed_forward,
+    feed_forward,
+    mask_heads,
+)
 from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
 
 
@@ -55,10 +63,10 @@ class DyDiTAttnProcessor:
         out = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        out = rearrange(out, f"{alone} -> b (f p) h d", b=len(hidden_states), f=frames)
+        out = rearrange(out, f"{alone} -> b (f p) (h d)", b=len(hidden_states), f=frames)
         if head_mask is not None:
-            out = out * head_mask[:, None, :, None].to(out.dtype)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+            out = mask_heads(out, head_mask)
+        return attn.to_out[1](attn.to_out[0](out.to(query.dtype)))
 
 
 class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
@@ -143,7 +151,7 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
                 hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
             else:
                 x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
-                hidden_states = hidden_states + (x if keep is None else x * keep[..., None].to(x.dtype))
+                hidden_states = add_masked(hidden_states, x, keep)
         if not collect:
             return hidden_states
         return hidden_states, torch.ones(x.shape[:2], device=x.device) if keep is None else keep

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masking import masked
 from dydit_scale.dynamic.masks import SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import active, add_on_rows, chosen_rows, fold, shallow, slice_linear
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
@@ -28,10 +29,12 @@ from dydit_scale.dynamic.slicing import IN, OUT, SlicedLayer
 from dydit_scale.models.blocks import (
     BlockGates,
     DynamicBlock,
+    add_masked,
     channels_of,
     cut_attention,
     cut_feed_forward,
     feed_forward,
+    mask_heads,
 )
 from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
 
@@ -72,9 +75,10 @@ class DyFluxAttnProcessor(FluxAttnProcessor):
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
+        out = out.flatten(2, 3)
         if head_mask is not None:
-            out = out * head_mask[:, None, :, None].to(out.dtype)
-        out = out.flatten(2, 3).to(query.dtype)
+            out = mask_heads(out, head_mask)
+        out = out.to(query.dtype)
         if encoder_hidden_states is None:
             return out
         # Contiguous as upstream: kernels for bf16 round differently over strides.
@@ -149,7 +153,7 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
                 hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
             else:
                 image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
-                hidden_states = hidden_states + (image if keep is None else image * keep[..., None].to(image.dtype))
+                hidden_states = add_masked(hidden_states, image, keep)
             text = feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
             encoder_hidden_states = _finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
         return _result(encoder_hidden_states, hidden_states, keep, collect)
@@ -224,8 +228,7 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
             # The text is never skipped.
             keep_all = None if keep is None else torch.cat([keep.new_ones(len(keep), text_tokens), keep], dim=1)
             run = self._packed_output if self.is_packed else self._masked_output
-            if gates.kept_only and keep is not None:
-                run = self._kept_output
+            run = self._kept_output if gates.kept_only else run
             stream = _finite(run(stream, x, attn, gate, keep_all, gates))
         return _result(stream[:, :text_tokens], stream[:, text_tokens:], keep, collect)
 
@@ -233,23 +236,22 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
     ) -> Tensor:
         mlp = self.act_mlp(self.proj_mlp(x))
-        if gates.heads is not None:
-            mask = self._head_mask(gates).repeat_interleave(self.attn.head_dim, dim=1)  # type: ignore[union-attr]
-            attn = attn * mask[:, None].to(attn.dtype)
+        heads, of_mlp = self._head_mask(gates), None if self.dynamic.single_bypass == "attn_out+mlp" else keep
+        if heads is not None:
+            attn = mask_heads(attn, heads)
         if gates.groups is not None:
-            mlp = mlp * gates.groups[:, self.dy_channel_unit][:, None].to(mlp.dtype)
-        keep = None if keep is None else keep[..., None].to(mlp.dtype)
-        if keep is not None and self.dynamic.single_bypass == "mlp":
-            mlp = mlp * keep
+            mlp = masked(mlp, gates.groups.index_select(1, self.dy_channel_unit), of_mlp)
+        elif of_mlp is not None:
+            mlp = mlp * of_mlp[..., None].to(mlp.dtype)
         out = gate[:, None] * self.proj_out(torch.cat([attn, mlp], dim=2))
-        if keep is not None and self.dynamic.single_bypass == "attn_out+mlp":
-            out = out * keep
-        return stream + out
+        return add_masked(stream, out, keep if of_mlp is None else None)
 
     def _kept_output(
-        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor, gates: BlockGates
+        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
     ) -> Tensor:
         """As ``_masked_output``, with what skipped tokens miss computed for the others alone."""
+        if keep is None:
+            return self._masked_output(stream, x, attn, gate, keep, gates)
         tokens, heads = x.flatten(0, 1), attn.flatten(0, 1)
 
         def mlp(rows: Tensor) -> Tensor:

@@ -19,7 +19,15 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.masks import SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+from dydit_scale.models.blocks import (
+    BlockGates,
+    DynamicBlock,
+    add_masked,
+    cut_attention,
+    cut_feed_forward,
+    feed_forward,
+    mask_heads,
+)
 from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
 
 
@@ -50,10 +58,10 @@ class DyLatteAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )  # rows tokens heads head_dim
+        out = out.flatten(2, 3)
         if head_mask is not None:
-            per_sample = out.unflatten(0, (len(head_mask), -1))
-            out = (per_sample * head_mask[:, None, None, :, None].to(out.dtype)).flatten(0, 1)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+            out = mask_heads(out.reshape(len(head_mask), -1, out.shape[-1]), head_mask).view_as(out)
+        return attn.to_out[1](attn.to_out[0](out.to(query.dtype)))
 
 
 class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
@@ -144,7 +152,7 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
                 x = self._add_on_kept(x, lambda rows: self.ff(flat[rows]), keep, gate_mlp[:, 0])
             else:
                 out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
-                x = (out if keep is None else out * keep[..., None].to(out.dtype)) + x
+                x = add_masked(x, out, keep)
         if not collect:
             return x.view(rows)
         return x.view(rows), torch.ones(x.shape[:2], device=x.device) if keep is None else keep

@@ -274,16 +274,14 @@ def make_engine(
     world: World,
     *,
     shard_units: Sequence[nn.Module] = (),
-    whole_units: bool = False,
     accumulation: int = 1,
     adamw: AdamWConfig = ADAMW,
 ) -> Engine:
     """Move ``module`` to the device of ``world`` and make it trainable there; collective.
 
     ``groups`` hold every parameter that requires a gradient, in fp32; the others stay frozen in any dtype.
-    ``shard_units`` are the blocks that FSDP2 gathers one at a time; with ``whole_units`` ZeRO-3 does too, which blocks
-    need that read the weights of their layers themselves. ``accumulation`` is the number of micro-batches of a step.
-    Every rank starts from rank 0's parameters and buffers.
+    ``shard_units`` are the blocks that FSDP2 gathers one at a time. ``accumulation`` is the number of micro-batches
+    of a step. Every rank starts from rank 0's parameters and buffers.
 
     Raises ValueError if groups and module do not fit, or if the engine cannot run in ``world``.
     """
@@ -304,11 +302,9 @@ def make_engine(
 
         return DdpEngine(config, module, groups, world, adamw)
     if config.name == "zero":
-        from dydit_scale.parallel import zero  # here, for deepspeed takes seconds to import
+        from dydit_scale.parallel.zero import Zero3Engine, ZeroEngine  # here, for deepspeed takes seconds to import
 
-        if whole_units:
-            zero.gather_whole(shard_units)
-        engine = zero.Zero3Engine if config.zero_stage == 3 else zero.ZeroEngine
+        engine = Zero3Engine if config.zero_stage == 3 else ZeroEngine
         return engine(config, module, groups, world, adamw, accumulation)
     if config.name == "fsdp":
         from dydit_scale.parallel.fsdp import FsdpEngine

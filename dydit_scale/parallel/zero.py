@@ -142,12 +142,6 @@ class Zero3Engine(ZeroEngine):
             small[0].all_gather(small)
 
 
-def gather_whole(units: Sequence[nn.Module]) -> None:
-    """Let ZeRO-3 gather each of the units as one, before its forward, and not layer by layer."""
-    for unit in units:
-        unit._z3_leaf = True  # type: ignore[assignment]  # as deepspeed.utils.set_z3_leaf_modules does, by class
-
-
 def load_deepspeed(world: World) -> Any:
     """The deepspeed module, set up for the device of ``world``; it chooses its accelerator when first imported."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)

@@ -54,9 +54,9 @@ class WidthTable:
         known: dict[tuple[int, bytes], SharedUnits] = {}  # a layer's equal masks find their members once
 
         def units(level: int, layer: int) -> SharedUnits:
-            own = [None if m is None else m[level, layer].clone() for m in found]
-            key = (layer, b"".join(m.numpy().tobytes() for m in own if m is not None))
-            return known.setdefault(key, SharedUnits(*own))
+            heads, groups = (None if m is None else m[level, layer].clone() for m in found)
+            key = (layer, b"".join(m.numpy().tobytes() for m in (heads, groups) if m is not None))
+            return known.setdefault(key, SharedUnits(heads, groups))
 
         firsts = [int((of_level == network).nonzero()[0]) for network in range(int(of_level.max()) + 1)]
         return cls(

@@ -142,12 +142,12 @@ class Objective:
         blocks = len(self.network.dynamic_blocks())
         heads = self.network.config["num_attention_heads"]
         tokens = self.family.image_tokens(self.pipeline, size)
-        shapes = [(blocks, heads), (blocks, self.network.dynamic.mlp_groups or heads), (blocks, tokens)]
-        rows = []
-        for position in positions.tolist():
-            generator = keyed_generator(self.recipe.seed, "gates", position)
-            rows.append([logistic_noise(torch.rand(shape, generator=generator)) for shape in shapes])
-        return GateNoise(*(torch.stack(kind, dim=1).to(self.device) for kind in zip(*rows, strict=True)))
+        units = (heads, self.network.dynamic.mlp_groups or heads, tokens)
+        drawn = torch.empty(len(positions), blocks * sum(units))
+        for row, position in zip(drawn, positions.tolist(), strict=True):
+            torch.rand(row.shape, generator=keyed_generator(self.recipe.seed, "gates", position), out=row)
+        kinds = logistic_noise(drawn.to(self.device)).split([blocks * n for n in units], dim=1)
+        return GateNoise(*(x.unflatten(1, (blocks, -1)).transpose(0, 1) for x in kinds))
 
     def terms(
         self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int, network: SubNetwork | None = None

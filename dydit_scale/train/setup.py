@@ -166,8 +166,7 @@ def start(
             part.to(world.device)
     engine = make_engine(
         recipe.engine, parts.network, groups, world,
-        shard_units=shard_units(parts.network), whole_units=frozen is not None, adamw=adamw,
-        accumulation=recipe.train.accumulation,
+        shard_units=shard_units(parts.network), accumulation=recipe.train.accumulation, adamw=adamw,
     )  # fmt: skip
     ema = Ema(engine, recipe.train.ema) if recipe.train.ema is not None else None
     leave_if_asked(stop)
