@@ -102,10 +102,12 @@ def sliced_linear(
     Raises:
         ValueError: a quantised weight, or an adapter that does not act on rows or columns alone (DoRA).
     """
+    # Called with all hooks even where they have no weight to bring: under ZeRO-3 each call may fetch what comes next,
+    # and ranks, whose sub-networks differ, must fetch in one order.
     if hasattr(layer, "sliced"):  # TD-LoRA
-        return layer.sliced(x, index, dim, bias=bias)
+        return called_as(layer, lambda x: layer.sliced(x, index, dim, bias=bias), x)
     if hasattr(layer, "lora_A"):
-        return _with_lora(layer, x, index, dim, bias=bias)
+        return called_as(layer, lambda x: _with_lora(layer, x, index, dim, bias=bias), x)
     if not isinstance(layer.weight, Tensor) or not layer.weight.is_floating_point():
         raise ValueError(
             f"frozen_routers: a {type(layer).__name__} with a quantised weight cannot be cut; train without "

@@ -128,7 +128,7 @@ def channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor,
 
 
 def mask_heads(
-    out: Float[Tensor, "batch tokens channels"], head_mask: Float[Tensor, "batch heads"]
+    out: Float[Tensor, "batch tokens channels"], head_mask: Float[Tensor, "batch_t heads"]
 ) -> Float[Tensor, "batch tokens channels"]:
     """Attention's output with its heads masked."""
     return masked(out, head_mask.repeat_interleave(out.shape[-1] // head_mask.shape[1], dim=1))
