@@ -27,7 +27,7 @@ from dydit_scale.models.blocks import (
     feed_forward,
     mask_heads,
 )
-from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
+from dydit_scale.models.slicing import sliced_attention, sliced_block, sliced_feed_forward
 
 
 class DyDiTAttnProcessor:
@@ -160,7 +160,7 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
         """The block on the units that a whole batch shares, for training."""
         heads, channels = self._members(units)
         attn1, ff = sliced_attention(self.attn1, heads), sliced_feed_forward(self.ff, channels)
-        return shallow(self, attn1=attn1, ff=ff)
+        return sliced_block(DyDiTTransformerBlock, self, attn1=attn1, ff=ff)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyDiTTransformerBlock:
         """The block cut to one sample's active units."""

@@ -36,7 +36,7 @@ from dydit_scale.models.blocks import (
     feed_forward,
     mask_heads,
 )
-from dydit_scale.models.slicing import sliced_attention, sliced_feed_forward
+from dydit_scale.models.slicing import sliced_attention, sliced_block, sliced_feed_forward
 
 
 class DyFluxAttnProcessor(FluxAttnProcessor):
@@ -163,7 +163,8 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
         heads, channels = self._members(units)
         context = units.members("groups", "context", self.dy_context_channel_unit)
         ff, ff_context = sliced_feed_forward(self.ff, channels), sliced_feed_forward(self.ff_context, context)
-        return shallow(self, attn=sliced_attention(self.attn, heads), ff=ff, ff_context=ff_context)
+        attn = sliced_attention(self.attn, heads)
+        return sliced_block(DyFluxTransformerBlock, self, attn=attn, ff=ff, ff_context=ff_context)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxTransformerBlock:
         """The block cut to one sample's active units."""
@@ -288,7 +289,7 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
             "out_attn": SlicedLayer(self.proj_out, attn_cols, IN),
             "out_mlp": SlicedLayer(self.proj_out, mlp_cols, IN, bias=False),
         }
-        return shallow(self, **changes)
+        return sliced_block(DyFluxSingleTransformerBlock, self, **changes)
 
     def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxSingleTransformerBlock:
         """The block cut to one sample's active units; the output projection falls into an attention and an MLP part."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Int64
 from torch import Tensor, nn
@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from dydit_scale.dynamic.packing import shallow
 from dydit_scale.dynamic.slicing import IN, OUT, SlicedLayer
 from dydit_scale.models.blocks import channels_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def sliced_block(kind: type[M], block: nn.Module, **changes: object) -> M:
+    """The block again as one of ``kind``, with ``changes``; FSDP2 gives a block a class of its own, which cannot be
+    copied."""
+    plain = object.__new__(kind)
+    plain.__dict__ = dict(block.__dict__)
+    return shallow(plain, **changes)
 
 
 def sliced_attention(attn: Any, heads: Int64[Tensor, " active"] | None) -> Any:
