@@ -168,7 +168,7 @@ class Engine(ABC):
     def step(self, lr_scale: float, *, frozen: bool = False) -> StepResult:
         """One guarded, clipped AdamW step with lr = group.lr * lr_scale; then the gradients are cleared. Collective.
 
-        ``frozen``: the groups that freeze keep their values, bit for bit; what gradients they have count in the norm.
+        ``frozen``: the groups that freeze keep their values, bit for bit; their gradients may count in the norm.
         """
 
     def _set_lr(self, lr_scale: float, frozen: bool) -> None:

@@ -277,6 +277,11 @@ class Recipe:
             raise ValueError(f"{where}: a model without dynamic.always_on may have no head on, and cannot be cut so")
         if self.adapter.variant == "dora":
             raise ValueError(f"{where}: adapter.variant dora cannot be cut to rows and columns; choose plain or rslora")
+        if self.engine.name == "zero" and self.engine.zero_stage == 3:
+            raise ValueError(
+                f"{where}: ranks run different sub-networks, and ZeRO-3 fetches the weights of each layer in an order "
+                "that all must share; set engine.name: fsdp, which fetches blocks, or engine.zero_stage: 2"
+            )
         if self.engine.compile:
             raise ValueError(f"{where}: engine.compile would compile each sub-network anew; set it to false")
         if not ramped <= from_step < self.train.steps:

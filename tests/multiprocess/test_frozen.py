@@ -14,7 +14,7 @@ from tests.multiprocess import frozen
 from tests.multiprocess.matrix import run_folder
 from tests.parallel.launch import Ranks
 
-# a minute: two processes and one, eleven and five runs
+# a minute: two processes and one, nine and five runs
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(600)]
 
 

@@ -234,6 +234,7 @@ def test_no_noise_is_drawn_and_the_cost_is_not_steered(
         (("dynamic.heads=false", "dynamic.mlp=false"), "no width is dynamic"),
         (("dynamic.always_on=false",), "always_on"),
         (("engine.compile=true",), "engine.compile"),
+        (("engine.name=zero", "engine.zero_stage=3"), "ZeRO-3"),
     ],
 )
 def test_what_cannot_be_frozen_is_refused(world_folder: Path, overrides: tuple[str, ...], message: str) -> None:
