@@ -8,12 +8,13 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from dydit_scale.diffusion.randomness import keyed_generator
+from dydit_scale.dynamic.slicing import IN, OUT, sliced_linear, weight_on
 from dydit_scale.dynamic.timestep import TimestepState
 
 GateKind = Literal["softmax", "sigmoid"]
@@ -225,7 +226,8 @@ class TDLoraLayer(TimestepGates):
         """x [rows, ..., in_features] -> [rows, ..., out_features]; rows is a multiple of the embedding's batch.
 
         Samples are the outermost axis of the rows (as in Latte's spatial and temporal layouts). Packed tokens
-        [tokens, in_features] need an embedding of one row. Raises ValueError where the mapping is not known.
+        [tokens, in_features] need an embedding of one row, or ``timestep_state.samples``. Raises ValueError where the
+        mapping is not known.
         """
         if self._disable_adapters and self.merged:
             self.unmerge()  # as peft's own layers do
@@ -234,6 +236,22 @@ class TDLoraLayer(TimestepGates):
             result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter in self._live_adapters():
             result = result + self._update(adapter, x).to(result.dtype)
+        return result
+
+    def sliced(self, x: Tensor, index: Int64[Tensor, " active"], dim: Literal[0, 1], *, bias: bool = True) -> Tensor:
+        """The forward on a part of the rows or columns (see dynamic/slicing.py). Single tokens [rows, in_features] may
+        be of several samples, which ``timestep_state.samples`` then names."""
+        if self.merged:
+            raise ValueError(f"{self.name}: a merged layer cannot be cut; unmerge it first")
+        result = sliced_linear(self.base_layer, x, index, dim, bias=bias)
+        for adapter in self._live_adapters():
+            # parts are called in the forward's order: under ZeRO-3 another rank may run the layer whole
+            mixed = self.mixed_experts(self._embedding(adapter), adapter)
+            mixed = mixed[:, index] if dim == OUT else mixed
+            down = self.down(adapter)
+            z = F.dropout(x, self.dropout[adapter], self.training)
+            z = down(z) if dim == OUT else weight_on(down, z.to(down.weight.dtype), index, IN)
+            result = result + _apply_mixed(z, mixed.to(z.dtype), self.timestep_state.samples).to(result.dtype)
         return result
 
     def _live_adapters(self) -> list[str]:
@@ -247,10 +265,7 @@ class TDLoraLayer(TimestepGates):
         mixed = self.mixed_experts(emb, adapter)  # [batch, out_features, rank]
         z = self.down(adapter)(F.dropout(x, self.dropout[adapter], self.training))  # [rows, ..., rank]
         mixed = mixed.to(z.dtype)
-        if len(mixed) == 1:
-            return F.linear(z, mixed[0])
-        per_sample = z.reshape(len(mixed), -1, z.shape[-1])  # the rows of a sample are neighbours
-        return torch.bmm(per_sample, mixed.transpose(1, 2)).reshape(*z.shape[:-1], self.out_features)
+        return _apply_mixed(z, mixed, self.timestep_state.samples)
 
     def _embedding(self, adapter: str) -> Tensor:
         emb = self.timestep_state.emb
@@ -267,7 +282,7 @@ class TDLoraLayer(TimestepGates):
         return emb[:1] if emb.stride(0) == 0 and len(emb) > 1 else emb
 
     def _check_rows(self, x: Tensor, batch: int) -> None:
-        if batch == 1 or (x.ndim >= 2 and x.shape[0] == batch):
+        if batch == 1 or (x.ndim >= 2 and x.shape[0] == batch) or self.timestep_state.samples is not None:
             return
         if x.ndim == 2:
             raise ValueError(
@@ -369,6 +384,22 @@ class TDLoraLayer(TimestepGates):
 
     def _known(self, adapters: Iterable[str]) -> list[str]:
         return [adapter for adapter in adapters if adapter in self.r]
+
+
+def _apply_mixed(
+    z: Float[Tensor, "*rows rank"], mixed: Float[Tensor, "batch out rank"], samples: Int64[Tensor, " rows"] | None
+) -> Float[Tensor, "*rows out"]:
+    """Each row under the experts of its own sample; without ``samples`` the rows of a sample are neighbours and equally
+    many."""
+    if len(mixed) == 1:
+        return F.linear(z, mixed[0])
+    if samples is None:
+        per_sample = z.reshape(len(mixed), -1, z.shape[-1])
+        return torch.bmm(per_sample, mixed.transpose(1, 2)).reshape(*z.shape[:-1], mixed.shape[1])
+    counts = torch.bincount(samples, minlength=len(mixed))
+    place = torch.arange(len(samples), device=z.device) - (counts.cumsum(0) - counts)[samples]
+    padded = z.new_zeros(len(mixed), int(counts.max()), z.shape[-1]).index_put((samples, place), z)
+    return torch.bmm(padded, mixed.transpose(1, 2))[samples, place]
 
 
 class _Dequantised(nn.Linear):

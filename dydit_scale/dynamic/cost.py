@@ -6,7 +6,7 @@ these MACs) on the packed run: width routers are not in it, because packed sampl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -57,6 +57,7 @@ class ModelCost:
     blocks: tuple[BlockCost, ...]
     outside: int | float
     """Embedders, final modulation and projection."""
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def static(self) -> int | float:
@@ -66,12 +67,9 @@ class ModelCost:
     def dynamic(self, rates: KeepRates) -> Float[Tensor, " batch"]:
         """MACs of each sample, differentiable in the rates."""
         h, g, t = rates.heads.double(), rates.groups.double(), rates.tokens.double()
-        c = {
-            name: self._column(name, h)
-            for name in ("fixed", "router", "heads", "heads_tokens", "groups", "groups_tokens")
-        }
-        blocks = h * (c["heads"] + c["heads_tokens"] * t) + g * (c["groups"] + c["groups_tokens"] * t)
-        return (blocks + c["fixed"] + c["router"]).sum(0) + self.outside
+        always, heads, heads_tokens, groups, groups_tokens = self._columns(h.device)
+        blocks = h * (heads + heads_tokens * t) + g * (groups + groups_tokens * t)
+        return (blocks + always).sum(0) + self.outside
 
     def ratio(self, masks: DynamicMasks) -> Float[Tensor, " batch"]:
         """MACs dynamic / static of each sample, fp32, with gradient to the gates."""
@@ -80,8 +78,13 @@ class ModelCost:
     def floor(self, heads: int, groups: int, *, tokens: bool = True) -> float:
         """The lowest ratio that gates can reach: the always-on unit of ``heads`` and ``groups``, and no image token."""
         ones = torch.ones(len(self.blocks), 1)
-        kept = ones * 0.0 if tokens else self._column("token_share", ones)
+        kept = ones * 0.0 if tokens else ones.new_tensor([b.token_share for b in self.blocks])[:, None]
         return float(self.dynamic(KeepRates(ones / heads, ones / groups, kept)) / self.static)
 
-    def _column(self, name: str, like: Tensor) -> Float[Tensor, "layers 1"]:
-        return like.new_tensor([getattr(b, name) for b in self.blocks])[:, None]
+    def _columns(self, device: torch.device) -> Float[Tensor, "kinds layers 1"]:
+        """MACs that always run, and that follow heads, heads and tokens, groups, groups and tokens; brought to a device
+        once."""
+        if device not in self._on_device:
+            rows = ((b.fixed + b.router, b.heads, b.heads_tokens, b.groups, b.groups_tokens) for b in self.blocks)
+            self._on_device[device] = torch.tensor(list(rows), dtype=torch.double).T[..., None].to(device)
+        return self._on_device[device]

@@ -3,9 +3,11 @@ order)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
@@ -17,8 +19,52 @@ class GateNoise(NamedTuple):
     tokens: Float[Tensor, "layers batch tokens"]
 
 
-GateMode = Literal["open", "threshold"] | GateNoise
-"""``open``: the complete model. ``threshold``: inference. Noise: training."""
+@dataclass(frozen=True, eq=False)
+class SharedUnits:
+    """The routing units of one block that work for a whole batch; on the CPU, where they are known beforehand."""
+
+    heads: Bool[Tensor, " heads"] | None
+    """None where that width is not dynamic."""
+    groups: Bool[Tensor, " groups"] | None
+    _members: dict[tuple[str, torch.device], Int64[Tensor, " active"] | None] = field(default_factory=dict, repr=False)
+
+    def members(self, kind: Literal["heads", "groups"], name: str, unit_of: Int64[Tensor, " members"]) -> Tensor | None:
+        """The heads or channels whose unit works, ascending, where ``unit_of`` is; None: all. Found once for each
+        ``name`` of such a table."""
+        mask = self.heads if kind == "heads" else self.groups
+        if mask is None or bool(mask.all()):
+            return None
+        key = (name, unit_of.device)
+        if key not in self._members:
+            self._members[key] = mask[unit_of.cpu()].nonzero().squeeze(1).to(unit_of.device)
+        return self._members[key]
+
+
+@dataclass(frozen=True, eq=False)
+class SubNetwork:
+    """The width that all samples of a batch share."""
+
+    layers: tuple[SharedUnits, ...]
+
+    def masks(self, device: torch.device) -> WidthMasks:
+        """The same as masks, [layers, 1, units]."""
+        kinds = zip(*((units.heads, units.groups) for units in self.layers), strict=True)
+        found = (None if kind[0] is None else torch.stack(kind)[:, None].float().to(device) for kind in kinds)
+        return WidthMasks(*found)
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenGates:
+    """Gates of a batch that runs one sub-network: forward and backward on its heads and channels alone."""
+
+    network: SubNetwork
+    tokens: Float[Tensor, "layers batch tokens"] | None = None
+    """Noise, where token routers still learn: skipped tokens are then computed and masked. None: by threshold, and
+    skipped tokens are not computed."""
+
+
+GateMode = Literal["open", "threshold"] | GateNoise | FrozenGates
+"""``open``: the complete model. ``threshold``: inference. Noise: training. Frozen: training once widths are settled."""
 
 
 class WidthMasks(NamedTuple):

@@ -207,14 +207,24 @@ def at_rows(x: Float[Tensor, "batch dim"], rows: Int64[Tensor, " rows"], tokens:
     return x if len(x) == 1 else x[rows // tokens]
 
 
+def add_on_rows(
+    x: Float[Tensor, "batch tokens dim"],
+    rows: Int64[Tensor, " rows"],
+    done: Float[Tensor, "rows dim"],
+    gate: Float[Tensor, "batch dim"],
+) -> Float[Tensor, "batch tokens dim"]:
+    """``x`` with ``gate * done`` added to the chosen rows of the flattened tokens, each gated by its own sample's
+    gate."""
+    return x.flatten(0, 1).index_add(0, rows, done * gate[rows // x.shape[1]]).view_as(x)
+
+
 def add_on_rows_(
     x: Float[Tensor, "batch tokens dim"],
     rows: Int64[Tensor, " rows"],
     done: Float[Tensor, "rows dim"],
     gate: Float[Tensor, "batch dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
-    """``gate * done`` added, in place, to the chosen rows of the flattened tokens, each gated by its own sample's
-    gate."""
+    """:func:`add_on_rows` in place, for inference."""
     x.view(-1, x.shape[-1]).index_add_(0, rows, done * at_rows(gate, rows, x.shape[1]))
     return x
 
@@ -233,3 +243,8 @@ def members_of(units: Int64[Tensor, " active"], unit_of: Int64[Tensor, " members
     """The heads or channels of the given units of equal size, unit by unit in the order given, ascending within."""
     by_unit = unit_of.argsort(stable=True).unflatten(0, (int(unit_of.max()) + 1, -1))
     return by_unit[units.to(unit_of.device)].flatten()
+
+
+def channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor, " channels"]:
+    """The channels of the given heads."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()

@@ -108,7 +108,8 @@ def route_tokens(
     temperature: float,
 ) -> Float[Tensor, "batch tokens"]:
     """Token gates in fp32: random with a straight-through gradient where ``noise`` is given, else by threshold."""
-    with torch.autocast(x.device.type, enabled=False):
+    learns = torch.is_grad_enabled() and noise is not None  # a threshold has no gradient
+    with torch.set_grad_enabled(learns), torch.autocast(x.device.type, enabled=False):
         logits = router(x, temb, text)
     return threshold_gate(logits) if noise is None else gumbel_gate(logits, noise, temperature)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.gates import gumbel_gate, threshold_gate
-from dydit_scale.dynamic.masks import GateMode, WidthMasks
+from dydit_scale.dynamic.masks import GateMode, GateNoise, WidthMasks
 
 
 class Router(nn.Module):
@@ -77,12 +77,12 @@ class WidthRouter(nn.Module):
         self.groups = UnitRouter(layers, dim, groups - self.fixed, bias) if groups else None
 
     def forward(self, t_emb: Float[Tensor, "batch dim"], mode: GateMode) -> WidthMasks:
-        """Masks for every layer; ``mode`` "open" is the caller's affair (no router is asked then)."""
+        """Masks for every layer; where ``mode`` is "open" or frozen, no router is asked."""
         with torch.autocast(t_emb.device.type, enabled=False):
             heads, groups = (None if r is None else r(t_emb.float()) for r in (self.heads, self.groups))
         if mode == "threshold":
             return WidthMasks(*(None if x is None else self._with_fixed(threshold_gate(x)) for x in (heads, groups)))
-        if isinstance(mode, str):
+        if not isinstance(mode, GateNoise):
             raise ValueError(f"gate mode {mode!r}: expected 'threshold' or noise")
         noisy = ((heads, mode.heads), (groups, mode.groups))
         gates = (None if x is None else gumbel_gate(x, n[..., self.fixed :], self.temperature) for x, n in noisy)

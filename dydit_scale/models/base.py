@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.config import DynamicConfig, TokenRouterKind
 from dydit_scale.dynamic.cost import ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
+from dydit_scale.dynamic.masks import DynamicMasks, FrozenGates, GateMode, WidthMasks
 from dydit_scale.dynamic.precise import UpcastLinear
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.dynamic.width import Router, WidthRouter
 from dydit_scale.models.ahead import Embed
-from dydit_scale.models.blocks import BlockGates
+from dydit_scale.models.blocks import BlockGates, block_gates
 from dydit_scale.models.hooks import HookedModelMixin
 from dydit_scale.models.plan import PackedPlan, StepTable, StorageOptions, TokenPlan
 
@@ -171,6 +171,8 @@ class DynamicModelMixin(HookedModelMixin):
     # Routing and packing
     def width_masks(self, t_emb: Float[Tensor, "batch dim"], mode: GateMode) -> WidthMasks:
         """Masks of all layers, or none in the complete model."""
+        if isinstance(mode, FrozenGates):
+            return mode.network.masks(t_emb.device)
         return WidthMasks(None, None) if mode == "open" else self.dy_width(t_emb, mode)
 
     def pack(
@@ -269,8 +271,7 @@ class DynamicModelMixin(HookedModelMixin):
             k = None if tokens.counts is None else tokens.counts[step][layer]
             modulation = None if modulations is None else modulations[layer]
             return BlockGates(capacity=k, modulation=modulation, share_scores=tokens.share_scores)
-        noise = gates.tokens[layer] if isinstance(gates, GateNoise) else None
-        return BlockGates(*width.layer(layer), noise, gates == "open")
+        return block_gates(gates, width, layer)
 
     def _modulations(
         self,

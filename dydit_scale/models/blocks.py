@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.fused_tokens import fixed_rows
 from dydit_scale.dynamic.gates import threshold_gate
-from dydit_scale.dynamic.packing import chosen_rows
+from dydit_scale.dynamic.masking import masked
+from dydit_scale.dynamic.masks import FrozenGates, GateMode, GateNoise, SharedUnits, WidthMasks
+from dydit_scale.dynamic.packing import add_on_rows, chosen_rows
 from dydit_scale.dynamic.ranking import units_in_place
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.tokens import make_token_router, route_tokens
@@ -34,15 +37,24 @@ class BlockGates(NamedTuple):
     """What a packed block's modulation layers return, where it is known before."""
     share_scores: bool = False
     """The two halves of the batch, the branches of guidance, skip the same tokens: those of their mean scores."""
+    shared: SharedUnits | None = None
+    """In place of ``heads`` and ``groups``: what works for the whole batch, on which alone the block runs."""
+    kept_only: bool = False
+    """Skipped tokens are not computed, instead of masked."""
+
+    @property
+    def inside(self) -> BlockGates:
+        """The gates of the block cut to ``shared``."""
+        return self._replace(shared=None)
 
 
-class PackedTokens(NamedTuple):
-    """On which tokens a packed block works; None: on all."""
-
-    rows: Int64[Tensor, " rows"] | None
-    """Their places among the flattened (batch, token) rows."""
-    keep: Float[Tensor, "batch tokens"] | None
-    """Their gates."""
+def block_gates(gates: GateMode, width: WidthMasks, layer: int) -> BlockGates:
+    """The gates of one layer."""
+    noise = gates.tokens if isinstance(gates, (GateNoise, FrozenGates)) else None
+    tokens = None if noise is None else noise[layer]
+    if isinstance(gates, FrozenGates):
+        return BlockGates(token_noise=tokens, shared=gates.network.layers[layer], kept_only=noise is None)
+    return BlockGates(*width.layer(layer), tokens, gates == "open")
 
 
 class DynamicBlock(nn.Module):
@@ -79,7 +91,38 @@ class DynamicBlock(nn.Module):
         return route_tokens(self.dy_token, image, temb, text, gates.token_noise, self.dynamic.temperature)
 
     def _head_mask(self, gates: BlockGates) -> Float[Tensor, "batch heads"] | None:
-        return None if gates.heads is None else gates.heads[:, self.dy_head_unit]
+        return None if gates.heads is None else gates.heads.index_select(1, self.dy_head_unit)
+
+    def _members(self, units: SharedUnits) -> tuple[Int64[Tensor, " heads"] | None, Int64[Tensor, " channels"] | None]:
+        """The heads and MLP channels that work for a whole batch; None: all."""
+        return (
+            units.members("heads", "heads", self.dy_head_unit),
+            units.members("groups", "channels", self.dy_channel_unit),
+        )
+
+    def _add_on_kept(
+        self,
+        stream: Float[Tensor, "batch tokens dim"],
+        work: Callable[[Int64[Tensor, " rows"]], Float[Tensor, "rows dim"]],
+        keep: Float[Tensor, "batch tokens"],
+        gate: Float[Tensor, "batch dim"],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """``stream`` with ``gate`` times the work done on the kept tokens alone; ``work`` takes their places among the
+        flattened (batch, token) rows."""
+        rows, state = chosen_rows(keep), self.timestep_state
+        assert state is not None, "a block of a model has its state"
+        with state.scope(state.emb, samples=rows // stream.shape[1]):
+            done = work(rows)
+        return add_on_rows(stream, rows, done, gate)
+
+
+class PackedTokens(NamedTuple):
+    """On which tokens a packed block works; None: on all."""
+
+    rows: Int64[Tensor, " rows"] | None
+    """Their places among the flattened (batch, token) rows."""
+    keep: Float[Tensor, "batch tokens"] | None
+    """Their gates."""
 
 
 class PackedBlock(nn.Module):
@@ -125,6 +168,13 @@ def ones_or(keep: Tensor | None, x: Float[Tensor, "batch tokens dim"]) -> Float[
     return torch.ones(x.shape[:2], device=x.device) if keep is None else keep
 
 
+def mask_heads(
+    out: Float[Tensor, "batch tokens channels"], head_mask: Float[Tensor, "batch_t heads"]
+) -> Float[Tensor, "batch tokens channels"]:
+    """Attention's output with its heads masked."""
+    return masked(out, head_mask.repeat_interleave(out.shape[-1] // head_mask.shape[1], dim=1))
+
+
 def feed_forward(
     ff: Any,
     x: Float[Tensor, "batch tokens dim"],
@@ -137,5 +187,13 @@ def feed_forward(
     if groups is None:
         return ff(x)
     up, dropout, down = ff.net
-    hidden = up(x)
-    return down(dropout(hidden * groups[:, unit_of][:, None].to(hidden.dtype)))
+    return down(dropout(masked(up(x), groups.index_select(1, unit_of))))
+
+
+def add_masked(
+    stream: Float[Tensor, "batch tokens dim"],
+    x: Float[Tensor, "batch tokens dim"],
+    keep: Float[Tensor, "batch tokens"] | None,
+) -> Float[Tensor, "batch tokens dim"]:
+    """``stream + x``, on kept tokens only; in one pass, and exact where all are kept."""
+    return stream + x if keep is None else torch.addcmul(stream, x, keep[..., None].to(x.dtype))

@@ -200,7 +200,8 @@ class DyDiTTransformer2DModel(DynamicModelMixin, DiTTransformer2DModel, PeftAdap
             hidden_states: [batch, channels, side, side]; any side that is a multiple of the patch.
             timestep: [batch] or [1]; 0..999 for DiT, 0 (noise) .. 1 (data) for SiT, integers or fp32.
             class_labels: [batch]; the number of classes stands for no class.
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyDiTOutput` with the masks of all layers.
             drop_labels: the labels to replace by no class. None draws a tenth of them in training mode from torch's
                 global generator, once per forward (the static class draws anew in every block).

@@ -1,4 +1,4 @@
-"""DiT's block with gates: masked (training, mixed timesteps), and packed, cut to the active heads and channels with the
+"""DiT's block with gates: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with the
 MLP on the chosen tokens only. The numbers are the same."""
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masks import SharedUnits
 from dydit_scale.dynamic.packing import fold
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, PackedBlock, feed_forward, ones_or
+from dydit_scale.models.blocks import (
+    BlockGates,
+    DynamicBlock,
+    PackedBlock,
+    add_masked,
+    feed_forward,
+    mask_heads,
+    ones_or,
+)
 from dydit_scale.models.parts import (
     AttentionPart,
     AttentionSource,
@@ -29,6 +38,7 @@ from dydit_scale.models.parts import (
     mlp_on_tokens_,
     modulated,
 )
+from dydit_scale.models.slicing import sliced_attention, sliced_block, sliced_feed_forward
 
 
 class DyDiTAttnProcessor:
@@ -64,10 +74,10 @@ class DyDiTAttnProcessor:
         out = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        out = rearrange(out, f"{alone} -> b (f p) h d", b=len(hidden_states), f=frames)
+        out = rearrange(out, f"{alone} -> b (f p) (h d)", b=len(hidden_states), f=frames)
         if head_mask is not None:
-            out = out * head_mask[:, None, :, None].to(out.dtype)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+            out = mask_heads(out, head_mask)
+        return attn.to_out[1](attn.to_out[0](out.to(query.dtype)))
 
 
 class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
@@ -133,6 +143,10 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
             temb: what modulates: timestep plus class.
             t_emb: the pure timestep embedding in fp32, for adapters.
         """
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, temb, cross_attention_kwargs, t_emb)
+            return DyDiTTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
             x = self.attn1(x, head_mask=self._head_mask(gates), **(cross_attention_kwargs or {}))
@@ -140,9 +154,19 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
 
             keep = self._route(hidden_states, None, temb, gates)
             x = self.norm3(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-            x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
-            hidden_states = hidden_states + (x if keep is None else x * keep[..., None].to(x.dtype))
+            if gates.kept_only and keep is not None:
+                flat = x.flatten(0, 1)
+                hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
+            else:
+                x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
+                hidden_states = add_masked(hidden_states, x, keep)
         return (hidden_states, ones_or(keep, hidden_states)) if collect else hidden_states
+
+    def sliced(self, units: SharedUnits) -> DyDiTTransformerBlock:
+        """The block on the units that a whole batch shares, for training."""
+        heads, channels = self._members(units)
+        attn1, ff = sliced_attention(self.attn1, heads), sliced_feed_forward(self.ff, channels)
+        return sliced_block(DyDiTTransformerBlock, self, attn1=attn1, ff=ff)
 
     def pack_sources(self) -> dict[str, Source]:
         """The attention and the MLP."""

@@ -170,8 +170,9 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
         """ClassLatteTransformer3DModel's forward (same arguments, same shapes), and:
 
         Args:
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training), whose
-                tokens are those of clip and pictures.
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), whose
+                tokens are those of clip and pictures, or one sub-network for the batch (training with frozen
+                routers).
             collect: return :class:`DyClassLatteOutput` with the masks of all layers.
         """
         self._check_processors()

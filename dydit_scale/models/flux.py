@@ -126,7 +126,8 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
 
         Args:
             timestep: [batch] in 0..1; keep it in fp32, routing reads it before it is rounded to the activations' dtype.
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyFluxOutput` with the masks of all layers.
         """
         self._check(joint_attention_kwargs)

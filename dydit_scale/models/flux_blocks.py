@@ -1,6 +1,6 @@
 """FLUX's double and single blocks with gates.
 
-Each block runs in one of two ways: masked (training, mixed timesteps), or packed, cut to the active heads and channels,
+Each block runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels,
 with the MLP on the chosen image tokens only. The numbers are the same.
 """
 
@@ -21,11 +21,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.packing import LinearColumns
+from dydit_scale.dynamic.masking import masked
+from dydit_scale.dynamic.masks import SharedUnits
+from dydit_scale.dynamic.packing import LinearColumns, channels_of
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, feed_forward, ones_or
+from dydit_scale.dynamic.slicing import IN, OUT, SlicedLayer
+from dydit_scale.models.blocks import BlockGates, DynamicBlock, add_masked, feed_forward, mask_heads, ones_or
 from dydit_scale.models.flux_packed import PackedFluxBlock, PackedFluxSingleBlock, finite
 from dydit_scale.models.parts import AttentionSource, MLPSource, Source, Stream
+from dydit_scale.models.slicing import sliced_attention, sliced_block, sliced_feed_forward
 
 
 class DyFluxAttnProcessor(FluxAttnProcessor):
@@ -64,9 +68,10 @@ class DyFluxAttnProcessor(FluxAttnProcessor):
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
+        out = out.flatten(2, 3)
         if head_mask is not None:
-            out = out * head_mask[:, None, :, None].to(out.dtype)
-        out = out.flatten(2, 3).to(query.dtype)
+            out = mask_heads(out, head_mask)
+        out = out.to(query.dtype)
         if encoder_hidden_states is None:
             return out
         # Contiguous as upstream: kernels for bf16 round differently over strides.
@@ -113,6 +118,10 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
         collect: bool = False,
     ) -> tuple[Tensor, ...]:
         """(text, image), and the token gates if ``collect``."""
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs, t_emb)
+            return DyFluxTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             image, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
             text, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
@@ -129,11 +138,23 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
             keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
             image = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
             text = self.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
-            image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
-            hidden_states = hidden_states + (image if keep is None else image * keep[..., None].to(image.dtype))
+            if gates.kept_only and keep is not None:
+                flat = image.flatten(0, 1)
+                hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
+            else:
+                image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
+                hidden_states = add_masked(hidden_states, image, keep)
             text = feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
             encoder_hidden_states = finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
         return _result(encoder_hidden_states, hidden_states, keep, collect)
+
+    def sliced(self, units: SharedUnits) -> DyFluxTransformerBlock:
+        """The block on the units that a whole batch shares, for training."""
+        heads, channels = self._members(units)
+        context = units.members("groups", "context", self.dy_context_channel_unit)
+        ff, ff_context = sliced_feed_forward(self.ff, channels), sliced_feed_forward(self.ff_context, context)
+        attn = sliced_attention(self.attn, heads)
+        return sliced_block(DyFluxTransformerBlock, self, attn=attn, ff=ff, ff_context=ff_context)
 
     def pack_sources(self) -> dict[str, Source]:
         """The attention over both streams, and each stream's MLP."""
@@ -168,6 +189,8 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
     the released DyFLUX (``"attn_out+mlp"``). The router reads the block's input.
     """
 
+    out_attn: nn.Linear
+    out_mlp: nn.Linear
     proj_mlp: nn.Linear
     proj_out: nn.Linear
     act_mlp: nn.Module
@@ -190,6 +213,10 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         collect: bool = False,
     ) -> tuple[Tensor, ...]:
         """(text, image), and the token gates if ``collect``."""
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs, t_emb)
+            return DyFluxSingleTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
             text_tokens = encoder_hidden_states.shape[1]
@@ -198,23 +225,56 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
             attn = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
             # The text is never skipped.
             keep_all = None if keep is None else torch.cat([keep.new_ones(len(keep), text_tokens), keep], dim=1)
-            stream = finite(stream + self._update(x, attn, gate, keep_all, gates))
+            run = self._kept_output if gates.kept_only else self._masked_output
+            stream = finite(run(stream, x, attn, gate, keep_all, gates))
         return _result(stream[:, :text_tokens], stream[:, text_tokens:], keep, collect)
 
-    def _update(self, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates) -> Tensor:
+    def _masked_output(
+        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
+    ) -> Tensor:
         mlp = self.act_mlp(self.proj_mlp(x))
-        if gates.heads is not None:
-            mask = self._head_mask(gates).repeat_interleave(self.attn.head_dim, dim=1)  # type: ignore[union-attr]
-            attn = attn * mask[:, None].to(attn.dtype)
+        heads, of_mlp = self._head_mask(gates), None if self.dynamic.single_bypass == "attn_out+mlp" else keep
+        if heads is not None:
+            attn = mask_heads(attn, heads)
         if gates.groups is not None:
-            mlp = mlp * gates.groups[:, self.dy_channel_unit][:, None].to(mlp.dtype)
-        keep = None if keep is None else keep[..., None].to(mlp.dtype)
-        if keep is not None and self.dynamic.single_bypass == "mlp":
-            mlp = mlp * keep
+            mlp = masked(mlp, gates.groups.index_select(1, self.dy_channel_unit), of_mlp)
+        elif of_mlp is not None:
+            mlp = mlp * of_mlp[..., None].to(mlp.dtype)
         out = gate[:, None] * self.proj_out(torch.cat([attn, mlp], dim=2))
-        if keep is not None and self.dynamic.single_bypass == "attn_out+mlp":
-            out = out * keep
-        return out
+        return add_masked(stream, out, keep if of_mlp is None else None)
+
+    def _kept_output(
+        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
+    ) -> Tensor:
+        """As ``_masked_output``, with what skipped tokens miss computed for the others alone."""
+        if keep is None:
+            return self._masked_output(stream, x, attn, gate, keep, gates)
+        tokens, heads = x.flatten(0, 1), attn.flatten(0, 1)
+
+        def mlp(rows: Tensor) -> Tensor:
+            return self.act_mlp(self.proj_mlp(tokens[rows]))
+
+        if self.dynamic.single_bypass == "attn_out+mlp":
+            both = lambda rows: self.proj_out(torch.cat([heads[rows], mlp(rows)], dim=1))  # noqa: E731
+            return self._add_on_kept(stream, both, keep, gate)
+        stream = stream + gate[:, None] * self.out_attn(attn)
+        return self._add_on_kept(stream, lambda rows: self.out_mlp(mlp(rows)), keep, gate)
+
+    def sliced(self, units: SharedUnits) -> DyFluxSingleTransformerBlock:
+        """The block on the units that a whole batch shares, for training; ``out_attn`` and ``out_mlp`` are the two
+        parts of ``proj_out``."""
+        heads, channels = self._members(units)
+        dim, device = self.attn.inner_dim, self.dy_channel_unit.device
+        attn_cols = torch.arange(dim, device=device) if heads is None else channels_of(heads, self.attn.head_dim)
+        mlp_cols = dim + (torch.arange(self.mlp_hidden_dim, device=device) if channels is None else channels)
+        changes: dict[str, Any] = {
+            "attn": sliced_attention(self.attn, heads),
+            "proj_mlp": self.proj_mlp if channels is None else SlicedLayer(self.proj_mlp, channels, OUT),
+            "proj_out": SlicedLayer(self.proj_out, torch.cat([attn_cols, mlp_cols]), IN),
+            "out_attn": SlicedLayer(self.proj_out, attn_cols, IN),
+            "out_mlp": SlicedLayer(self.proj_out, mlp_cols, IN, bias=False),
+        }
+        return sliced_block(DyFluxSingleTransformerBlock, self, **changes)
 
     def pack_sources(self) -> dict[str, Source]:
         """The attention and the MLP, each with its columns of the output projection."""

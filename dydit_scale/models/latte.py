@@ -152,7 +152,8 @@ class DyLatteTransformer3DModel(DynamicModelMixin, PeftAdapterMixin, AttentionMi
             encoder_attention_mask: booleans [batch, text], True to keep, or a bias [batch, 1, text]; either may be
                 repeated over the frames already, the only form that the static class takes. With own captions also
                 booleans [batch, 1 + images, text].
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyLatteOutput` with the masks of all layers; zeros in temporal blocks that
                 ``enable_temporal_attentions=False`` leaves out, and for pictures in all of them.
             images: how many of the last frames are separate pictures, for training on videos and pictures together

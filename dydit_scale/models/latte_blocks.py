@@ -1,6 +1,6 @@
 """Latte's spatial and temporal blocks with gates.
 
-Each runs in one of two ways: masked (training, mixed timesteps), or packed, cut to the active heads and channels, with
+Each runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with
 the MLP on the chosen tokens only. The numbers are the same.
 """
 
@@ -16,9 +16,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masks import SharedUnits
 from dydit_scale.dynamic.packing import fold
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, PackedBlock, feed_forward, ones_or
+from dydit_scale.models.blocks import (
+    BlockGates,
+    DynamicBlock,
+    PackedBlock,
+    add_masked,
+    feed_forward,
+    mask_heads,
+    ones_or,
+)
 from dydit_scale.models.parts import (
     AttentionPart,
     AttentionSource,
@@ -30,6 +39,7 @@ from dydit_scale.models.parts import (
     mlp_on_tokens_,
     modulated,
 )
+from dydit_scale.models.slicing import sliced_attention, sliced_block, sliced_feed_forward
 
 
 class DyLatteAttnProcessor:
@@ -59,10 +69,10 @@ class DyLatteAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )  # rows tokens heads head_dim
+        out = out.flatten(2, 3)
         if head_mask is not None:
-            per_sample = out.unflatten(0, (len(head_mask), -1))
-            out = (per_sample * head_mask[:, None, None, :, None].to(out.dtype)).flatten(0, 1)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).to(query.dtype)))
+            out = mask_heads(out.reshape(len(head_mask), -1, out.shape[-1]), head_mask).view_as(out)
+        return attn.to_out[1](attn.to_out[0](out.to(query.dtype)))
 
 
 class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
@@ -127,6 +137,10 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
         Args:
             timestep: the output of ``adaln_single`` for each sample, not repeated over its rows as upstream.
         """
+        if gates.shared is not None:
+            cut = self.sliced(gates.shared)
+            inputs = (hidden_states, encoder_hidden_states, encoder_attention_mask, timestep, t_emb)
+            return DyLatteTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
             modulation = self.scale_shift_table[None] + timestep.unflatten(1, (6, -1))
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # batch 1 dim
@@ -141,9 +155,19 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
 
             keep = self._route(x, None, timestep, gates)
             hidden = self.norm2(x) * (1 + scale_mlp) + shift_mlp
-            out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
-            x = (out if keep is None else out * keep[..., None].to(out.dtype)) + x
+            if gates.kept_only and keep is not None:
+                flat = hidden.flatten(0, 1)
+                x = self._add_on_kept(x, lambda rows: self.ff(flat[rows]), keep, gate_mlp[:, 0])
+            else:
+                out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
+                x = add_masked(x, out, keep)
         return (x.view(rows), ones_or(keep, x)) if collect else x.view(rows)
+
+    def sliced(self, units: SharedUnits) -> DyLatteTransformerBlock:
+        """The block on the units that a whole batch shares, for training."""
+        heads, channels = self._members(units)
+        attn1, ff = sliced_attention(self.attn1, heads), sliced_feed_forward(self.ff, channels)
+        return sliced_block(DyLatteTransformerBlock, self, attn1=attn1, ff=ff)
 
     def pack_sources(self) -> dict[str, Source]:
         """The self-attention and the MLP."""

@@ -24,6 +24,7 @@ from dydit_scale.dynamic.packing import (
     LowRankLinear,
     add_on_rows_,
     at_rows,
+    channels_of,
     members_of,
     shallow,
 )
@@ -68,7 +69,7 @@ class AttentionSource:
             fused: q, k and v in one matrix, which is a copy.
         """
         heads = None if units is None else members_of(units, self.unit_of)
-        rows = None if heads is None else _channels_of(heads, self.head_dim)
+        rows = None if heads is None else channels_of(heads, self.head_dim)
         streams = [_CutStream(stream, rows, self.head_dim, fused, t_emb) for stream in self.streams]
         size = len(self.unit_of) // (int(self.unit_of.max()) + 1)
         return AttentionPart(streams, self.head_dim, size, self.processor)
@@ -324,10 +325,6 @@ def mlp_on_tokens_(
     chosen = x.view(-1, x.shape[-1]).index_select(0, rows)
     chosen = modulated(norm, chosen, at_rows(shift, rows, tokens), at_rows(scale, rows, tokens))
     return add_on_rows_(x, rows, mlp(chosen), gate)
-
-
-def _channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor, " channels"]:
-    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
 
 
 def _bytes(layers: list[nn.Module], members: int) -> int:

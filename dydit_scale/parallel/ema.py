@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,14 @@ class Ema:
         for name, tensor in self.engine.local_parameters().items():
             self.local[name].lerp_(tensor, 1 - decay)
         self.updates += 1
+
+    @torch.no_grad()
+    def adopt(self, names: Iterable[str]) -> None:
+        """Let the averages of these parameters be what they are now; no communication."""
+        live = self.engine.local_parameters()
+        for name in names:
+            if name in live:
+                self.local[name].copy_(live[name])
 
     def state(self) -> dict[str, Tensor]:
         """Full fp32 CPU averages under canonical names on rank 0, {} elsewhere. Collective."""

@@ -84,6 +84,8 @@ class ParamGroup:
     """Learning rate at lr_scale 1."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW."""
+    freezes: bool = False
+    """Stands still in steps that say ``frozen``."""
 
     def __post_init__(self) -> None:
         if not self.params:
@@ -138,6 +140,8 @@ class Engine(ABC):
     """What the trainer calls for the forward; never ask it for attributes."""
     network: nn.Module
     """The module that was given to ``make_engine``: attributes, config, train() and eval()."""
+    optimizer: torch.optim.Optimizer
+    """Its groups are ``groups``, in their order."""
     parameters: int
     """Number of its elements, whole and frozen ones included."""
 
@@ -161,8 +165,15 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, lr_scale: float) -> StepResult:
-        """One guarded, clipped AdamW step with lr = group.lr * lr_scale; then the gradients are cleared. Collective."""
+    def step(self, lr_scale: float, *, frozen: bool = False) -> StepResult:
+        """One guarded, clipped AdamW step with lr = group.lr * lr_scale; then the gradients are cleared. Collective.
+
+        ``frozen``: the groups that freeze keep their values, bit for bit; their gradients may count in the norm.
+        """
+
+    def _set_lr(self, lr_scale: float, frozen: bool) -> None:
+        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            settings["lr"] = 0.0 if frozen and group.freezes else group.lr * lr_scale
 
     @abstractmethod
     def local_parameters(self) -> dict[str, Tensor]:

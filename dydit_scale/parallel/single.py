@@ -37,7 +37,7 @@ class SingleEngine(Engine):
         self._ready = last
 
     @torch.no_grad()
-    def step(self, lr_scale: float) -> StepResult:
+    def step(self, lr_scale: float, *, frozen: bool = False) -> StepResult:
         assert self._ready, "step() before backward(last=True)"
         self._ready = False
         grads = [local_part(_grad(param)) for param in self.params.values()]
@@ -45,8 +45,7 @@ class SingleEngine(Engine):
         norm = math.sqrt(float(self._sum(_square_sum(grads))))
         if applied := math.isfinite(norm):
             clip_(grads, norm, self.config.clip_norm)
-            for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-                settings["lr"] = group.lr * lr_scale
+            self._set_lr(lr_scale, frozen)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, applied)

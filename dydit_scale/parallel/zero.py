@@ -75,11 +75,10 @@ class ZeroEngine(Engine):
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         self._ready = last
 
-    def step(self, lr_scale: float) -> StepResult:
+    def step(self, lr_scale: float, *, frozen: bool = False) -> StepResult:
         assert self._ready, "step() before backward(last=True)"
         self._ready = False
-        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-            settings["lr"] = group.lr * lr_scale
+        self._set_lr(lr_scale, frozen)
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
         return StepResult(norm, self.deepspeed.was_step_applied())

@@ -12,6 +12,7 @@ from dydit_scale.adapters.td_lora import TDLoraConfig, add_td_lora, is_dynamic_n
 from dydit_scale.models.family import Family
 from dydit_scale.models.loading import family_of_base, load_pipeline, load_transformer
 from dydit_scale.parallel.engine import ParamGroup
+from dydit_scale.train.frozen import decides_width
 from dydit_scale.train.objective import sample_size
 from dydit_scale.train.recipe import AdapterConfig, Recipe
 
@@ -107,16 +108,25 @@ def add_adapter(network: nn.Module, config: AdapterConfig, seed: int) -> None:
 
 
 def param_groups(recipe: Recipe, network: nn.Module) -> list[ParamGroup]:
-    """Trainable parameters: routers and adapter gates learn at ``router_lr``, everything else at ``lr``."""
-    train = recipe.train
-    trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
-    routers = {n: p for n, p in trainable.items() if is_dynamic_name(n) or ".td_router." in n}
-    weights = {n: p for n, p in trainable.items() if n not in routers}
-    groups = (
-        ("weights", weights, train.lr, train.weight_decay),
-        ("routers", routers, train.router_lr or train.lr, 0.0),
-    )
-    return [ParamGroup(name=n, params=p, lr=lr, weight_decay=decay) for n, p, lr, decay in groups if p]
+    """Trainable parameters: routers and adapter gates learn at ``router_lr``, everything else at ``lr``. What
+    ``frozen_routers`` will hold still is in groups of its own."""
+    train, freeze = recipe.train, recipe.frozen_routers
+    groups: dict[tuple[str, bool], dict[str, nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            kind = "routers" if is_dynamic_name(name) or ".td_router." in name else "weights"
+            freezes = decides_width(name) or (freeze.tokens and ".dy_token." in name)
+            groups.setdefault((kind, freeze.from_step is not None and freezes), {})[name] = parameter
+    settings = {"weights": (train.lr, train.weight_decay), "routers": (train.router_lr or train.lr, 0.0)}
+    return [
+        ParamGroup(
+            name=f"{kind} to freeze" if freezes else kind, params=groups[kind, freezes], lr=lr, weight_decay=decay,
+            freezes=freezes,
+        )
+        for kind, (lr, decay) in settings.items()
+        for freezes in (False, True)
+        if (kind, freezes) in groups
+    ]  # fmt: skip
 
 
 def shard_units(network: nn.Module) -> list[nn.Module]:

@@ -23,6 +23,7 @@ from dydit_scale.parallel.watchdog import Phase, Watchdog
 from dydit_scale.parallel.world import World, gather_objects, on_main
 from dydit_scale.train.attempt import Attempt
 from dydit_scale.train.exits import Exit
+from dydit_scale.train.frozen import LEVELS, WidthTable
 from dydit_scale.train.metrics import Metrics
 from dydit_scale.train.objective import Terms
 from dydit_scale.train.recipe import Recipe
@@ -119,6 +120,8 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
     recipe, engine, step = run.recipe, run.engine, run.step
     fail_point("train.step", step)
     target = recipe.cost.schedule.at(step)
+    table = _frozen_table(run)
+    settled = table is not None and recipe.frozen_routers.tokens  # nothing is left to steer the cost with
     engine.network.train()
     sums = {"loss": 0.0, "loss_flow": 0.0, "loss_supervision": 0.0, "loss_cost": 0.0, "ratio": 0.0}
     fault = _LOSS_FAULTS.get(strike("train.loss", step) or "", 1.0)
@@ -126,8 +129,8 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
         if n and max_flag(run.stop.asked()):
             raise Stopped
         with engine.forward_context():
-            terms = _terms(run, batch)
-            parts = _reduce(terms, recipe, target)
+            terms = _terms(run, batch, table)
+            parts = _reduce(terms, recipe, target, steered=not settled)
         if n == 0 and fault != 1:
             parts["loss"] = parts["loss"] * fault
         engine.backward(parts["loss"] / len(batches), last=n == len(batches) - 1)
@@ -142,7 +145,7 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
     scale = lr_scale(step, steps=recipe.train.steps, warmup=recipe.train.warmup_steps, final=recipe.train.final_lr)
     spike = run.guard.is_spike(means["loss"]) and _can_go_back(run)
     # the step of a spike only clears the gradients: the checkpoint that follows brings the old moments back
-    result = engine.step(0.0 if spike else scale)
+    result = engine.step(0.0 if spike else scale, frozen=table is not None)
     if result.applied and not spike:
         run.guard.went_well(means["loss"])
         if run.ema is not None:
@@ -153,6 +156,8 @@ def train_step(run: Run, batches: list[Batch]) -> Taken:
         _tell(run, means["loss"], spike)
     record = {"step": step, **means, "target": target, "lr": recipe.train.lr * scale, "grad_norm": result.grad_norm}
     record |= seen | {"nonfinite": run.observer.nonfinite, "rollbacks": len(run.guard.rollbacks)}
+    if table is not None:
+        record["sub_networks"] = len(table.networks)
     return Taken(record, stop, spike, applied=result.applied and not spike)
 
 
@@ -200,20 +205,38 @@ def _held(recipe: Recipe, world: World, stop: StopRequest, watchdog: Watchdog) -
                 attempt.end(how)
 
 
-def _terms(run: Run, batch: Batch) -> Terms:
-    places = batch.positions - run.consumed
-    levels = run.objective.training_levels(run.step, places)
-    inputs = run.objective.prepare(batch, levels, run.recipe.seed, unprompted=run.objective.guided)
-    terms = run.objective.terms(run.engine.module, inputs, batch.positions, run.step)
+def _frozen_table(run: Run) -> WidthTable | None:
+    """The table of sub-networks where routers are frozen. Collective."""
+    if run.frozen is None:
+        return None
+    before, table = run.frozen.table, run.frozen.at(run.step, run.engine, run.ema)
+    if table is not None and before is None:
+        run.say(
+            f"step {run.step}: the routers are frozen; {len(table.networks)} sub-networks over {LEVELS} noise levels, "
+            "each micro-batch runs one"
+        )
+    return table
+
+
+def _terms(run: Run, batch: Batch, table: WidthTable | None) -> Terms:
+    objective, seed, step = run.objective, run.recipe.seed, run.step
+    places, network = batch.positions - run.consumed, None
+    if table is None:
+        levels = objective.training_levels(step, places)
+    else:
+        network, numbers = table.draw(seed, step, places)
+        levels = objective.process.training_levels(numbers)
+    inputs = objective.prepare(batch, levels, seed, unprompted=objective.guided)
+    terms = objective.terms(run.engine.module, inputs, batch.positions, step, network)
     run.observer.saw(inputs, terms)
     return terms
 
 
-def _reduce(terms: Terms, recipe: Recipe, target: float) -> dict[str, torch.Tensor]:
+def _reduce(terms: Terms, recipe: Recipe, target: float, *, steered: bool) -> dict[str, torch.Tensor]:
     flow, supervision = terms.flow.mean(), terms.supervision.mean()
     ratio = global_mean(terms.ratio.mean())
     cost = cost_loss(ratio, target)
-    weight = recipe.cost.weight if recipe.dynamic is not None else 0.0
+    weight = recipe.cost.weight if recipe.dynamic is not None and steered else 0.0
     loss = flow + recipe.supervision.weight * supervision + weight * cost
     return {"loss": loss, "loss_flow": flow, "loss_supervision": supervision, "loss_cost": cost, "ratio": ratio}
 

@@ -19,7 +19,7 @@ from dydit_scale.diffusion.process import DDPMProcess, FlowProcess, Process
 from dydit_scale.diffusion.randomness import keyed_generator
 from dydit_scale.diffusion.timesteps import stratified_uniform
 from dydit_scale.dynamic.gates import logistic_noise
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, FrozenGates, GateMode, GateNoise, SubNetwork
 from dydit_scale.models.encoders import Posterior
 from dydit_scale.models.family import Family, Prompts, SampleSize
 from dydit_scale.models.registry import family_of
@@ -144,21 +144,22 @@ class Objective:
         blocks = len(self.network.dynamic_blocks())
         heads = self.network.config["num_attention_heads"]
         tokens = self.family.image_tokens(self.pipeline, size)
-        shapes = [(blocks, heads), (blocks, self.network.dynamic.mlp_groups or heads), (blocks, tokens)]
-        rows = []
-        for position in positions.tolist():
-            generator = keyed_generator(self.recipe.seed, "gates", position)
-            rows.append([logistic_noise(torch.rand(shape, generator=generator)) for shape in shapes])
-        return GateNoise(*(torch.stack(kind, dim=1).to(self.device) for kind in zip(*rows, strict=True)))
+        units = (heads, self.network.dynamic.mlp_groups or heads, tokens)
+        drawn = torch.empty(len(positions), blocks * sum(units))
+        for row, position in zip(drawn, positions.tolist(), strict=True):
+            torch.rand(row.shape, generator=keyed_generator(self.recipe.seed, "gates", position), out=row)
+        kinds = logistic_noise(drawn.to(self.device)).split([blocks * n for n in units], dim=1)
+        return GateNoise(*(x.unflatten(1, (blocks, -1)).transpose(0, 1) for x in kinds))
 
-    def terms(self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int) -> Terms:
-        """The losses of a training batch."""
+    def terms(
+        self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int, network: SubNetwork | None = None
+    ) -> Terms:
+        """The losses of a training batch; all of it runs ``network``, where one is given."""
         if not self.is_dynamic:
             flow = self._loss(self._forward(module, inputs), inputs)
             return Terms(flow, torch.zeros_like(flow), torch.ones_like(flow))
         copies = len(inputs.level) // len(positions)  # two where the batch follows again without prompts
-        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions, inputs.size)))
-        sample, masks = self.forward_dynamic(module, inputs, noise)
+        sample, masks = self.forward_dynamic(module, inputs, self._gates(inputs, positions, copies, network))
         flow, ratio = self._loss(sample, inputs), self.ratio(inputs, masks)
         return Terms(
             flow.unflatten(0, (copies, -1)).mean(0),
@@ -166,6 +167,12 @@ class Objective:
             ratio.unflatten(0, (copies, -1)).mean(0),
             masks,
         )
+
+    def _gates(self, inputs: Inputs, positions: Tensor, copies: int, network: SubNetwork | None) -> GateMode:
+        if network is not None and self.recipe.frozen_routers.tokens:
+            return FrozenGates(network)
+        noise = GateNoise(*(n.repeat(1, copies, 1) for n in self.gate_noise(positions, inputs.size)))
+        return noise if network is None else FrozenGates(network, noise.tokens)
 
     def forward_dynamic(self, module: nn.Module, inputs: Inputs, gates: GateMode) -> tuple[Tensor, DynamicMasks]:
         """Prediction and masks."""

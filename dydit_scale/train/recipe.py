@@ -127,6 +127,22 @@ class CostConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrozenRoutersConfig:
+    """A last phase at the sparse cost: routers stand still, and each micro-batch runs one sub-network."""
+
+    from_step: int | None = None
+    """The phase's first step; null for no such phase. The more micro-batches (ranks x train.accumulation) a step has,
+    the more noise levels it sees: aim at 8 or more."""
+    tokens: bool = True
+    """Token routers stand still too, and skipped tokens are not computed. false: they go on learning, and skipped
+    tokens are computed and masked."""
+
+    def __post_init__(self) -> None:
+        if self.from_step is not None and self.from_step < 0:
+            raise ValueError(f"frozen_routers.from_step: expected a step, or null for no phase; got {self.from_step}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """Density of noise levels in training, shifted."""
 
@@ -232,6 +248,7 @@ class Recipe:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    frozen_routers: FrozenRoutersConfig = field(default_factory=FrozenRoutersConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -250,6 +267,29 @@ class Recipe:
         if self.dynamic is None and self.supervision.kind != "none":
             raise ValueError(
                 f"supervision.kind is {self.supervision.kind!r}, but dynamic is null: there is nothing to supervise"
+            )
+        if self.frozen_routers.from_step is not None:
+            self._check_frozen(self.frozen_routers.from_step)
+
+    def _check_frozen(self, from_step: int) -> None:
+        where, ramped = "frozen_routers.from_step", self.cost.hold_steps + self.cost.ramp_steps
+        if self.dynamic is None or not (self.dynamic.heads or self.dynamic.mlp):
+            raise ValueError(f"{where} is {from_step}, but no width is dynamic: there are no width routers to freeze")
+        if not self.dynamic.always_on:
+            raise ValueError(f"{where}: a model without dynamic.always_on may have no head on, and cannot be cut so")
+        if self.adapter.variant == "dora":
+            raise ValueError(f"{where}: adapter.variant dora cannot be cut to rows and columns; choose plain or rslora")
+        if self.engine.name == "zero" and self.engine.zero_stage == 3:
+            raise ValueError(
+                f"{where}: ranks run different sub-networks, and ZeRO-3 fetches the weights of each layer in an order "
+                "that all must share; set engine.name: fsdp, which fetches blocks, or engine.zero_stage: 2"
+            )
+        if self.engine.compile:
+            raise ValueError(f"{where}: engine.compile would compile each sub-network anew; set it to false")
+        if not ramped <= from_step < self.train.steps:
+            raise ValueError(
+                f"{where}: expected a step after the ramp to cost.target, which ends at {ramped} (cost.hold_steps + "
+                f"cost.ramp_steps), and before train.steps {self.train.steps}; got {from_step}"
             )
 
 

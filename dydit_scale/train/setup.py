@@ -26,6 +26,7 @@ from dydit_scale.train.attempt import Attempt, take_folder
 from dydit_scale.train.build import build_parts, param_groups, shard_units
 from dydit_scale.train.checks import check_batch, check_data, check_same
 from dydit_scale.train.encoded import EncodedInputs, check_encoded
+from dydit_scale.train.frozen import FrozenRouters
 from dydit_scale.train.gates import GateLog, make_gate_log
 from dydit_scale.train.guard import Guard
 from dydit_scale.train.listening import make_endpoint, peak_of, start_metrics
@@ -52,6 +53,7 @@ class Run:
     objective: Objective
     validator: Validator
     gates: GateLog | None
+    frozen: FrozenRouters | None
     metrics: Metrics | None
     base: str
     """Digest of the base's weights, which a checkpoint belongs to."""
@@ -161,7 +163,10 @@ def start(
             carry_timestep=recipe.dynamic is None and recipe.adapter.kind == "td_lora",
         )  # fmt: skip
         parts.network.enable_gradient_checkpointing(function)
-    gates = make_gate_log(parts.network, make_process(recipe, family_of(parts.pipeline)), folder)
+    process = make_process(recipe, family_of(parts.pipeline))
+    gates = make_gate_log(parts.network, process, folder)
+    from_step = recipe.frozen_routers.from_step
+    frozen = None if from_step is None else FrozenRouters(parts.network, process, from_step)
     groups = param_groups(recipe, parts.network)
     check_disk(recipe, folder, groups, world)
     leave_if_asked(stop)
@@ -181,7 +186,8 @@ def start(
     log = RankLog(folder, world.rank, endpoints)
     watchdog.beat = partial(_beat, attempt, log) if world.is_main else log.beat
     run = Run(
-        recipe, world, folder, data, engine, ema, objective, Validator(recipe, data, objective, world), gates, None,
+        recipe, world, folder, data, engine, ema, objective, Validator(recipe, data, objective, world), gates, frozen,
+        None,
         base, Guard(recipe.guard), stop, watchdog, attempt,
         _writer(recipe, world, attempt, lambda report: run.told(report)),
         Observer(recipe, world, objective, log, peak_of(recipe, world)),

@@ -154,7 +154,8 @@ class DyPixArtTransformer2DModel(DynamicModelMixin, PixArtTransformer2DModel, Pe
             added_cond_kwargs: not read; the pipeline passes empty ones.
             cross_attention_kwargs, attention_mask: must be None (or empty), as the pipeline leaves them.
             encoder_attention_mask: [batch, text], 1 to keep, or a bias [batch, 1, text].
-            gates: "threshold" (inference), "open" (the complete model) or the noise for random gates (training).
+            gates: "threshold" (inference), "open" (the complete model), the noise for random gates (training), or one
+                sub-network for the batch (training with frozen routers).
             collect: return :class:`DyPixArtOutput` with the masks of all layers.
         """
         if attention_mask is not None or cross_attention_kwargs:

@@ -1,0 +1,348 @@
+"""A training step of dynamic models beside the static one: with masks, with a second target, with frozen routers.
+
+    python benchmarks/training.py                                            # DiT-B, fp32, on what is there
+    python benchmarks/training.py --models dit-xl flux-lite --layers 4 --precision bf16 --batch 2
+    python benchmarks/training.py --models flux-dev --tokens 4096 --text 512 --batch 1 --layers 12
+
+Random weights, all of which learn; a step is forward, loss and backward. The optimiser's update, the same for all, is
+left out. Masks of the frozen step are drawn at each of the ratios: in every layer another set of heads and channels,
+scattered, and token routers that keep about a share. Repetitions are interleaved. Writes
+benchmarks/results/training-DEVICE-PRECISION.json and docs/training-DEVICE-PRECISION.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.cost import KeepRates, ModelCost
+from dydit_scale.dynamic.gates import logistic_noise
+from dydit_scale.dynamic.losses import cost_loss
+from dydit_scale.dynamic.masks import FrozenGates, GateNoise, SharedUnits, SubNetwork
+from dydit_scale.models.dit import DIT_SIZES, DyDiTTransformer2DModel, dit_config
+from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
+from dydit_scale.models.encoders import image_ids
+from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.models.quiet import quiet_libraries
+from dydit_scale.sampling.speed import machine
+
+ROOT = Path(__file__).parents[1]
+FLUX = {"flux-lite": (8, 38), "flux-dev": (19, 38)}
+"""Double and single blocks."""
+MODELS = (*(f"dit-{size.lower()}" for size in DIT_SIZES if size != "L"), "latte-xl", *FLUX)
+RATIOS = (0.7, 0.5, 0.3)
+STATIC, DYNAMIC, TEACHER, COMPLETE = "static", "dynamic", "dynamic + teacher", "dynamic + complete"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in its static and its dynamic form, a batch for them, and what a forward costs."""
+
+    static: nn.Module
+    dynamic: Any
+    inputs: dict[str, Tensor]
+    tokens: int
+    cost: ModelCost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["dit-b"])
+    parser.add_argument("--layers", type=int, help="blocks to keep of each model; all by default")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=1024, help="image tokens of FLUX, a square number")
+    parser.add_argument("--text", type=int, default=256, help="text tokens of FLUX")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write both files here instead")
+    args = parser.parse_args()
+    quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [row for name in args.models for row in measure(name, args, device)]
+    settings = {k: v for k, v in vars(args).items() if k not in ("models", "out")}
+    name = f"training-{device.type}-{args.precision}"
+    results, docs = (args.out, args.out) if args.out else (ROOT / "benchmarks" / "results", ROOT / "docs")
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps({**machine(), **settings, "rows": rows}, indent=1) + "\n")
+    plot(rows, docs / f"{name}.svg")
+    print(f"results: {results / name}.json, {docs / name}.svg")
+
+
+def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of one model: its kinds of step, timed in turn."""
+    subject = make(name, args, device)
+    noise = draw_noise(subject, args.batch, device)
+    kinds: dict[str, Callable[[], Tensor]] = {
+        STATIC: lambda: loss_of(answer(subject.static, subject)),
+        DYNAMIC: lambda: dynamic_loss(subject, noise)[1],
+        TEACHER: lambda: with_teacher(subject, noise),
+        COMPLETE: lambda: dynamic_loss(subject, noise)[1] + loss_of(answer(subject.dynamic, subject)),
+    }
+    ratios = {}
+    with autocast(args.precision, device):
+        for target in RATIOS:
+            width, keep = shares(subject.cost, target)
+            gates = FrozenGates(draw_network(subject.dynamic, width))
+            biases = calibrate_tokens(subject, gates, keep)
+            kind = f"frozen routers, {target}"
+            ratios[kind] = float(subject.cost.ratio(masks_of(subject, gates)).mean())
+            kinds[kind] = lambda gates=gates, biases=biases: frozen_loss(subject, gates, biases)
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    memory: dict[str, dict[str, int]] = {}
+    for n in tqdm(range(args.repetitions + 1), desc=name, unit="round"):
+        for kind, loss in kinds.items():
+            network = subject.static if kind == STATIC else subject.dynamic
+            if n == 0:  # warms up
+                memory[kind] = memory_of(network, loss, args.precision, device)
+            else:
+                seconds[kind].append(seconds_of(loss, args.precision, device))
+            network.zero_grad(set_to_none=True)
+    base = statistics.median(seconds[STATIC])
+    return [row(name, kind, times, base, ratios.get(kind), memory[kind]) for kind, times in seconds.items()]
+
+
+def seconds_of(loss: Callable[[], Tensor], precision: str, device: torch.device) -> float:
+    began = time.perf_counter()
+    with autocast(precision, device):
+        value = loss()
+    value.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def memory_of(network: nn.Module, loss: Callable[[], Tensor], precision: str, device: torch.device) -> dict[str, int]:
+    """Bytes of activations; on CUDA also the most that a step takes beyond what was there."""
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with saved_bytes(network) as saved, autocast(precision, device):
+        value = loss()
+    value.backward()
+    peak = {"peak_bytes": torch.cuda.max_memory_allocated() - before} if device.type == "cuda" else {}
+    return {"saved_bytes": saved(), **peak}
+
+
+def row(
+    name: str, kind: str, times: list[float], base: float, ratio: float | None, memory: dict[str, int]
+) -> dict[str, Any]:
+    """One line of results, which is printed too; ``ideal`` and ``share`` are of steps that do less."""
+    seconds, (low, _, high) = statistics.median(times), statistics.quantiles(times, n=4)
+    found: dict[str, Any] = {
+        "model": name, "step": kind, "seconds": seconds, "quartiles": [low, high], "against_static": seconds / base,
+        **memory,
+    }  # fmt: skip
+    text = f"{name:10}{kind:22}{seconds:9.4f} s  {seconds / base:5.3f}x the static step"
+    if ratio is not None:
+        found |= {"ratio": ratio, "ideal": 1 / ratio, "realised": base / seconds, "share": base / seconds * ratio}
+        text += f"  ideal {1 / ratio:.2f}x  realised {base / seconds:.2f}x  share of ideal {found['share']:.0%}"
+    print(text + "".join(f"  {key} {size / 2**20:.0f} MiB" for key, size in memory.items()), flush=True)
+    return found
+
+
+def make(name: str, args: argparse.Namespace, device: torch.device) -> Subject:
+    """The model with random weights and a random batch, one noise level per sample."""
+    static, dynamic = DynamicConfig(heads=False, mlp=False, tokens=False), DynamicConfig()
+    torch.manual_seed(0)
+    cls: Any
+    if name in FLUX:
+        cls, config = DyFluxTransformer2DModel, flux_config(name, args.layers)
+        inputs, tokens, text = flux_inputs(args), args.tokens, args.text
+    elif name == "latte-xl":
+        layers = args.layers or 28
+        cls, config = DyClassLatteTransformer3DModel, {"num_layers": layers, "out_channels": 8, "num_classes": 101}
+        inputs, tokens, text = class_inputs(args.batch, (4, 16, 32, 32), 101), 16 * 256, 0
+    else:
+        cls, config = DyDiTTransformer2DModel, dit_config(f"{name.removeprefix('dit-').upper()}/2")
+        config |= {"num_layers": args.layers or config["num_layers"]}
+        inputs, tokens, text = class_inputs(args.batch, (4, 32, 32), 1000), 256, 0
+    made = cls(**config, dynamic=asdict(dynamic)).to(device).train()
+    base = cls(**config, dynamic=asdict(static)).to(device).train()
+    moved = {key: tensor.to(device) for key, tensor in inputs.items()}
+    return Subject(base, made, moved, tokens, made.cost(tokens, text))
+
+
+def flux_config(name: str, layers: int | None) -> dict[str, Any]:
+    """FLUX.1's widths, with ``layers`` blocks in the model's own mixture of double and single ones."""
+    double, single = FLUX[name]
+    if layers is not None:
+        double = max(1, round(layers * double / (double + single)))
+        single = max(1, layers - double)
+    return {"guidance_embeds": True, "num_layers": double, "num_single_layers": single}
+
+
+def flux_inputs(args: argparse.Namespace) -> dict[str, Tensor]:
+    side = round(args.tokens**0.5)
+    return {
+        "hidden_states": torch.randn(args.batch, args.tokens, 64),
+        "encoder_hidden_states": torch.randn(args.batch, args.text, 4096),
+        "pooled_projections": torch.randn(args.batch, 768),
+        "timestep": torch.rand(args.batch),
+        "guidance": torch.ones(args.batch),
+        "img_ids": image_ids(side, side),
+        "txt_ids": torch.zeros(args.text, 3),
+    }
+
+
+def class_inputs(batch: int, shape: tuple[int, ...], classes: int) -> dict[str, Tensor]:
+    return {
+        "hidden_states": torch.randn(batch, *shape),
+        "timestep": torch.randint(1000, (batch,)),
+        "class_labels": torch.randint(classes, (batch,)),
+    }
+
+
+def answer(network: nn.Module, subject: Subject) -> Tensor:
+    """The complete model's."""
+    return network(**subject.inputs, gates="open", return_dict=False)[0]
+
+
+def loss_of(sample: Tensor) -> Tensor:
+    return sample.float().square().mean()
+
+
+def dynamic_loss(subject: Subject, noise: GateNoise) -> tuple[Tensor, Tensor]:
+    """(sample, loss) as in ordinary training, the cost included."""
+    out = subject.dynamic(**subject.inputs, gates=noise, collect=True)
+    return out.sample, loss_of(out.sample) + 2 * cost_loss(subject.cost.ratio(out.masks).mean(), 0.5)
+
+
+def with_teacher(subject: Subject, noise: GateNoise) -> Tensor:
+    sample, loss = dynamic_loss(subject, noise)
+    with torch.no_grad():
+        taught = answer(subject.static, subject)
+    return loss + loss_of(sample.float() - taught.float())
+
+
+def frozen_loss(subject: Subject, gates: FrozenGates, biases: list[Tensor]) -> Tensor:
+    """As in the frozen phase; the token routers are those of ``biases``."""
+    set_token_biases(subject.dynamic, biases)
+    out = subject.dynamic(**subject.inputs, gates=gates, collect=True)
+    with torch.no_grad():
+        subject.cost.ratio(out.masks)  # which is logged
+    return loss_of(out.sample)
+
+
+def draw_noise(subject: Subject, batch: int, device: torch.device) -> GateNoise:
+    layers, heads = len(subject.dynamic.dynamic_blocks()), subject.dynamic.config["num_attention_heads"]
+    return GateNoise(*(logistic_noise(torch.rand(layers, batch, n)).to(device) for n in (heads, heads, subject.tokens)))
+
+
+def shares(cost: ModelCost, target: float) -> tuple[float, float]:
+    """One share of heads, groups and tokens that costs ``target``."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        share = (low + high) / 2
+        kept = torch.full((len(cost.blocks), 1), share)
+        above = float(cost.dynamic(KeepRates(kept, kept, kept)) / cost.static) > target
+        low, high = (low, share) if above else (share, high)
+    return share, share
+
+
+def draw_network(dynamic: Any, share: float) -> SubNetwork:
+    """Another set of units in every layer; the first one always works."""
+    heads = dynamic.config["num_attention_heads"]
+    generator = torch.Generator().manual_seed(1)
+
+    def units(count: int) -> Tensor:
+        order = torch.randperm(count - 1, generator=generator) + 1
+        on = torch.zeros(count, dtype=torch.bool)
+        on[0] = on[order[: max(0, round(share * count) - 1)]] = True
+        return on
+
+    count = dynamic.dynamic.mlp_groups or heads
+    return SubNetwork(tuple(SharedUnits(units(heads), units(count)) for _ in dynamic.dynamic_blocks()))
+
+
+def calibrate_tokens(subject: Subject, gates: FrozenGates, share: float) -> list[Tensor]:
+    """The routers' last biases at which each block keeps about a share of the tokens, in this sub-network."""
+
+    def shift(router: Any, args: Any, logits: Tensor) -> Tensor:
+        cut = logits.flatten().kthvalue(max(1, round((1 - share) * logits.numel()))).values
+        router.up.bias.data -= cut
+        return logits - cut
+
+    hooks = [block.dy_token.register_forward_hook(shift) for block in subject.dynamic.dynamic_blocks()]
+    masks_of(subject, gates)
+    for hook in hooks:
+        hook.remove()
+    return [block.dy_token.up.bias.detach().clone() for block in subject.dynamic.dynamic_blocks()]
+
+
+def set_token_biases(dynamic: Any, biases: list[Tensor]) -> None:
+    for block, bias in zip(dynamic.dynamic_blocks(), biases, strict=True):
+        block.dy_token.up.bias.data.copy_(bias)
+
+
+@torch.no_grad()
+def masks_of(subject: Subject, gates: FrozenGates) -> Any:
+    return subject.dynamic(**subject.inputs, gates=gates, collect=True).masks
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+
+
+@contextmanager
+def saved_bytes(network: nn.Module) -> Iterator[Callable[[], int]]:
+    """What a forward inside the ``with`` keeps for its backward, beyond the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(sizes.values())
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars against the static step, and where a step at the ideal would end."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    kinds = [kind for kind in dict.fromkeys(row["step"] for row in rows) if kind != STATIC]
+    colours = ["#0072b2", "#009e73", "#e69f00", "#8a939b", "#56b4e9", "#d55e00"]
+    figure, axes = plt.subplots(figsize=(7.5, 0.6 + 1.5 * len(models)), layout="constrained")
+    height = 0.8 / len(kinds)
+    for n, kind in enumerate(kinds):
+        found = [next(row for row in rows if (row["model"], row["step"]) == (model, kind)) for model in models]
+        places = [m + (n - (len(kinds) - 1) / 2) * height for m in range(len(models))]
+        lengths = [row["against_static"] for row in found]
+        spread = [
+            [abs(row["quartiles"][i] / row["seconds"] - 1) * row["against_static"] for row in found] for i in (0, 1)
+        ]
+        axes.barh(places, lengths, height * 0.9, color=colours[n], label=kind, xerr=spread, error_kw={"linewidth": 0.8})
+        for place, row in zip(places, found, strict=True):
+            if "ratio" in row:
+                axes.plot([row["ratio"]] * 2, [place - height / 2, place + height / 2], "k-", linewidth=1.6)
+    axes.plot([], [], "k-", linewidth=1.6, label="at the ideal")
+    axes.axvline(1, color="0.4", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.set_xlabel("forward and backward, in static steps")
+    axes.grid(axis="x", alpha=0.25)
+    figure.legend(loc="outside upper center", fontsize=8, frameon=False, ncols=4)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
