@@ -238,16 +238,17 @@ class TDLoraLayer(TimestepGates):
             result = result + self._update(adapter, x).to(result.dtype)
         return result
 
-    def sliced(self, x: Tensor, index: Int64[Tensor, " active"], dim: Literal[0, 1], *, bias: bool = True) -> Tensor:
+    def sliced(
+        self, x: Tensor, index: Int64[Tensor, " active"] | None, dim: Literal[0, 1], *, bias: bool = True
+    ) -> Tensor:
         """The forward on a part of the rows or columns (see dynamic/slicing.py). Single tokens [rows, in_features] may
         be of several samples, which ``timestep_state.samples`` then names."""
         if self.merged:
             raise ValueError(f"{self.name}: a merged layer cannot be cut; unmerge it first")
         result = sliced_linear(self.base_layer, x, index, dim, bias=bias)
         for adapter in self._live_adapters():
-            # parts are called in the forward's order: under ZeRO-3 another rank may run the layer whole
             mixed = self.mixed_experts(self._embedding(adapter), adapter)
-            mixed = mixed[:, index] if dim == OUT else mixed
+            mixed = mixed[:, index] if dim == OUT and index is not None else mixed
             down = self.down(adapter)
             z = F.dropout(x, self.dropout[adapter], self.training)
             z = down(z) if dim == OUT else weight_on(down, z.to(down.weight.dtype), index, IN)

@@ -25,11 +25,11 @@ def linear_on(
     x: Float[Tensor, "*rows in_active"],
     weight: Float[Tensor, "out in"],
     bias: Float[Tensor, " out"] | None,
-    index: Int64[Tensor, " active"],
+    index: Int64[Tensor, " active"] | None,
     dim: Literal[0, 1],
 ) -> Float[Tensor, "*rows out_active"]:
-    """``F.linear`` with the rows (``OUT``) or columns (``IN``) of the weight that ``index`` names, in autocast's
-    dtype or that of ``x``; a row's bias goes with it."""
+    """``F.linear`` with the rows (``OUT``) or columns (``IN``) of the weight that ``index`` names (None: all), in
+    autocast's dtype or that of ``x``; a row's bias goes with it."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _LinearOn.apply(x, weight, bias, index, dim)
@@ -37,28 +37,38 @@ def linear_on(
 
 class _LinearOn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, dim: Literal[0, 1]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, dim: Literal[0, 1]
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, index)
         ctx.dim, ctx.bias = dim, None if bias is None else (bias.shape, bias.dtype)
         if bias is not None:
-            bias = (bias[index] if dim == OUT else bias).to(x.dtype)
-        return F.linear(x, weight.index_select(dim, index).to(x.dtype), bias)
+            bias = (_part(bias, index, 0) if dim == OUT else bias).to(x.dtype)
+        return F.linear(x, _part(weight, index, dim).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, index = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ weight.index_select(ctx.dim, index).to(grad.dtype)
+            of_x = grad @ _part(weight, index, ctx.dim).to(grad.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
-            part = rows.T @ x.reshape(-1, x.shape[-1])
-            of_weight = torch.zeros_like(weight).index_copy_(ctx.dim, index, part.to(weight.dtype))
+            of_weight = _spread(rows.T @ x.reshape(-1, x.shape[-1]), index, ctx.dim, weight.shape, weight.dtype)
         if ctx.bias is not None and ctx.needs_input_grad[2]:
             shape, dtype = ctx.bias
-            total = rows.sum(0).to(dtype)
-            of_bias = total if ctx.dim == IN else total.new_zeros(shape).index_copy_(0, index, total)
+            of_bias = _spread(rows.sum(0), index if ctx.dim == OUT else None, 0, shape, dtype)
         return of_x, of_weight, of_bias, None, None
+
+
+def _part(x: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    return x if index is None else x.index_select(dim, index)
+
+
+def _spread(part: Tensor, index: Tensor | None, dim: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``_part``, with zeros elsewhere."""
+    part = part.to(dtype)
+    return part if index is None else part.new_zeros(shape).index_copy_(dim, index, part)
 
 
 def called_as(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -75,7 +85,7 @@ def called_as(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) 
 
 
 def weight_on(
-    layer: Any, x: Tensor, index: Int64[Tensor, " active"], dim: Literal[0, 1], *, bias: bool = True
+    layer: Any, x: Tensor, index: Int64[Tensor, " active"] | None, dim: Literal[0, 1], *, bias: bool = True
 ) -> Tensor:
     """:func:`linear_on` with the weight and bias of a module, read in a call of it."""
     offset = getattr(layer, "bias", None) if bias else None
@@ -85,7 +95,9 @@ def weight_on(
 class SlicedLayer(nn.Module):
     """A linear layer, plain or adapted, on a part of its rows or columns; it reads the weights when it is called."""
 
-    def __init__(self, layer: Any, index: Int64[Tensor, " active"], dim: Literal[0, 1], *, bias: bool = True) -> None:
+    def __init__(
+        self, layer: Any, index: Int64[Tensor, " active"] | None, dim: Literal[0, 1], *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.layer, self.index, self.dim, self.bias = layer, index, dim, bias
 
@@ -95,7 +107,12 @@ class SlicedLayer(nn.Module):
 
 
 def sliced_linear(
-    layer: Any, x: Float[Tensor, "*rows in"], index: Int64[Tensor, " active"], dim: Literal[0, 1], *, bias: bool = True
+    layer: Any,
+    x: Float[Tensor, "*rows in"],
+    index: Int64[Tensor, " active"] | None,
+    dim: Literal[0, 1],
+    *,
+    bias: bool = True,
 ) -> Tensor:
     """What the layer computes on these rows or columns, with its active adapters.
 
@@ -116,7 +133,7 @@ def sliced_linear(
     return weight_on(layer, x, index, dim, bias=bias)
 
 
-def _with_lora(layer: Any, x: Tensor, index: Tensor, dim: Literal[0, 1], *, bias: bool) -> Tensor:
+def _with_lora(layer: Any, x: Tensor, index: Tensor | None, dim: Literal[0, 1], *, bias: bool) -> Tensor:
     """peft's LoRA: rows are those of B, columns those of A."""
     if layer.merged:
         raise ValueError("frozen_routers: a merged LoRA cannot be cut; unmerge it first")

@@ -269,7 +269,7 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         mlp_cols = dim + (torch.arange(self.mlp_hidden_dim, device=device) if channels is None else channels)
         changes: dict[str, Any] = {
             "attn": sliced_attention(self.attn, heads),
-            "proj_mlp": self.proj_mlp if channels is None else SlicedLayer(self.proj_mlp, channels, OUT),
+            "proj_mlp": SlicedLayer(self.proj_mlp, channels, OUT),
             "proj_out": SlicedLayer(self.proj_out, torch.cat([attn_cols, mlp_cols]), IN),
             "out_attn": SlicedLayer(self.proj_out, attn_cols, IN),
             "out_mlp": SlicedLayer(self.proj_out, mlp_cols, IN, bias=False),

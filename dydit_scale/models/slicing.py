@@ -1,8 +1,11 @@
-"""Attention and MLP on the heads and channels that a whole batch shares, with gradients; see dynamic/slicing.py."""
+"""Attention and MLP on the heads and channels that a whole batch shares, with gradients; see dynamic/slicing.py.
+
+Where all work, nothing is cut but the graph is the same: gradients must come in one order on all ranks, whose
+sub-networks differ, for ZeRO-2 lays them into buckets as they come.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any, TypeVar
 
 from jaxtyping import Int64
@@ -22,35 +25,20 @@ def sliced_block(kind: type[M], block: nn.Module, **changes: object) -> M:
     return shallow(plain, **changes)
 
 
-def bare(module: M, **changes: object) -> M:
-    """The module again, with ``changes`` and without hooks: those of ZeRO-3 belong to the module they were made for.
-
-    Also where nothing is cut, for its hooks fetch weights, in an order that all ranks must share.
-    """
-    clone = shallow(module, **changes)
-    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        clone.__dict__[kind] = OrderedDict()
-    return clone
-
-
 def sliced_attention(attn: Any, heads: Int64[Tensor, " active"] | None) -> Any:
     """The attention on the given heads (None: all)."""
-    if heads is None:
-        return bare(attn)
-    channels = channels_of(heads, attn.inner_dim // attn.heads)
+    channels = None if heads is None else channels_of(heads, attn.inner_dim // attn.heads)
     names = ["to_q", "to_k", "to_v"] + (["add_q_proj", "add_k_proj", "add_v_proj"] if attn.added_kv_proj_dim else [])
     changes: dict[str, Any] = {name: SlicedLayer(getattr(attn, name), channels, OUT) for name in names}
     if not attn.pre_only:
         changes["to_out"] = nn.ModuleList([SlicedLayer(attn.to_out[0], channels, IN), attn.to_out[1]])
     if attn.added_kv_proj_dim:
         changes["to_add_out"] = SlicedLayer(attn.to_add_out, channels, IN)
-    return bare(attn, heads=len(heads), **changes)
+    return shallow(attn, heads=attn.heads if heads is None else len(heads), **changes)
 
 
 def sliced_feed_forward(ff: Any, channels: Int64[Tensor, " active"] | None) -> Any:
     """diffusers' FeedForward on the given hidden channels (None: all)."""
     up, dropout, down = ff.net
-    if channels is None:
-        return bare(ff, net=nn.ModuleList([bare(up), dropout, down]))
-    up = bare(up, proj=SlicedLayer(up.proj, channels, OUT))
-    return bare(ff, net=nn.ModuleList([up, dropout, SlicedLayer(down, channels, IN)]))
+    up = shallow(up, proj=SlicedLayer(up.proj, channels, OUT))
+    return shallow(ff, net=nn.ModuleList([up, dropout, SlicedLayer(down, channels, IN)]))
