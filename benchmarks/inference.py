@@ -19,13 +19,16 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.inference_masks import drawn_shares, shares_of_run
+from benchmarks.inference_masks import Shares, drawn_shares, mean_ratio, shares_of_run
 from benchmarks.inference_page import write_page
 from benchmarks.inference_peers import counted_macs
 from benchmarks.inference_pending import Skipped
@@ -37,14 +40,14 @@ from dydit_scale.sampling.speed import machine
 ROOT = Path(__file__).parents[1]
 FEW = 4
 """Steps of a distilled model's sampler."""
-ON_CPU = {"sizes": ["dit-s", "dit-b", "dit-xl", "flux-lite"], "batch": [1], "steps": 4}
-ON_GPU = {"sizes": list(SIZES), "batch": [1, 8, 64], "steps": 28}
+ON_CPU = {"sizes": ["dit-s", "dit-b", "dit-xl", "flux-lite"], "steps": 4}
+ON_GPU = {"sizes": list(SIZES), "steps": 28}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: those that the device can bear")
-    parser.add_argument("--batch", nargs="+", type=int, help="pictures at a time; CPU: 1, GPU: 1 8 64")
+    parser.add_argument("--batch", nargs="+", type=int, help="pictures at a time; CPU: 1, GPU: up to 64")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5], help="cost ratios to draw masks at")
     parser.add_argument("--masks", type=Path, metavar="RUN", help="the shares of an evaluated run instead")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all, compiled ones on a GPU only")
@@ -58,59 +61,95 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
-    parser.add_argument("--plot", nargs="+", type=Path, metavar="FILE", help="measure nothing; make the page of these")
+    parser.add_argument("--plot", nargs="*", type=Path, metavar="FILE", help="measure nothing; make the page of these")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page that --plot makes")
     args = parser.parse_args()
-    if args.plot:
+    if args.plot is not None:
         write_page([json.loads(file.read_text()) for file in args.plot], args.docs)
         return
     for name, value in (ON_GPU if args.device == "cuda" else ON_CPU).items():
         setattr(args, name, getattr(args, name) or value)
-    _check(parser, args)
+    try:
+        _check(args)
+        comparisons = planned(args)
+    except ValueError as error:
+        parser.error(str(error))
     quiet_libraries()
-    measure_all(args)
+    measure_all(comparisons, args)
 
 
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
     numbers = {"batch": args.batch, "steps": [args.steps], "repetitions": [args.repetitions]}
-    numbers |= {name: [value] for name in ("layers", "side", "text") if (value := getattr(args, name)) is not None}
+    numbers |= {name: [getattr(args, name)] for name in ("layers", "side", "text")}
     for name, values in numbers.items():
-        if min(values) < 1:
-            parser.error(f"--{name}: expected 1 or more; got {min(values)}")
+        if values and values[0] is not None and min(values) < 1:
+            raise ValueError(f"--{name}: expected 1 or more; got {min(values)}")
     if not all(0 < ratio < 1 for ratio in args.ratios):
-        parser.error(f"--ratios: expected numbers between 0 and 1; got {args.ratios}")
-    if (longest := max(SIZES[name].steps for name in args.sizes)) < args.steps:
-        parser.error(f"--steps: the sampler has {longest}; got {args.steps}")
+        raise ValueError(f"--ratios: expected numbers between 0 and 1; got {args.ratios}")
+    if (longest := min(SIZES[name].steps for name in args.sizes)) < args.steps:
+        raise ValueError(f"--steps: the sampler has {longest}; got {args.steps}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch finds no CUDA device here")
 
 
-def measure_all(args: argparse.Namespace) -> Path:
-    """Every size, schedule, batch and ratio; the file is written after each of them."""
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("plot", "docs")}
-    found: dict[str, Any] = {**machine(device), "device": device.type, "dtype": args.dtype, "settings": settings}
-    found |= {"flops_checks": {}, "rows": [], "skipped": []}
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"inference-{device.type}-{args.dtype}.json"
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is to be compared."""
+
+    size: Size
+    batch: int
+    few: bool
+    target: float | None
+    """The ratio that masks were drawn at; None: they are those of a run."""
+    sigmas: Tensor
+    shares: Shares
+    ratio: float
+    """What the shares cost."""
+
+    def setting(self, static: Any) -> Setting:
+        """With the model and its inputs."""
+        like = next(static.parameters())
+        inputs = self.size.inputs(self.batch, self.sigmas, like.device, like.dtype)
+        timesteps = self.size.timesteps(self.sigmas)
+        return Setting(size=self.size, static=static, inputs=inputs, timesteps=timesteps, shares=self.shares,
+                       target=self.ratio, few=self.few)  # fmt: skip
+
+    def described(self) -> dict[str, Any]:
+        """For the result's rows."""
+        size = self.size
+        return {
+            "size": size.name, "layers": size.layers, "image_tokens": size.tokens, "text_tokens": size.text,
+            "batch": self.batch, "samples": self.batch * size.branches, "schedule": "few" if self.few else "sampler",
+            "steps": len(self.sigmas), "target": self.target, "timesteps": size.timesteps(self.sigmas).tolist(),
+        }  # fmt: skip
+
+
+def planned(args: argparse.Namespace) -> list[Comparison]:
+    """Every size, schedule, batch and ratio.
+
+    Raises:
+        ValueError: a size cannot have a ratio, or the run has no masks.
+    """
+    found = []
     for name in args.sizes:
         size = sized(SIZES[name], args)
-        found["flops_checks"][name] = flops_check(size, device, dtype)
-        static = size.make_static(device, dtype)
+        cost, units = size.cost(), size.config["num_attention_heads"]
         for few in (schedule == "few" for schedule in args.schedules):
             if few and not size.few_steps:
                 continue
-            for batch in args.batch:
-                for ratio in args.ratios[:1] if args.masks or few else args.ratios:
-                    setting = make_setting(size, static, batch, ratio, few=few, args=args)
-                    rows, skipped = compare(setting, names(args, few=few), args.repetitions, device)
-                    where = describe(setting, batch, None if args.masks else ratio)
-                    found["rows"] += [{**where, **row} for row in rows]
-                    found["skipped"] += [{**where, **row} for row in skipped]
-                    found["process_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                    file.write_text(json.dumps(found, indent=1) + "\n")
-        del static
-        _free(device)
-    print(f"results: {file}")
-    return file
+            sigmas = size.sigmas(FEW, of=FEW) if few else size.sigmas(args.steps, of=size.steps)
+            for target in [None] if args.masks else args.ratios:
+                if target is None:
+                    shares = shares_of_run(args.masks, size.layers, sigmas, units=units)
+                else:
+                    shares = drawn_shares(cost, target, sigmas, units=units, token_keep=size.token_keep)
+                batches = args.batch or (size.gpu_batches if args.device == "cuda" else (1,))
+                found += [
+                    Comparison(size=size, batch=batch, few=few, target=target, sigmas=sigmas, shares=shares,
+                               ratio=mean_ratio(cost, shares))
+                    for batch in batches
+                ]  # fmt: skip
+    return found
 
 
 def sized(size: Size, args: argparse.Namespace) -> Size:
@@ -119,37 +158,38 @@ def sized(size: Size, args: argparse.Namespace) -> Size:
     return size.cut(args.layers or layers, args.side or side, args.text or text)
 
 
+def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None:
+    """Measure them; the file is written after each."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("plot", "docs")}
+    found: dict[str, Any] = {**machine(device), "device": device.type, "dtype": args.dtype, "settings": settings}
+    found |= {"flops_checks": {}, "rows": [], "skipped": []}
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"inference-{device.type}-{args.dtype}.json"
+    for name, own in groupby(comparisons, key=lambda comparison: comparison.size.name):
+        first, *others = own
+        found["flops_checks"][name] = flops_check(first.size, device, dtype)
+        static = first.size.make_static(device, dtype)
+        for comparison in (first, *others):
+            wanted = names(args, few=comparison.few)
+            rows, skipped = compare(comparison.setting(static), wanted, args.repetitions, device)
+            _free(device)
+            where = comparison.described()
+            found["rows"] += [{**where, **row} for row in rows]
+            found["skipped"] += [{**where, **row} for row in skipped]
+            found["process_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            file.write_text(json.dumps(found, indent=1) + "\n")
+        del static
+        _free(device)
+    print(f"results: {file}")
+
+
 def names(args: argparse.Namespace, *, few: bool) -> list[str]:
     """The variants to measure; the static model and ours with open gates are always among them."""
     wanted = args.variants or [v for v in VARIANTS if args.device == "cuda" or v not in COMPILED]
     wanted = [v for v in wanted if v in FEW_STEPS] if few else wanted
     needed = {"static", "open", *(f"static-{v}" for v in ("compile", "cudagraphs") if v in wanted)}
     return [v for v in VARIANTS if v in needed or v in wanted]
-
-
-def make_setting(size: Size, static: Any, batch: int, ratio: float, *, few: bool, args: argparse.Namespace) -> Setting:
-    """The steps of one comparison and the shares that work in them."""
-    sigmas = size.sigmas(FEW, of=FEW) if few else size.sigmas(args.steps, of=size.steps)
-    like = next(static.parameters())
-    heads = size.config["num_attention_heads"]
-    cost = size.cost(size.make_dynamic(static))
-    if args.masks:
-        shares = shares_of_run(args.masks, size.layers, sigmas, units=heads)
-    else:
-        shares = drawn_shares(cost, ratio, sigmas, units=heads, token_keep=size.token_keep)
-    inputs = size.inputs(batch, sigmas, like.device, like.dtype)
-    return Setting(size=size, static=static, inputs=inputs, timesteps=size.timesteps(sigmas), shares=shares,
-                   target=ratio, few=few)  # fmt: skip
-
-
-def describe(setting: Setting, batch: int, ratio: float | None) -> dict[str, Any]:
-    """What was compared."""
-    size = setting.size
-    return {
-        "size": size.name, "layers": size.layers, "image_tokens": size.tokens, "text_tokens": size.text,
-        "batch": batch, "samples": batch * size.branches, "schedule": "few" if setting.few else "sampler",
-        "steps": setting.steps, "target": ratio, "timesteps": setting.timesteps.tolist(),
-    }  # fmt: skip
 
 
 def compare(
@@ -165,6 +205,8 @@ def compare(
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
             skipped.append({"variant": name, "reason": reason})
             tqdm.write(f"{title}: {VARIANTS[name]} is left out: {reason}")
+            if name in ("static", "open"):
+                return [], skipped
             continue
         variants.append(variant)
         rows.append(row)
@@ -237,13 +279,11 @@ def line(title: str, row: dict[str, Any]) -> str:
 
 def flops_check(size: Size, device: torch.device, dtype: torch.dtype) -> float:
     """MACs that torch counts in the packed run of a shallow model of this size, over those of the cost model."""
-    size = size.cut(layers=2 if size.family in ("flux", "latte") else 1)
-    static, sigmas = size.make_static(device, dtype), size.sigmas(1, of=size.steps)
-    heads = size.config["num_attention_heads"]
-    cost = size.cost(size.make_dynamic(static))
-    shares = drawn_shares(cost, 0.6, sigmas, units=heads, token_keep=size.token_keep, tolerance=0.1)
-    setting = Setting(size=size, static=static, inputs=size.inputs(1, sigmas, device, dtype),
-                      timesteps=size.timesteps(sigmas), shares=shares, target=0.6)  # fmt: skip
+    size, sigmas = size.cut(layers=2 if size.family in ("flux", "latte") else 1), size.sigmas(1, of=size.steps)
+    units = size.config["num_attention_heads"]
+    shares = drawn_shares(size.cost(), 0.6, sigmas, units=units, token_keep=size.token_keep, tolerance=0.1)
+    shallow = Comparison(size=size, batch=1, few=False, target=0.6, sigmas=sigmas, shares=shares, ratio=0.6)
+    setting = shallow.setting(size.make_static(device, dtype))
     variant = build("both", setting)
     counted = counted_macs(lambda: variant.run(setting.inputs)) / len(setting.inputs[0]["hidden_states"])
     agreement = counted / variant.macs
@@ -252,14 +292,17 @@ def flops_check(size: Size, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, all kernels finished before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    """Seconds, all kernels finished before and after, and no garbage collected meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        _synchronize(device)
+        began = time.perf_counter()
+        run()
+        _synchronize(device)
+        return time.perf_counter() - began
+    finally:
+        gc.enable()
 
 
 def _quartiles(values: list[float]) -> list[float]:
@@ -267,6 +310,11 @@ def _quartiles(values: list[float]) -> list[float]:
         return [values[0], values[0]]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return [low, high]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _allocated(device: torch.device) -> int:

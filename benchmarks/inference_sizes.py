@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class Size:
     """Published mean share of image tokens; None: none was published for it alone."""
     on_cpu: tuple[int | None, int | None, int | None] = (None, None, None)
     """Layers, side and text tokens on a CPU; None leaves the size as it is."""
+    gpu_batches: tuple[int, ...] = (1,)
+    """Pictures at a time on a GPU."""
 
     @property
     def layers(self) -> int:
@@ -99,8 +102,11 @@ class Size:
         model = CLASSES[self.family][1].from_static(static, DynamicConfig(**dynamic))
         return model.eval().requires_grad_(False)
 
-    def cost(self, model: Any) -> ModelCost:
-        """MACs of a forward of one sample."""
+    def cost(self, model: Any = None) -> ModelCost:
+        """MACs of a forward of one sample, by the dynamic ``model`` or by one with everything dynamic."""
+        if model is None:
+            with init_empty_weights():
+                model = CLASSES[self.family][1](**self.config)
         return model.cost(self.tokens, self.text)
 
     def sigmas(self, steps: int, *, of: int) -> Tensor:
@@ -160,7 +166,8 @@ MAKERS: dict[str, Callable[..., Made]] = {"dit": _for_dit, "latte": _for_latte, 
 
 def _dit(name: str) -> Size:
     config = {k: v for k, v in dit_config(f"{name}/2").items() if k != "time_freq_shift"}  # the static class has 1
-    return Size(name=f"dit-{name.lower()}", family="dit", config=config, side=16, branches=2)
+    return Size(name=f"dit-{name.lower()}", family="dit", config=config, side=16, branches=2,
+                gpu_batches=(1, 8, 64))  # fmt: skip
 
 
 def _flux(name: str, double: int) -> Size:

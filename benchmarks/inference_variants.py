@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from benchmarks.inference_peers import (
     with_fixed_k,
     with_merged_tokens,
 )
-from benchmarks.inference_pending import execution, token_capacity
+from benchmarks.inference_pending import Skipped, execution, token_capacity
 from benchmarks.inference_sizes import Size
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks
@@ -115,7 +116,7 @@ class Setting:
     @cached_property
     def cost(self) -> ModelCost:
         """Of the static model and, with routers, of ours."""
-        return self.size.cost(self.open_model)
+        return self.size.cost()
 
     @cached_property
     def both(self) -> Routed:
@@ -175,6 +176,7 @@ class Variant:
             yield
         finally:
             self.model.disable_cache()
+            gc.collect()  # hooks and blocks hold each other, and the blocks their packed weights
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Tensor:
@@ -241,6 +243,8 @@ def _with_capacity(name: str, setting: Setting) -> Variant:
 
 
 def _cached(name: str, setting: Setting, base: str, cache: Any) -> Variant:
+    if len(setting.cost.blocks) == 1:
+        raise Skipped("a cache of blocks needs two of them")
     if base == "static":
         ones = DynamicMasks(*(torch.ones(len(setting.cost.blocks), 1, 1) for _ in range(3)))
         without = replace(setting.cost, blocks=tuple(replace(b, router=0) for b in setting.cost.blocks))
