@@ -19,29 +19,24 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.inference_masks import Shares, drawn_shares, mean_ratio, shares_of_run
+from benchmarks.inference_masks import drawn_shares
 from benchmarks.inference_page import write_page
 from benchmarks.inference_peers import counted_macs
 from benchmarks.inference_pending import Skipped
+from benchmarks.inference_plan import FEW, ON_CPU, ON_GPU, Comparison, check, names, planned
 from benchmarks.inference_sizes import SIZES, Size
-from benchmarks.inference_variants import COMPILED, FEW_STEPS, VARIANTS, Setting, Variant, build
+from benchmarks.inference_variants import VARIANTS, Setting, Variant, build
 from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.sampling.speed import machine
 
 ROOT = Path(__file__).parents[1]
-FEW = 4
-"""Steps of a distilled model's sampler."""
-ON_CPU = {"sizes": ["dit-s", "dit-b", "dit-xl", "flux-lite"], "steps": 4}
-ON_GPU = {"sizes": list(SIZES), "steps": 28}
 
 
 def main() -> None:
@@ -70,92 +65,16 @@ def main() -> None:
     for name, value in (ON_GPU if args.device == "cuda" else ON_CPU).items():
         setattr(args, name, getattr(args, name) or value)
     try:
-        _check(args)
+        check(args)
         comparisons = planned(args)
     except ValueError as error:
         parser.error(str(error))
     quiet_libraries()
-    measure_all(comparisons, args)
-
-
-def _check(args: argparse.Namespace) -> None:
-    numbers = {"batch": args.batch, "steps": [args.steps], "repetitions": [args.repetitions]}
-    numbers |= {name: [getattr(args, name)] for name in ("layers", "side", "text")}
-    for name, values in numbers.items():
-        if values and values[0] is not None and min(values) < 1:
-            raise ValueError(f"--{name}: expected 1 or more; got {min(values)}")
-    if not all(0 < ratio < 1 for ratio in args.ratios):
-        raise ValueError(f"--ratios: expected numbers between 0 and 1; got {args.ratios}")
-    if (longest := min(SIZES[name].steps for name in args.sizes)) < args.steps:
-        raise ValueError(f"--steps: the sampler has {longest}; got {args.steps}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: torch finds no CUDA device here")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is to be compared."""
-
-    size: Size
-    batch: int
-    few: bool
-    target: float | None
-    """The ratio that masks were drawn at; None: they are those of a run."""
-    sigmas: Tensor
-    shares: Shares
-    ratio: float
-    """What the shares cost."""
-
-    def setting(self, static: Any) -> Setting:
-        """With the model and its inputs."""
-        like = next(static.parameters())
-        inputs = self.size.inputs(self.batch, self.sigmas, like.device, like.dtype)
-        timesteps = self.size.timesteps(self.sigmas)
-        return Setting(size=self.size, static=static, inputs=inputs, timesteps=timesteps, shares=self.shares,
-                       target=self.ratio, few=self.few)  # fmt: skip
-
-    def described(self) -> dict[str, Any]:
-        """For the result's rows."""
-        size = self.size
-        return {
-            "size": size.name, "layers": size.layers, "image_tokens": size.tokens, "text_tokens": size.text,
-            "batch": self.batch, "samples": self.batch * size.branches, "schedule": "few" if self.few else "sampler",
-            "steps": len(self.sigmas), "target": self.target, "timesteps": size.timesteps(self.sigmas).tolist(),
-        }  # fmt: skip
-
-
-def planned(args: argparse.Namespace) -> list[Comparison]:
-    """Every size, schedule, batch and ratio.
-
-    Raises:
-        ValueError: a size cannot have a ratio, or the run has no masks.
-    """
-    found = []
-    for name in args.sizes:
-        size = sized(SIZES[name], args)
-        cost, units = size.cost(), size.config["num_attention_heads"]
-        for few in (schedule == "few" for schedule in args.schedules):
-            if few and not size.few_steps:
-                continue
-            sigmas = size.sigmas(FEW, of=FEW) if few else size.sigmas(args.steps, of=size.steps)
-            for target in [None] if args.masks else args.ratios:
-                if target is None:
-                    shares = shares_of_run(args.masks, size.layers, sigmas, units=units)
-                else:
-                    shares = drawn_shares(cost, target, sigmas, units=units, token_keep=size.token_keep)
-                batches = args.batch or (size.gpu_batches if args.device == "cuda" else (1,))
-                found += [
-                    Comparison(size=size, batch=batch, few=few, target=target, sigmas=sigmas, shares=shares,
-                               ratio=mean_ratio(cost, shares))
-                    for batch in batches
-                ]  # fmt: skip
-    return found
-
-
-def sized(size: Size, args: argparse.Namespace) -> Size:
-    """The size as the device and the arguments have it."""
-    layers, side, text = size.on_cpu if args.device == "cpu" else (None, None, None)
-    return size.cut(args.layers or layers, args.side or side, args.text or text)
+    gc.freeze()  # what is imported need not be searched for garbage before every run
+    try:
+        measure_all(comparisons, args)
+    finally:
+        gc.unfreeze()
 
 
 def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None:
@@ -184,14 +103,6 @@ def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None
     print(f"results: {file}")
 
 
-def names(args: argparse.Namespace, *, few: bool) -> list[str]:
-    """The variants to measure; the static model and ours with open gates are always among them."""
-    wanted = args.variants or [v for v in VARIANTS if args.device == "cuda" or v not in COMPILED]
-    wanted = [v for v in wanted if v in FEW_STEPS] if few else wanted
-    needed = {"static", "open", *(f"static-{v}" for v in ("compile", "cudagraphs") if v in wanted)}
-    return [v for v in VARIANTS if v in needed or v in wanted]
-
-
 def compare(
     setting: Setting, wanted: list[str], repetitions: int, device: torch.device
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -205,6 +116,7 @@ def compare(
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
             skipped.append({"variant": name, "reason": reason})
             tqdm.write(f"{title}: {VARIANTS[name]} is left out: {reason}")
+            _free(device)
             if name in ("static", "open"):
                 return [], skipped
             continue
@@ -223,6 +135,7 @@ def compare(
     setting.stack.close()
     by_name = {row["variant"]: row for row in rows}
     for row in rows:
+        row["beside"] = row["beside"] if row["beside"] in by_name else "static"
         row |= summary(row, by_name)
         tqdm.write(line(title, row))
     return rows, skipped
@@ -242,8 +155,8 @@ def first_run(name: str, setting: Setting, device: torch.device) -> tuple[Varian
         row["first_seconds"] = timed(lambda: _finite(variant, setting), device)
         if device.type == "cuda":
             weights = sum(p.numel() * p.element_size() for p in setting.static.parameters())
-            working = torch.cuda.max_memory_allocated() - before
-            row |= {"held_bytes": before - held, "peak_bytes": weights + before - held + working}
+            own = max(before - held, variant.plan_bytes)  # a variant with a cache shares its plan
+            row["peak_bytes"] = weights + own + torch.cuda.max_memory_allocated() - before
     return variant, {**row, "seconds": []}
 
 

@@ -18,6 +18,7 @@ from benchmarks import inference
 from benchmarks.inference_masks import drawn_shares, mean_ratio, set_width, shares_of_run
 from benchmarks.inference_page import PAGE, write_page
 from benchmarks.inference_peers import FixedK, cacheable, twin_of
+from benchmarks.inference_plan import Comparison
 from benchmarks.inference_sizes import SIZES
 from benchmarks.inference_variants import COMPILED, VARIANTS, build
 
@@ -39,9 +40,7 @@ def setting(target: float = 0.5, steps: int = 3) -> Any:
     """A comparison of the tiny DiT."""
     sigmas = DIT.sigmas(steps, of=28)
     shares = drawn_shares(DIT.cost(), target, sigmas, units=6, token_keep=None, tolerance=0.05)
-    comparison = inference.Comparison(
-        size=DIT, batch=1, few=False, target=target, sigmas=sigmas, shares=shares, ratio=target
-    )
+    comparison = Comparison(size=DIT, batch=1, few=False, target=target, sigmas=sigmas, shares=shares, ratio=target)
     return comparison.setting(DIT.make_static(CPU, torch.float32))
 
 
@@ -102,7 +101,7 @@ def test_few_steps_of_flux_with_masks_of_a_run(monkeypatch: pytest.MonkeyPatch, 
     small = {"num_attention_heads": 4, "attention_head_dim": 8, "joint_attention_dim": 16, "axes_dims_rope": (4, 2, 2)}
     lite = SIZES["flux-lite"]
     small_lite = replace(lite, config={**lite.config, **small, "pooled_projection_dim": 8})
-    monkeypatch.setitem(inference.SIZES, "flux-lite", small_lite)
+    monkeypatch.setitem(SIZES, "flux-lite", small_lite)
     found = measured(monkeypatch, tmp_path / "out", "--sizes", "flux-lite", "--masks", str(run), "--schedules", "few",
                      "--variants", "both", "static-fbc", "both-taylor", "tokens")  # fmt: skip
     rows = {row["variant"]: row for row in found["rows"]}
