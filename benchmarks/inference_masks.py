@@ -68,7 +68,8 @@ def drawn_shares(
     generator = torch.Generator().manual_seed(seed)
     layers = len(cost.blocks)
     over_steps = 1 + STEP_SPREAD * (1 - 2 * sigmas)
-    factors = [(1 + LAYER_SPREAD * (2 * torch.rand(layers, 1, generator=generator) - 1)) * over_steps for _ in range(3)]
+    spread = [1 + LAYER_SPREAD * (2 * torch.rand(layers, 1, generator=generator) - 1) for _ in range(3)]
+    factors = [over_layers * over_steps / (over_layers * over_steps).mean() for over_layers in spread]
 
     def shares(width: float, tokens: float) -> Shares:
         means = (width, width, tokens)
