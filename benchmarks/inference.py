@@ -194,7 +194,7 @@ def flops_check(size: Size, device: torch.device, dtype: torch.dtype) -> float:
     """MACs that torch counts in the packed run of a shallow model of this size, over those of the cost model."""
     size, sigmas = size.cut(layers=2 if size.family in ("flux", "latte") else 1), size.sigmas(1, of=size.steps)
     units = size.config["num_attention_heads"]
-    shares = drawn_shares(size.cost(), 0.6, sigmas, units=units, token_keep=size.token_keep, tolerance=0.1)
+    shares = drawn_shares(size.cost(), 0.6, sigmas, units=units, token_keep=size.token_keep)
     shallow = Comparison(size=size, batch=1, few=False, target=0.6, sigmas=sigmas, shares=shares, ratio=0.6)
     setting = shallow.setting(size.make_static(device, dtype))
     variant = build("both", setting)

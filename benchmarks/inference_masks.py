@@ -54,7 +54,6 @@ def drawn_shares(
     *,
     units: int,
     token_keep: float | None,
-    tolerance: float = 0.02,
     seed: int = 0,
 ) -> Shares:
     """Shares that vary over layers and steps, and cost ``target`` of the static MACs.
@@ -76,13 +75,20 @@ def drawn_shares(
         kept = (mean * factor for mean, factor in zip(means, factors, strict=True))
         return Shares(*(k.clamp(0, 1) for k in kept)).rounded(units, units)
 
-    fixed = token_keep is not None and mean_ratio(cost, shares(2.0, token_keep)) >= target
-    low, high = 0.0, 2.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        found = shares(middle, token_keep if fixed and token_keep is not None else middle)
-        low, high = (middle, high) if mean_ratio(cost, found) < target else (low, middle)
-    if abs(mean_ratio(cost, found) - target) > tolerance:
+    def fitted(of: Callable[[float], Shares]) -> float:
+        """The argument with which shares come nearest to the target; more of it is more MACs."""
+        low, high = 0.0, 2.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if mean_ratio(cost, of(middle)) < target else (low, middle)
+        return high
+
+    if token_keep is not None and mean_ratio(cost, shares(2.0, token_keep)) >= target:
+        width = fitted(lambda mean: shares(mean, token_keep))
+    else:
+        width = fitted(lambda mean: shares(mean, mean))
+    found = shares(width, fitted(lambda mean: shares(width, mean)))  # tokens make up for the rounding to whole units
+    if abs(mean_ratio(cost, found) - target) > 0.01:
         raise ValueError(
             f"ratio {target}: {layers} layers of {units} units come to {mean_ratio(cost, found):.3f} at best; choose a "
             f"ratio between {cost.floor(units, units):.2f} and 1, or more layers"
