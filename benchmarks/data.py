@@ -3,12 +3,12 @@
     python benchmarks/data.py OUT                 # some minutes; OUT is on the disk to measure
     python benchmarks/data.py OUT --quick         # few samples, to see that it runs; writes to OUT
 
-Two kinds of data: pictures of about 40 KB, and payloads of the size of encoded latents. For each, with 0, 2 and 4
-workers and all of them in turn within each repetition: "reader" and "webdataset" get the bytes of samples, the reader
-in its shuffled order and with checksums, webdataset in the order of the shards; the bytes stay in the workers, since
-otherwise the pipe between processes is measured. "decoded" are pictures as tensors, by the same functions, and come
-back. "raw" is one process that reads the tars from end to end. The files lie in the page cache. Beside it: the time
-to index, and the memory of a reader that has read all over an index of ten million samples.
+Two kinds of data: pictures of about 40 KB, and encoded samples of 196 KB. For each, with 0, 2 and 4 workers and all of
+them in turn within each repetition: "reader" and "webdataset" get the bytes of samples, the reader in its shuffled
+order and with checksums, webdataset in the order of the shards; the bytes stay in the workers, since otherwise the pipe
+between processes is measured. "decoded" are tensors, of pictures by the same functions, and come back. "raw" is one
+process that reads the tars from end to end. The files lie in the page cache. Beside it: the time to index, and the most
+memory that reading all over an index of ten million samples takes.
 
 Writes benchmarks/results/data.json.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import io
-import itertools
 import json
 import os
 import statistics
@@ -26,12 +25,12 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -39,21 +38,36 @@ import torch
 import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from dydit_scale.data.decode import decode_caption, decode_image, image_tensor
-from dydit_scale.data.index import SAMPLE, ShardIndex, ShardInfo, compute_digest, load_index, save_index
+from dydit_scale.data.encoded import (
+    ENCODERS_FILE,
+    Encoding,
+    Entry,
+    SourceInfo,
+    caption_tensor,
+    encoding_bytes,
+    pack_sample,
+)
+from dydit_scale.data.gather import SCANNED, Gatherer, ScannedShard
+from dydit_scale.data.index import ShardIndex, ShardInfo, load_index, save_index
 from dydit_scale.data.loader import DataConfig, make_loader
 from dydit_scale.data.position import SampleOrder
 from dydit_scale.data.reader import SourceReader
 from dydit_scale.data.shards import build_index, write_shards
+from dydit_scale.data.tar import BLOCK
 from dydit_scale.sampling.speed import machine
 
 ROOT = Path(__file__).parents[1]
 WORKERS = (0, 2, 4)
 SIDE, QUALITY = 256, 92
 """Of the pictures: noise over a gradient, which makes JPEGs of about 40 KB."""
-LATENT_BYTES = 16 * 32 * 32 * 2 * 2 + 64 * 2048
-"""Mean and log-variance of a 256-pixel picture in 16 channels and some text, in 16 bits: 192 KiB."""
+ENCODING = Encoding(
+    family="flux", encoders={}, image_size=SIDE, sizes=[[SIDE, SIDE]], text_tokens=16, computed="bf16", dtype="bf16",
+    source="", channels=16, stride=8, spread=True, text={"text": [16, 4096]}, empty=None,
+)  # fmt: skip
+"""Mean and deviation of a 256-pixel picture in 16 channels and some text, in 16 bits: 192 KiB."""
 BATCH = 16
 
 
@@ -78,7 +92,7 @@ def main() -> None:
     for kind, make in (("pictures", pictures), ("latents", latents)):
         folder = args.out / f"{kind}-{args.samples}"
         if not folder.exists():
-            write_shards(make(args.samples), folder, samples_per_shard=max(64, args.samples // 16))
+            make(folder, args.samples)
         result[kind] = compare(folder, kind, args.repeat)
     result["memory"] = memory_of_many(args.out, args.simulated)
     out = (args.out if args.quick else ROOT / "benchmarks" / "results") / "data.json"
@@ -86,22 +100,38 @@ def main() -> None:
     print(f"results: {out}")
 
 
-def pictures(count: int) -> Iterator[dict[str, bytes | str]]:
-    ramp = np.linspace(0, 160, SIDE)
-    for number in range(count):
-        noise = np.random.RandomState(number).randint(0, 96, (SIDE, SIDE, 3))
-        file = io.BytesIO()
-        Image.fromarray((ramp[:, None, None] + noise).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
-        yield {"__key__": f"{number:08d}", "jpg": file.getvalue(), "txt": f"noise over a gradient, number {number}"}
+def pictures(folder: Path, count: int) -> None:
+    def samples() -> Iterator[dict[str, bytes | str]]:
+        ramp = np.linspace(0, 160, SIDE)
+        for number in range(count):
+            noise = np.random.RandomState(number).randint(0, 96, (SIDE, SIDE, 3))
+            file = io.BytesIO()
+            Image.fromarray((ramp[:, None, None] + noise).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
+            text = f"noise over a gradient, number {number}"
+            yield {"__key__": f"{number:08d}", "jpg": file.getvalue(), "txt": text}
+
+    write_shards(samples(), folder, samples_per_shard=per_shard(count))
 
 
-def latents(count: int) -> Iterator[dict[str, bytes | str]]:
-    """Random bytes, of which only the size matters, behind a tiny picture for the indexer's trial decoding."""
-    tiny = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(tiny, "PNG")
-    for number in range(count):
-        payload = tiny.getvalue() + np.random.RandomState(number).bytes(LATENT_BYTES)
-        yield {"__key__": f"{number:08d}", "png": payload, "txt": f"number {number}"}
+def latents(folder: Path, count: int) -> None:
+    """As ``dydit data encode`` writes them, of random numbers."""
+    folder.mkdir(parents=True)
+    (folder / ENCODERS_FILE).write_bytes(encoding_bytes(ENCODING))
+    for number in range(0, count, per_shard(count)):
+        shard = folder / f"shard-{number // per_shard(count):06d}.tar"
+        with shard.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+            for row in range(number, min(count, number + per_shard(count))):
+                generator, key = torch.Generator().manual_seed(row), f"{row:08d}"
+                source = SourceInfo(shard.name, key, SIDE, SIDE, "0" * 64, "0" * 64)
+                entry = Entry(source=source, height=SIDE, width=SIDE, captions=[f"number {row}"])
+                shapes = {"mean": (16, 32, 32), "std": (16, 32, 32), caption_tensor(0, "text"): (16, 4096)}
+                tensors = {name: torch.rand(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+                writer.write({"__key__": key, **pack_sample(entry, tensors)})
+    build_index(folder)
+
+
+def per_shard(count: int) -> int:
+    return max(64, count // 16)
 
 
 def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
@@ -117,8 +147,8 @@ def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
     for workers in WORKERS:
         ways[f"reader {workers}"] = lambda n=workers: rate(bytes_of_reader(index, n), index)
         ways[f"webdataset {workers}"] = lambda n=workers: rate(bytes_of_webdataset(index, n), index)
+        ways[f"decoded reader {workers}"] = lambda n=workers: rate(decoded_by_reader(index, n), index)
         if kind == "pictures":
-            ways[f"decoded reader {workers}"] = lambda n=workers: rate(decoded_by_reader(index, n), index)
             ways[f"decoded webdataset {workers}"] = lambda n=workers: rate(decoded_by_webdataset(index, n), index)
     for way in ways.values():  # fills the page cache
         way()
@@ -130,7 +160,8 @@ def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
     medians = {name: statistics.median(found) for name, found in rows.items()}
     result["samples_per_second"] = medians
     result["reader_of_webdataset"] = {str(n): medians[f"reader {n}"] / medians[f"webdataset {n}"] for n in WORKERS}
-    result["raw_of_reader"] = {str(n): medians["raw"] / medians[f"reader {n}"] for n in WORKERS}
+    for way in ("reader", "decoded reader"):
+        result[f"raw_of_{way.replace(' ', '_')}"] = {str(n): medians["raw"] / medians[f"{way} {n}"] for n in WORKERS}
     return result | {"rows": rows}
 
 
@@ -177,12 +208,10 @@ class ReaderBytes(Dataset[Any]):
         return self.index.num_samples // BATCH
 
     def __getitem__(self, number: int) -> list[int]:
-        samples = []
-        for position in range(number * BATCH, (number + 1) * BATCH):
-            place = self.order[position]
-            sample = int(self.index.starts[place.shard]) + place.row
-            samples.append(sum(len(self.reader._read_part(sample, part)) for part in ("image", "caption")))
-        return samples
+        self.reader._files.forget()
+        places = [self.order[position] for position in range(number * BATCH, (number + 1) * BATCH)]
+        found = [self.reader._files.read(self.index.starts[place.shard] + place.row) for place in places]
+        return [len(files.image) + len(files.caption or b"") for files in found]
 
 
 def bytes_of_reader(index: ShardIndex, workers: int) -> Iterator[int]:
@@ -234,57 +263,83 @@ def memory_of_many(out: Path, samples: int) -> dict[str, Any]:
 
 
 def simulate(folder: Path, samples: int, shards: int = 1000) -> None:
-    """An index of shards that are holes of the right size."""
+    """An index, made as ``dydit data index`` makes it, of shards that are holes: files of zeros of the right size.
+
+    The first picture of each shard is larger than 64 KiB, so that sizes take four bytes as they do in real data.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    per_shard, step = samples // shards, 44 * 1024
-    rows = np.zeros(samples, SAMPLE)
-    rows["image_offset"] = np.tile(np.arange(per_shard) * step + 512, shards)
-    rows["image_bytes"], rows["width"], rows["height"] = 40_000, SIDE, SIDE
-    rows["caption_offset"] = rows["image_offset"] + 40_960
-    rows["caption_bytes"] = 80
-    rows["key_end"] = np.arange(1, samples + 1) * 10
-    keys = np.frombuffer("".join(f"{number:010d}" for number in range(samples)).encode(), np.uint8)
-    infos = tuple(
-        ShardInfo(name=f"shard-{n:06d}.tar", bytes=per_shard * step, sha256="", count=per_shard) for n in range(shards)
-    )
-    for info in infos:
-        with (folder / info.name).open("wb") as file:
-            file.truncate(info.bytes)
-    index = ShardIndex(folder=folder, shards=infos, digest="", samples=rows, key_bytes=keys, bad={})
-    save_index(replace(index, digest=compute_digest(index)))
+    size, text, large = 4096, 80, 1 << 17
+    step = size + 3 * BLOCK
+    rows = np.zeros(samples // shards, SCANNED)
+    rows["image_offset"] = large + np.arange(len(rows)) * step + BLOCK
+    rows["image_offset"][0] = BLOCK
+    rows["image_bytes"], rows["image_crc"] = size, zlib.crc32(bytes(size))
+    rows["image_bytes"][0], rows["image_crc"][0] = large, zlib.crc32(bytes(large))
+    rows["caption_offset"] = rows["image_offset"] + rows["image_bytes"] + BLOCK
+    rows["caption_bytes"], rows["caption_crc"] = text, zlib.crc32(bytes(text))
+    rows["width"], rows["height"], rows["label"] = 4000, 3000, -1
+    rows["key_end"] = np.arange(1, len(rows) + 1) * 10
+    with Gatherer(folder) as gatherer:
+        for number in tqdm(range(shards), desc="simulating", unit="shard"):
+            info = ShardInfo(
+                name=f"shard-{number:06d}.tar", bytes=large + (len(rows) + 1) * step, sha256="", count=len(rows)
+            )
+            with (folder / info.name).open("wb") as file:
+                file.truncate(info.bytes)
+            keys = "".join(f"{number * len(rows) + row:010d}" for row in range(len(rows))).encode()
+            gatherer.add(ScannedShard(info, rows, keys, {}))
+        save_index(gatherer.index({}, None))
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """MiB that loading the index, making a reader and looking samples up all over an epoch add to this process.
+    """MiB that loading the index, making a reader and reading all over an epoch add to this process.
 
-    ``private`` is what no other process can share; ``mapped`` are pages of the index's files, which all processes of
-    a machine have in common and the system takes back when it needs them.
+    ``private`` is what no other process can share; ``shared`` are pages of the index's files, which all processes of a
+    machine have in common and the system takes back when it needs them. ``most`` is the greatest sum of both while
+    reading; ``all_pages`` is the sum when every sample was looked up without giving pages back.
     """
     process = psutil.Process()
-    before = process.memory_info()
+    began = Memory.of(process)
     seconds, index = timed(lambda: load_index(folder))
-    loaded = process.memory_info()
+    loaded = Memory.of(process)
     reader = source_reader(index)
     stride = max(1, index.num_samples // 200_000)
-    for position in itertools.islice(itertools.count(0, stride), index.num_samples // stride):
+    peak = Memory(0, 0)
+    for number, position in enumerate(range(0, index.num_samples, stride)):
         place = reader._order[position]
-        sample = int(index.starts[place.shard]) + place.row
+        sample = index.starts[place.shard] + place.row
+        reader._files.forget()
+        reader._files.read(sample)
         index.key(sample)
-        int(index.samples[sample]["image_offset"])
-    after, mib = process.memory_info(), 2**20
-
-    def private(info: Any) -> float:
-        return (info.rss - info.shared) / mib
-
+        if number % 1000 == 999:
+            peak = max(peak, Memory.of(process), key=sum)
+    for sample in range(0, index.num_samples, 64):
+        index.record(sample)
+        index.key(sample)
+    everything = Memory.of(process)
     return {
         "load_index_seconds": seconds,
-        "private_mib": private(after) - private(before),
-        "mapped_mib": (after.shared - before.shared) / mib,
-        "mapped_after_load_mib": (loaded.shared - before.shared) / mib,
-        "uss_mib": process.memory_full_info().uss / mib,
-        "rss_mib": after.rss / mib,
-        "index_files_mib": sum(os.path.getsize(path) for path in folder.glob("index*")) / mib,
+        "private_after_load_mib": loaded.private - began.private,
+        "shared_after_load_mib": loaded.shared - began.shared,
+        "private_mib": peak.private - began.private,
+        "shared_mib": peak.shared - began.shared,
+        "most_mib": sum(peak) - sum(began),
+        "all_pages_mib": sum(everything) - sum(began),
+        "uss_mib": process.memory_full_info().uss / 2**20,
+        "index_files_mib": sum(os.path.getsize(path) for path in folder.glob("index*")) / 2**20,
     }
+
+
+class Memory(NamedTuple):
+    """MiB of a process."""
+
+    private: float
+    shared: float
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Memory:
+        info = process.memory_info()
+        return cls((info.rss - info.shared) / 2**20, info.shared / 2**20)
 
 
 if __name__ == "__main__":

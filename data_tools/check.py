@@ -129,14 +129,13 @@ def _changed_samples(path: Path, index: ShardIndex, number: int) -> Iterator[tup
     """The samples of a shard with a part whose bytes are not those indexed, and which parts."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for sample in range(int(index.starts[number]), int(index.starts[number + 1])):
-            row = index.samples[sample]
+        for sample in range(*index.starts[number : number + 2]):
+            place = index.record(sample)
             media = "clip" if index.frames is not None and index.frames[sample] else "picture"
             wrong = [
                 name
-                for part, name in (("image", media), ("caption", "caption"))
-                if row[f"{part}_offset"]
-                and zlib.crc32(read_at(fd, int(row[f"{part}_offset"]), int(row[f"{part}_bytes"]))) != row[f"{part}_crc"]
+                for part, name in ((place.image, media), (place.caption, "caption"))
+                if part.offset and zlib.crc32(read_at(fd, part.offset, part.bytes)) != part.crc
             ]
             if wrong:
                 yield sample, f"{' and '.join(wrong)} changed since indexed (CRC32)"

@@ -33,14 +33,14 @@ __version__ = "0.1.0"
 all_families()
 
 
-def pack(model: DynamicModelMixin, timesteps: Tensor, *, max_bytes: int | None = None) -> PackedPlan:
+def pack(model: DynamicModelMixin, timesteps: Tensor, **options: Any) -> PackedPlan:
     """Cut a sub-network for each timestep of a sampler (``timesteps`` [steps] as the model's forward takes them: for
     FLUX 0..1, from ``sampler_timesteps``; for DiT and Latte their scheduler's); forwards without gradient run them from
-    now on.
+    now on. ``options`` are those of :meth:`dydit_scale.models.base.DynamicModelMixin.pack`.
 
     Raises ValueError if the copied weights would take more than ``max_bytes``.
     """
-    return model.pack(timesteps, max_bytes=max_bytes)
+    return model.pack(timesteps, **options)
 
 
 def load_td_lora(model: Any, folder: str) -> Any:

@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGES = ("dydit_scale", "data_tools")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-RECIPE_COUNT = 30
+RECIPE_COUNT = 31
 
 # Import names that differ from the name of the distribution.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # The user chooses their builds.
-UNPINNED = {"torch", "xformers"}
+UNPINNED = {"torch", "triton", "xformers"}
 
 # Written in pieces so that this file passes its own test.
 NOT_OURS = {

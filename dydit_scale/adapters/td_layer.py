@@ -290,7 +290,7 @@ class TDLoraLayer(TimestepGates):
         """
         if t_emb.ndim != 2 or t_emb.shape[0] != 1:
             raise ValueError(f"{self.name}.weight_at: expected one embedding [1, dim], got {list(t_emb.shape)}")
-        base = self._base_weight()
+        base = self.base_weight()
         if self._disable_adapters:
             return base
         weight = base.float()
@@ -299,12 +299,23 @@ class TDLoraLayer(TimestepGates):
                 weight = weight + self.mixed_experts(t_emb, adapter)[0] @ self.down(adapter).weight.float()
         return weight.to(base.dtype)
 
-    def _base_weight(self) -> Tensor:
+    def base_weight(self) -> Float[Tensor, "out in"]:
+        """The weight without adapters, dequantised."""
         if self.quantization_backend is not None:
             layer = self._unmerged_layer[0] if self._unmerged_layer else self.base_layer
             return self.quantization_backend.get_base_weight(layer)
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         return weight if self._unmerged_weight is None else self._unmerged_weight
+
+    def low_rank_at(self, t_emb: Float[Tensor, "1 time_dim"]) -> tuple[Tensor, Tensor] | None:
+        """(down [rank, in], up [out, rank]) in fp32, ranks of all active adapters together: ``weight_at`` is the base
+        weight plus ``up @ down``. None where no adapter acts."""
+        active = [] if self._disable_adapters else self._known(self.active_adapters)
+        if not active:
+            return None
+        with torch.autocast(t_emb.device.type, enabled=False):
+            ups = [self.mixed_experts(t_emb, adapter)[0] for adapter in active]
+        return torch.cat([self.down(a).weight.float() for a in active]), torch.cat(ups, dim=1)
 
     @torch.no_grad()
     def merge_at(self, t_emb: Float[Tensor, "1 time_dim"]) -> None:

@@ -19,7 +19,6 @@ from peft import PeftConfig, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
 from dydit_scale.adapters.delivery import (
@@ -30,6 +29,7 @@ from dydit_scale.adapters.delivery import (
     is_in_embedder,
 )
 from dydit_scale.adapters.td_layer import NETWORK_GATES, GateKind, GateScope, TDLoraLayer, TimestepGates
+from dydit_scale.dynamic.weight_only import quantisation_of
 
 __all__ = [
     "TDLORA",
@@ -165,7 +165,7 @@ def _linear(name: str, module: nn.Module) -> Any:
         raise ValueError(f"target_modules: {name} belongs to a router, which is trained in full; exclude it")
     base = module.get_base_layer() if isinstance(module, TDLoraLayer) else module
     plain = isinstance(base, nn.Linear) and isinstance(base.weight, Tensor) and base.weight.is_floating_point()
-    if isinstance(base, BaseTunerLayer) or not (plain or _backend(base) is not None):
+    if isinstance(base, BaseTunerLayer) or not (plain or quantisation_of(base) is not None):
         raise ValueError(
             f"target_modules: {name}: expected an nn.Linear, plain or quantised in a way that peft knows, without "
             f"another adapter, got {type(base).__module__}.{type(base).__name__}; exclude it"
@@ -173,16 +173,6 @@ def _linear(name: str, module: nn.Module) -> Any:
     if not hasattr(base, "in_features"):
         raise ValueError(f"target_modules: {name}: {type(base).__name__} is no single linear layer; exclude it")
     return base
-
-
-def _backend(base: nn.Module) -> QuantizationBackend | None:
-    """What peft knows of the layer's quantisation; None if it has none."""
-    # What torchao would quantise anew with is for merging into the quantised weight, which no layer of ours does.
-    return resolve_quantization_backend(base, get_apply_tensor_subclass=_never)
-
-
-def _never() -> Any:
-    raise NotImplementedError("TD-LoRA does not merge into quantised weights")
 
 
 class TDLoraModel(BaseTuner):
@@ -214,7 +204,7 @@ class TDLoraModel(BaseTuner):
             layer = target
         else:
             base = _linear(current_key, target)
-            layer = TDLoraLayer(base, current_key, attach_timestep_state(self.model), _backend(base))
+            layer = TDLoraLayer(base, current_key, attach_timestep_state(self.model), quantisation_of(base))
         layer.add_adapter(
             adapter_name,
             rank=rank_of(peft_config, current_key),

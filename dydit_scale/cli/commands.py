@@ -51,19 +51,31 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=int, default=8, help="frames a second of clips")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--pack-memory", type=float, metavar="GIB", help="for packed weights (default: half of the free memory)"
+    )
+    parser.add_argument(
+        "--fixed-tokens",
+        action="store_true",
+        help="count tokens in a first pass: no wait for a GPU's answer",
+    )
+    parser.add_argument("--execution", choices=("eager", "compile", "cudagraphs"), default="eager")
     parser.set_defaults(run=_run_sample)
 
 
 def _run_sample(args: argparse.Namespace) -> None:
     _quiet()
-    from dydit_scale.workflows.sample import read_prompts, sample_run
+    from dydit_scale.workflows.sample import PackOptions, read_prompts, sample_run
 
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise ValueError('nothing to draw: give --prompts FILE or --prompt "a red circle"')
     out = args.out or args.folder / "pictures"
     options = ("steps", "height", "width", "cfg", "guidance", "sampler", "batch", "seed")
-    sample_run(args.folder, prompts, out, config={name: getattr(args, name) for name in options}, fps=args.fps)
+    config = {name: getattr(args, name) for name in options}
+    memory = None if args.pack_memory is None else int(args.pack_memory * 2**30)
+    packing = PackOptions(max_bytes=memory, fixed_tokens=args.fixed_tokens, execution=args.execution)
+    sample_run(args.folder, prompts, out, config=config, fps=args.fps, packing=packing)
     print(f"pictures: {out}")
 
 

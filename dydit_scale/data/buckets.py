@@ -66,7 +66,7 @@ def bucket_numbers(index: ShardIndex, buckets: Sequence[Bucket]) -> np.ndarray |
         return None
     numbers = np.empty(index.num_samples, np.uint8 if len(buckets) <= 256 else np.uint16)
     for start in range(0, len(numbers), _ROWS):
-        rows = index.samples[start : start + _ROWS]
+        rows = index.columns.sizes[start : start + _ROWS]
         # The size of a bad sample may be zero.
         numbers[start : start + _ROWS] = _nearest(np.maximum(1, rows["width"]), np.maximum(1, rows["height"]), buckets)
     bad = np.array(sorted(index.bad), dtype=np.int64)
@@ -80,7 +80,6 @@ def bucket_counts(index: ShardIndex, config: DataConfig) -> dict[Bucket, int]:
     epoch."""
     buckets = config_buckets(config)
     numbers = bucket_numbers(index, buckets)
-    good = np.ones(index.num_samples, dtype=bool)
-    good[list(index.bad)] = False
+    good = index.good
     counts = [good.sum()] if numbers is None else np.bincount(numbers[good], minlength=len(buckets))
     return {bucket: int(count) for bucket, count in zip(buckets, counts, strict=True)}

@@ -10,6 +10,7 @@ from dydit_scale.data.cache import FileCache
 from dydit_scale.data.config import DataConfig
 from dydit_scale.data.encoded import Encoding
 from dydit_scale.data.index import ShardIndex, load_index
+from dydit_scale.data.remote import RemoteFolder
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +27,9 @@ class DataSet:
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     @property
-    def encodings(self) -> dict[int, tuple[Path, Encoding]]:
-        """Of the sources that are encoded, by number: their folder, and how they were."""
-        return {n: (index.folder, index.encoding) for n, index in enumerate(self.indexes) if index.encoding is not None}
+    def encodings(self) -> dict[int, tuple[Path | RemoteFolder, Encoding]]:
+        """Of the sources that are encoded, by number: where they are, and how they were."""
+        return {n: (index.home, index.encoding) for n, index in enumerate(self.indexes) if index.encoding is not None}
 
     @property
     def num_samples(self) -> int:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64, Shaped
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dydit_scale.data.decode import MAX_LABEL, BadSampleError
+from dydit_scale.data.remote import RemoteFolder
 
 ENCODERS_FILE = "encoders.json"
 EMPTY_FILE = "empty.safetensors"
@@ -31,6 +34,9 @@ MAX_ENTRY_BYTES = 1 << 23
 MAX_TENSOR_BYTES = 1 << 31
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_METADATA = re.compile(rb'\{"__metadata__":\{"entry":"[0-9a-f]{64}"\},')
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What safetensors calls them."""
 TEXT = "text"
 """The embeddings of a caption's tokens, as long as the caption; others have one shape for all."""
 
@@ -65,6 +71,9 @@ class Encoding:
     """Shapes of a caption's embeddings by name, ``text`` at full length; empty for families of classes."""
     empty: str | None
     """SHA-256 of ``empty.safetensors``; None for families of classes."""
+
+    def __hash__(self) -> int:
+        return hash(self.source)  # lists and dicts have none
 
     def __post_init__(self) -> None:
         for name in (self.computed, self.dtype):
@@ -139,20 +148,21 @@ def encoding_digest(encoding: Encoding) -> str:
     return hashlib.sha256(encoding_bytes(encoding)).hexdigest()
 
 
-def find_encoding(folder: Path) -> Encoding | None:
+def find_encoding(folder: Path | RemoteFolder) -> Encoding | None:
     """The ``encoders.json`` of a folder, None if its shards are no encoded ones; ValueError if it is broken or of
-    another format."""
-    path = folder / ENCODERS_FILE
-    if not path.is_file():
+    another format, RemoteError if the object store cannot be read."""
+    data = _read_file(folder, ENCODERS_FILE)
+    if data is None:
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data.decode("utf-8"))
         if (found := content.pop("format")) != FORMAT:
             raise ValueError(f"format {found!r}, expected {FORMAT!r}")
         return Encoding(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: broken or foreign ({error}); encode the data again, or restore the file from its source"
+            f"{folder}/{ENCODERS_FILE}: broken or foreign ({error}); encode the data again, or restore the file from "
+            "its source"
         ) from error
 
 
@@ -161,18 +171,33 @@ def empty_bytes(text: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in text.items()})
 
 
-def read_empty(folder: Path, encoding: Encoding) -> dict[str, Tensor]:
-    """The empty prompt's embeddings; ValueError if they are not those that ``encoders.json`` names."""
+def read_empty(folder: Path | RemoteFolder, encoding: Encoding) -> dict[str, Tensor]:
+    """The empty prompt's embeddings; ValueError if they are not those that ``encoders.json`` names, RemoteError if the
+    object store cannot be read."""
     if encoding.empty is None:
         return {}
-    path = folder / EMPTY_FILE
+    data = _read_file(folder, EMPTY_FILE)
     try:
-        data = path.read_bytes()
+        if data is None:
+            raise ValueError("no such file")
         if hashlib.sha256(data).hexdigest() != encoding.empty:
             raise ValueError(f"it does not belong to {ENCODERS_FILE}")
-        return _checked_text(_load(data), encoding, "")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}; restore the file from its source, or encode the data again") from error
+        places, size = _parse(_header(data))
+        text = _text_places(places, encoding, "")
+        return {
+            name: _tensor(memoryview(bytearray(data)), _data_start(data, size), place) for name, place in text.items()
+        }
+    except ValueError as error:
+        place = f"{folder}/{EMPTY_FILE}"
+        raise ValueError(f"{place}: {error}; restore the file from its source, or encode the data again") from error
+
+
+def _read_file(folder: Path | RemoteFolder, name: str) -> bytes | None:
+    """A file beside the shards; None if there is none."""
+    if isinstance(folder, Path):
+        return (folder / name).read_bytes() if (folder / name).is_file() else None
+    size = folder.size(name)
+    return None if size is None else folder.read(name, 0, size)
 
 
 def pack_sample(entry: Entry, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -218,27 +243,59 @@ def _check_entry(entry: Entry) -> None:
         raise ValueError("captions, shard, key and reason must be strings")
 
 
-def decode_tensors(data: bytes, entry: Entry, encoding: Encoding) -> Decoded:
+def decode_tensors(data: bytes | memoryview, entry: Entry, encoding: Encoding) -> Decoded:
     """A sample's ``KEY.safetensors``, with the names, shapes and dtype that belong to its entry; else
-    BadSampleError."""
+    BadSampleError. The tensors lie in ``data`` where that may be written to."""
     try:
-        tensors = _load(data)
-        moments = [tensors.pop(name) for name in (("mean", "std") if encoding.spread else ("mean",))]
-        frames = (entry.frames,) if entry.frames else ()
-        shape = (*frames, encoding.channels, entry.height // encoding.stride, entry.width // encoding.stride)
-        for tensor in moments:
-            if tensor.shape != shape or tensor.dtype != DTYPES[encoding.dtype]:
-                raise ValueError(
-                    f"latents {tensor.dtype} {list(tensor.shape)}, expected {encoding.dtype} {list(shape)}"
-                )
-        captions = range(len(entry.captions) if encoding.text else 0)
-        texts = [_checked_text(tensors, encoding, caption_tensor(number, "")) for number in captions]
-        if unknown := tensors.keys() - {caption_tensor(n, name) for n in captions for name in encoding.text}:
-            raise ValueError(f"unknown tensors {', '.join(sorted(unknown)[:3])}")
+        header = _METADATA.sub(b"{", _header(data), count=1)
+        plan = _plan(encoding, header, entry.height, entry.width, entry.frames, len(entry.captions))
+        start = _data_start(data, plan.bytes)
     except (ValueError, KeyError) as error:
         reason = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
         raise BadSampleError(f"broken encoded sample ({reason})") from error
+    view = memoryview(data)
+    buffer = memoryview(bytearray(data)) if view.readonly else view
+    moments = [_tensor(buffer, start, place) for place in plan.moments]
+    texts = [{name: _tensor(buffer, start, place) for name, place in text.items()} for text in plan.texts]
     return Decoded(moments[0] if len(moments) == 1 else torch.cat(moments, dim=-3), texts)
+
+
+class _Place(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """Bytes from the start of the data."""
+
+
+class _Plan(NamedTuple):
+    """Where a sample's tensors lie."""
+
+    moments: list[_Place]
+    texts: list[dict[str, _Place]]
+    bytes: int
+    """Of all tensors."""
+
+
+@lru_cache(maxsize=1024)
+def _plan(encoding: Encoding, header: bytes, height: int, width: int, frames: int, captions: int) -> _Plan:
+    """The places of all tensors, checked; samples of one size with captions of one length have the same header, and
+    reading it takes longer than reading the tensors. ValueError, or KeyError of a name that is missing."""
+    places, size = _parse(header)
+    moments = [places.pop(name) for name in (("mean", "std") if encoding.spread else ("mean",))]
+    shape = (*([frames] if frames else []), encoding.channels, height // encoding.stride, width // encoding.stride)
+    for place in moments:
+        if place.shape != shape or place.dtype != DTYPES[encoding.dtype]:
+            raise ValueError(f"latents {place.dtype} {list(place.shape)}, expected {encoding.dtype} {list(shape)}")
+    numbers = range(captions if encoding.text else 0)
+    texts = [_text_places(places, encoding, caption_tensor(number, "")) for number in numbers]
+    if unknown := places.keys() - {caption_tensor(n, name) for n in numbers for name in encoding.text}:
+        raise ValueError(f"unknown tensors {', '.join(sorted(unknown)[:3])}")
+    first, *others = moments
+    if others and not frames and others[0].begin == first.begin + prod(shape) * first.dtype.itemsize:
+        moments = [first._replace(shape=(2 * shape[0], *shape[1:]))]  # they lie side by side: nothing to join
+    return _Plan(moments, texts, size)
 
 
 def check_tensors(data: bytes, entry_data: bytes, decoded: Decoded, encoding: Encoding) -> None:
@@ -249,7 +306,7 @@ def check_tensors(data: bytes, entry_data: bytes, decoded: Decoded, encoding: En
             raise BadSampleError(f"broken encoded sample ({name} has values that are NaN or infinite)")
     if encoding.spread and bool((decoded.moments[..., encoding.channels :, :, :] < 0).any()):
         raise BadSampleError("broken encoded sample (a negative standard deviation)")
-    if _header(data).get("__metadata__", {}).get("entry") != hashlib.sha256(entry_data).hexdigest():
+    if json.loads(_header(data)).get("__metadata__", {}).get("entry") != hashlib.sha256(entry_data).hexdigest():
         raise BadSampleError("the tensors were made for another entry (caption, picture or label) than the .json")
 
 
@@ -257,46 +314,65 @@ def join_texts(texts: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], I
     """Embeddings of several captions in one tensor each, ``text`` filled with zeros to the longest; and its lengths."""
     lengths = torch.tensor([len(text.get(TEXT, ())) for text in texts])
     columns = {name: [text[name] for text in texts] for name in texts[0]}
-    joined = {n: pad_sequence(c, batch_first=True) if n == TEXT else torch.stack(c) for n, c in columns.items()}
+    ragged = {TEXT} if len(set(lengths.tolist())) > 1 else set()  # stacking is several times faster than padding
+    joined = {n: pad_sequence(c, batch_first=True) if n in ragged else torch.stack(c) for n, c in columns.items()}
     return joined, lengths
 
 
-def _checked_text(tensors: Mapping[str, Tensor], encoding: Encoding, prefix: str) -> dict[str, Tensor]:
+def _text_places(places: Mapping[str, _Place], encoding: Encoding, prefix: str) -> dict[str, _Place]:
     """The embeddings of one caption, whose names in the file begin with ``prefix``."""
     found = {}
     for name, (tokens, *shape) in encoding.text.items():
-        tensor = tensors[prefix + name]
-        length = len(tensor) if name == TEXT and tensor.ndim else tokens
-        if (
-            list(tensor.shape) != [length, *shape]
-            or not 1 <= length <= tokens
-            or tensor.dtype != DTYPES[encoding.dtype]
-        ):
+        place = places[prefix + name]
+        length = place.shape[0] if name == TEXT and place.shape else tokens
+        if place.shape != (length, *shape) or not 1 <= length <= tokens or place.dtype != DTYPES[encoding.dtype]:
             raise ValueError(
-                f"{prefix}{name} {tensor.dtype} {list(tensor.shape)}, expected {encoding.dtype} {[tokens, *shape]}"
+                f"{prefix}{name} {place.dtype} {list(place.shape)}, expected {encoding.dtype} {[tokens, *shape]}"
                 + (" or shorter" if name == TEXT else "")
             )
-        found[name] = tensor
+        found[name] = place
     return found
 
 
-def _load(data: bytes) -> dict[str, Tensor]:
-    _header(data)
-    try:
-        return load(data)
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"no whole safetensors file: {error}") from error
+def _tensor(buffer: memoryview, start: int, place: _Place) -> Tensor:
+    """A tensor of a file whose data begin at ``start``; it lies in ``buffer``."""
+    count = prod(place.shape)
+    return torch.frombuffer(buffer, dtype=place.dtype, count=count, offset=start + place.begin).view(place.shape)
 
 
-def _header(data: bytes) -> dict[str, Any]:
+def _header(data: bytes | memoryview) -> bytes:
     """The header of a safetensors file, whose length is looked at first."""
     size = int.from_bytes(data[:8], "little")
     if not 2 <= size <= min(MAX_HEADER_BYTES, len(data) - 8):
         raise ValueError(f"no safetensors file: a header of {size} bytes in {len(data)}")
+    return bytes(data[8 : 8 + size])
+
+
+def _data_start(data: bytes | memoryview, size: int) -> int:
+    """Where the tensors of a safetensors file begin; ValueError unless ``size`` bytes of them end it."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    if start + size != len(data) or start % 8:
+        raise ValueError(f"no whole safetensors file: {len(data) - start} bytes of tensors, expected {size}")
+    return start
+
+
+def _parse(header: bytes) -> tuple[dict[str, _Place], int]:
+    """Where the tensors of a safetensors file lie, and how many bytes they take together."""
     try:
-        header = json.loads(data[8 : 8 + size])
+        listed = json.loads(header)
     except RecursionError as error:
         raise ValueError("no safetensors file: its header is nested") from error
-    if not isinstance(header, dict):
+    if not isinstance(listed, dict):
         raise ValueError("no safetensors file: its header is no JSON object")
-    return header
+    listed.pop("__metadata__", None)
+    places = {}
+    for name, told in listed.items():
+        try:
+            dtype, shape, (begin, end) = _STORED[told["dtype"]], tuple(told["shape"]), told["data_offsets"]
+            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            if not whole or end - begin != prod(shape) * dtype.itemsize or begin % dtype.itemsize:
+                raise ValueError(f"bytes {begin} to {end} are not those of {told['dtype']} {list(shape)}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no whole safetensors file: {name}: {error}") from error
+        places[name] = _Place(dtype, shape, begin)
+    return places, max((place.begin + prod(place.shape) * place.dtype.itemsize for place in places.values()), default=0)

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
 from dydit_scale.data.encoded import Encoding
-from dydit_scale.data.index import SAMPLE, ShardIndex, ShardInfo, compute_digest
+from dydit_scale.data.index import ShardIndex, ShardInfo, compute_digest
+from dydit_scale.data.records import SAMPLE, Columns, pack, unpack
 
 SCANNED = np.dtype([*SAMPLE.descr, ("frames", "<i4"), ("seconds", "<f8"), ("label", "<i8")])
 """What a scan finds of a sample; frames, seconds and labels become arrays of their own."""
@@ -49,7 +50,7 @@ class Gatherer:
     """Takes shards one after the other and makes an index of them; a context manager.
 
     Args:
-        folder: that of the shards; must have room for the index twice.
+        folder: that of the shards; must have room for the index three times.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,7 +102,7 @@ class Gatherer:
             folder=self._folder,
             shards=tuple(self._shards),
             digest="",
-            samples=_mapped(self._files["samples"], SAMPLE),
+            columns=pack(_mapped(self._files["samples"], SAMPLE), self._unnamed),
             key_bytes=_mapped(self._files["keys"], np.dtype(np.uint8)),
             bad=self._bad,
             broken=broken,
@@ -111,6 +112,11 @@ class Gatherer:
         arrays: dict[str, Any] = {n: _mapped(self._files[n], SCANNED[_OPTIONAL[n][0]]) for n in self._present}
         index = replace(index, **arrays)
         return replace(index, digest=compute_digest(index))
+
+    def _unnamed(self, length: int, dtype: np.dtype) -> np.ndarray:
+        """An array in a file of its own, which lives as long as the array."""
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            return np.memmap(file, dtype, mode="w+", shape=(length,)).view(np.ndarray)
 
     def _check_key(self, shard: ScannedShard, key: bytes) -> None:
         """Two keys have the same hash: look whether they are the same."""
@@ -158,15 +164,16 @@ def hash_keys(shard: ScannedShard) -> np.ndarray:
 
 def slice_index(index: ShardIndex, number: int) -> ScannedShard:
     """What an index says of its shard ``number``, as if it had just been scanned."""
-    start, stop = (int(bound) for bound in index.starts[number : number + 2])
+    start, stop = index.starts[number : number + 2]
     rows = np.zeros(stop - start, SCANNED)
+    samples = unpack(Columns(*(array[start:stop] for array in index.columns)))
     for field in SAMPLE.names or ():
-        rows[field] = index.samples[field][start:stop]
+        rows[field] = samples[field]
     for name, (field, nothing) in _OPTIONAL.items():
         held = getattr(index, name)
         rows[field] = nothing if held is None else held[start:stop]
-    first = int(index.samples["key_end"][start - 1]) if start else 0
-    keys = index.key_bytes[first : int(index.samples["key_end"][stop - 1])].tobytes()
+    first = int(index.columns.key_ends[start - 1]) if start else 0
+    keys = index.key_bytes[first : int(index.columns.key_ends[stop - 1])].tobytes()
     rows["key_end"] -= first
     bad = {sample - start: reason for sample, reason in index.bad.items() if start <= sample < stop}
     return ScannedShard(index.shards[number], rows, keys, bad)

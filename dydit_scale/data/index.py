@@ -1,8 +1,8 @@
 """The index of a folder of shards: where each sample's bytes lie, their checksums, and a digest of it all.
 
-On disk it is ``index.json`` beside the shards plus two arrays, and one more each where there are labels or clips. The
-arrays are renamed into place first and ``index.json``, which holds their SHA-256, last: a torn index is seen when it is
-loaded.
+On disk it is ``index.json`` beside the shards plus four arrays, and one more each where there are labels or clips. The
+arrays are mapped, and only the pages that were looked at lately count as memory. They are renamed into place first and
+``index.json``, which holds their SHA-256, last: a torn index is seen when it is loaded.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import mmap
 import os
 import sys
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from dydit_scale.data.cache import FileCache, Wanted
 from dydit_scale.data.encoded import ENCODERS_FILE, Encoding, encoding_digest, find_encoding
+from dydit_scale.data.records import PLACES, SAMPLE, SIZES, Columns, Record, pack, unpack_record, unpacked
 from dydit_scale.data.remote import RemoteError, RemoteFolder, is_url
 
 INDEX_FILE = "index.json"
@@ -33,26 +36,13 @@ KEYS_FILE = "index-keys.npy"
 LABELS_FILE = "index-labels.npy"
 FRAMES_FILE = "index-frames.npy"
 SECONDS_FILE = "index-seconds.npy"
-FORMAT = "dydit-index-v1"
+SIZES_FILE = "index-sizes.npy"
+KEY_ENDS_FILE = "index-key-ends.npy"
+FORMAT = "dydit-index-v2"
+FORMAT_1 = "dydit-index-v1"
+"""Held all samples written out as ``records.SAMPLE``; the digest still counts them so."""
 
-SAMPLE = np.dtype(
-    [
-        ("image_offset", "<i8"),
-        ("image_bytes", "<i8"),
-        ("image_crc", "<u4"),
-        ("caption_offset", "<i8"),
-        ("caption_bytes", "<i8"),
-        ("caption_crc", "<u4"),
-        ("caption_is_json", "u1"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("key_end", "<i8"),
-    ]
-)
-"""One sample. ``image_*`` is its picture or clip; a ``caption_offset`` of 0 says that it has no caption. Of an encoded
-sample ``image_*`` are the tensors and ``caption_*`` is the entry."""
-
-_OPTIONAL = {LABELS_FILE: np.int64, FRAMES_FILE: np.int32, SECONDS_FILE: np.float64}
+_OPTIONAL = {name: np.dtype(kind) for name, kind in ((LABELS_FILE, "<i8"), (FRAMES_FILE, "<i4"), (SECONDS_FILE, "<f8"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +69,10 @@ class ShardIndex:
     """In the order of their names."""
     digest: str
     """SHA-256 (hex) over all that defines the samples: shard names and counts, places, checksums, keys, bad ones."""
-    samples: np.ndarray
-    """[num_samples] records of ``SAMPLE``; read-only."""
+    columns: Columns
+    """Where the samples lie, and their sizes; read-only."""
     key_bytes: np.ndarray
-    """uint8: all keys in UTF-8, one after the other; ``key_end`` of a sample says where its own ends."""
+    """uint8: all keys in UTF-8, one after the other; ``columns.key_ends`` says where each ends."""
     bad: dict[int, str]
     """Samples that were unusable when indexed, and why."""
     broken: dict[str, str] = field(default_factory=dict)
@@ -104,50 +94,85 @@ class ShardIndex:
     """Where whole shards of the object store are kept on this node; None reads them by ranges."""
 
     @property
+    def home(self) -> Path | RemoteFolder:
+        """Where the shards are, and what lies beside them."""
+        return self.remote or self.folder
+
+    @property
     def place(self) -> str:
         """Where the shards are, for messages."""
-        return str(self.remote or self.folder)
+        return str(self.home)
 
     @property
     def num_samples(self) -> int:
         """Samples in all shards, bad ones included."""
-        return len(self.samples)
+        return len(self.columns.places)
 
     @cached_property
-    def starts(self) -> np.ndarray:
+    def starts(self) -> list[int]:
         """[shards + 1], the number of each shard's first sample, and the end."""
-        return np.concatenate([[0], np.cumsum([shard.count for shard in self.shards])]).astype(np.int64)
+        return list(accumulate((shard.count for shard in self.shards), initial=0))
+
+    @property
+    def good(self) -> np.ndarray:
+        """bool [num_samples], which samples are not bad."""
+        good = np.ones(self.num_samples, dtype=bool)
+        good[list(self.bad)] = False
+        return good
+
+    @property
+    def has_caption(self) -> np.ndarray:
+        """bool [num_samples]; encoded samples count as having one."""
+        return np.asarray(self.columns.places["caption_gap"] != 0)
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that holds a sample."""
-        return int(self.starts.searchsorted(sample, side="right")) - 1
+        return bisect_right(self.starts, sample) - 1
+
+    def record(self, sample: int) -> Record:
+        """Where a sample's files lie in its shard."""
+        return unpack_record(self.columns.places[sample])
 
     def key(self, sample: int) -> str:
         """A sample's key."""
-        start = int(self.samples["key_end"][sample - 1]) if sample else 0
-        return bytes(self.key_bytes[start : int(self.samples["key_end"][sample])]).decode()
+        ends = self.columns.key_ends
+        start = ends[sample - 1] if sample else 0
+        return self.key_bytes[start : ends[sample]].tobytes().decode()
 
     def name(self, sample: int) -> str:
         """A sample as messages name it: shard and key."""
         return f"{self.shards[self.shard_of(sample)].name} sample {self.key(sample)!r}"
+
+    def release(self) -> None:
+        """Give back the pages of the mapped arrays; they are mapped again when they are looked at."""
+        for array in _arrays(self).values():
+            owner: Any = array
+            while isinstance(owner, np.ndarray):
+                owner = owner.base
+            if isinstance(owner, mmap.mmap):
+                owner.madvise(mmap.MADV_DONTNEED)
 
 
 def compute_digest(index: ShardIndex) -> str:
     """What ``index.digest`` must be; a copy of the shards elsewhere, or with other times in their headers, has the
     same."""
     shards = [[shard.name, shard.count] for shard in index.shards]
-    header = {"format": FORMAT, "shards": shards, "bad": sorted(index.bad)}
+    header = {"format": FORMAT_1, "shards": shards, "bad": sorted(index.bad)}
     if index.encoding is not None:
         header["encoding"] = encoding_digest(index.encoding)
     digest = hashlib.sha256(json.dumps(header).encode())
-    for array in _arrays(index).values():
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    for rows in unpacked(index.columns):
+        digest.update(rows.view(np.uint8).data)
+    for name, array in _arrays(index).items():
+        if name == KEYS_FILE or name in _OPTIONAL:
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def _arrays(index: ShardIndex) -> dict[str, np.ndarray]:
     """The arrays that an index has, by the files that hold them."""
-    arrays = {SAMPLES_FILE: index.samples, KEYS_FILE: index.key_bytes}
+    places, sizes, key_ends = index.columns
+    arrays = {SAMPLES_FILE: places, SIZES_FILE: sizes, KEY_ENDS_FILE: key_ends, KEYS_FILE: index.key_bytes}
     optional = {LABELS_FILE: index.labels, FRAMES_FILE: index.frames, SECONDS_FILE: index.seconds}
     return arrays | {name: array for name, array in optional.items() if array is not None}
 
@@ -243,8 +268,7 @@ def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
             "folder and upload all of it"
         )
     text = remote.read(INDEX_FILE, 0, size)
-    if b'"encoding":' in text:
-        raise ValueError(f"{remote}: encoded data are read from local folders only; download the folder")
+    encoding = find_encoding(remote) if b'"encoding":' in text else None
     with tempfile.TemporaryDirectory() as passing, ExitStack() as in_use:
         folders = [*([cache] if cache else []), FileCache(Path(passing), sys.maxsize)]
 
@@ -261,7 +285,7 @@ def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
             raise AssertionError("a folder without a limit has room")
 
         try:
-            index = _read_index(folders[0].folder, text, fetched, None)
+            index = _read_index(folders[0].folder, text, fetched, encoding)
         except RemoteError:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -287,22 +311,24 @@ def _read_index(
 ) -> ShardIndex:
     """The index that ``text`` describes; ``path_of(file name, SHA-256)`` tells where each array lies, verified."""
     content = json.loads(text.decode("utf-8"))
-    if content["format"] != FORMAT:
+    if content["format"] not in (FORMAT, FORMAT_1):
         raise ValueError(f"{INDEX_FILE} has format {content['format']!r}, expected {FORMAT!r}")
     if content.get("encoding") != (None if encoding is None else encoding_digest(encoding)):
         raise ValueError(f"{ENCODERS_FILE} does not belong to {INDEX_FILE}")
-    arrays, maps = {}, list[mmap.mmap]()
-    optional = [name for name in _OPTIONAL if name in content["arrays"]]
-    for name in (SAMPLES_FILE, KEYS_FILE, *optional):
+    shards = tuple(ShardInfo(**shard) for shard in content["shards"])
+    if any(Path(shard.name).name != shard.name for shard in shards):
+        raise ValueError(f"shard names with folders: {[shard.name for shard in shards][:3]}")
+    required = [SAMPLES_FILE, KEYS_FILE, *([SIZES_FILE, KEY_ENDS_FILE] if content["format"] == FORMAT else [])]
+    arrays = {}
+    for name in (*required, *(_OPTIONAL.keys() & content["arrays"].keys())):
         mapped = np.load(path_of(name, content["arrays"][name]), mmap_mode="r", allow_pickle=False)
-        maps.append(mapped.base)
         # A plain view of the mapped file: np.memmap itself makes every record that is read several times dearer.
         arrays[name] = mapped.view(np.ndarray)
     index = ShardIndex(
         folder=folder,
-        shards=tuple(ShardInfo(**shard) for shard in content["shards"]),
+        shards=shards,
         digest=content["digest"],
-        samples=arrays[SAMPLES_FILE],
+        columns=_columns(arrays, sum(shard.count for shard in shards), content["format"]),
         key_bytes=arrays[KEYS_FILE],
         bad={int(entry["sample"]): str(entry["reason"]) for entry in content["bad"]},
         broken={str(name): str(reason) for name, reason in content.get("broken", {}).items()},
@@ -314,18 +340,26 @@ def _read_index(
     )
     if compute_digest(index) != index.digest:
         raise ValueError("its digest does not match its content")
-    for pages in maps:  # all were touched for the digest; from now on those count that are read
-        pages.madvise(mmap.MADV_DONTNEED)
-    if any(Path(shard.name).name != shard.name for shard in index.shards):
-        raise ValueError(f"shard names with folders: {[shard.name for shard in index.shards][:3]}")
-    if index.samples.dtype != SAMPLE or int(index.starts[-1]) != index.num_samples:
-        raise ValueError(
-            f"{index.num_samples} samples of {index.samples.dtype}, expected {int(index.starts[-1])} of {SAMPLE}"
-        )
-    for name, dtype in _OPTIONAL.items():
-        if name in arrays and (arrays[name].dtype, arrays[name].shape) != (dtype, (index.num_samples,)):
-            raise ValueError(f"{name} holds {arrays[name].dtype} {list(arrays[name].shape)}, expected one a sample")
+    index.release()  # all was touched for the digest
     return index
+
+
+def _columns(arrays: Mapping[str, np.ndarray], count: int, form: str) -> Columns:
+    """The arrays of all samples; ValueError if one has another form. Those of version 1 are held in memory."""
+    for name, dtype in _OPTIONAL.items():
+        if name in arrays and (arrays[name].dtype, arrays[name].shape) != (dtype, (count,)):
+            raise ValueError(f"{name} holds {arrays[name].dtype} {list(arrays[name].shape)}, expected one a sample")
+    samples = arrays[SAMPLES_FILE]
+    if form == FORMAT_1:
+        if samples.dtype != SAMPLE or samples.shape != (count,):
+            raise ValueError(f"{samples.shape} samples of {samples.dtype}, expected {count} of {SAMPLE}")
+        return pack(samples)
+    columns = Columns(samples, arrays[SIZES_FILE], arrays[KEY_ENDS_FILE])
+    for array, names in zip(columns, (PLACES, SIZES, None), strict=True):
+        fields = [array.dtype[name] for name in array.dtype.names] if array.dtype.names else [array.dtype]
+        if array.shape != (count,) or array.dtype.names != names or any(field.kind not in "iu" for field in fields):
+            raise ValueError(f"{array.shape} records of {array.dtype}, expected {count} of {names or 'integers'}")
+    return columns
 
 
 def changed_shards(folder: Path, shards: Iterable[ShardInfo], broken: Iterable[str]) -> list[str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from isal.isal_zlib import crc32  # zlib's, some times faster: it is most of a large sample's cost
 from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,10 +17,10 @@ from dydit_scale.data.config import DataConfig
 from dydit_scale.data.dataset import DataSet
 from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
 from dydit_scale.data.encoded import EncodedBatch, decode_entry, decode_tensors, join_texts
+from dydit_scale.data.files import Files, SampleFiles
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.mixture import Mixture
 from dydit_scale.data.position import SampleOrder
-from dydit_scale.data.storage import open_shards
 from dydit_scale.data.video import decode_clip, decode_clip_at, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
 
@@ -145,8 +144,7 @@ class SourceReader:
         buckets = bucket_numbers(index, self._sizes)
         counts = [shard.count for shard in index.shards]
         self._order = SampleOrder(counts, order_seed, buckets=buckets, unit=config.bucket_batch)
-        self._shards = open_shards(index)
-        self._found: tuple[int, str, Any] = (-1, "", None)  # a sample, its shard and its record, for its other parts
+        self._files = SampleFiles(index)
         if config.frames > 1:
             check_times(config, index)
             _check_clips(index, self._clip[-1] + 1, config.fps)
@@ -154,11 +152,12 @@ class SourceReader:
             require_av()
 
     def close(self) -> None:
-        self._shards.close()
+        self._files.close()
 
     def read(self, positions: range, first: int) -> Read:
         """The samples from place ``first`` of the source's own order on, at ``positions`` of the training stream."""
         bad: list[BadSample] = []
+        self._files.forget()  # the tensors below are stacked, which copies them
         rows = [self._read_position(position, place, bad) for place, position in enumerate(positions, first)]
         labels = torch.tensor([[sample.label for sample in row] for row in rows])  # [batch, 1 + images_per_clip]
         has_labels, has_pictures = self._index.labels is not None, self._images_per_clip > 0
@@ -181,7 +180,7 @@ class SourceReader:
     def _read_position(self, position: int, place: int, bad: list[BadSample]) -> list[_Sample]:
         """The position's sample and the single pictures beside it; bad ones met on the way are added to ``bad``."""
         shard, shard_row = self._order[place]
-        sample = int(self._index.starts[shard]) + shard_row
+        sample = self._index.starts[shard] + shard_row
         bucket = self._order.bucket_of(sample)
         first = self._read_good(sample, bucket, self._clip, bad, position)
         row, others = [first], max(1, self._index.num_samples - 1)
@@ -220,23 +219,24 @@ class SourceReader:
         if sample in self._index.bad:
             raise BadSampleError(self._index.bad[sample])
         frames = self._choose_frames(sample, clip, *draw)
+        timed = self._fps is not None and len(clip) > 1
+        times = self._choose_times(sample, self._fps or 1, len(clip), *draw) if timed else []
+        files = self._files.read(sample)
         captions: Sequence[str]
         texts: list[dict[str, Tensor]] = []
         if self._index.encoding is not None:
-            entry = decode_entry(self._read_part(sample, "caption"))
+            entry = decode_entry(bytes(files.caption or b""))
             if (entry.height, entry.width) != size:
                 raise BadSampleError(
                     f"encoded at {entry.height} x {entry.width} pixels, the batch has {size.height} x {size.width}"
                 )
-            moments, texts = decode_tensors(self._read_part(sample, "image"), entry, self._index.encoding)
+            moments, texts = decode_tensors(files.image, entry, self._index.encoding)
             captions, pixels = entry.captions, moments[frames.start : frames.stop : frames.step] if frames else moments
-        elif self._fps is not None and len(clip) > 1:
-            pixels = self._read_timed(sample, size, self._fps, len(clip), *draw)
-            captions = self._read_captions(sample)[0]
         else:
-            pixels = _decode(self._read_part(sample, "image"), frames, size)
-            captions = self._read_captions(sample)[0]
-        choice = keyed_seed(self._seed, "caption choice", *draw) % len(captions) if captions else 0
+            media = bytes(files.image)
+            pixels = decode_clip_at(media, times, *size) if timed else _decode(media, frames, size)
+            captions = _captions(files)
+        choice = keyed_seed(self._seed, "caption choice", *draw) % len(captions) if len(captions) > 1 else 0
         caption, text = captions[choice] if captions else "", texts[choice] if texts else {}
         one = pixels[0] if len(frames) == 1 else pixels
         return _Sample(sample, one, caption, self._label(sample), self._index.key(sample), text)
@@ -245,18 +245,11 @@ class SourceReader:
         """A whole sample, to be encoded. Raises BadSampleError."""
         if sample in self._index.bad:
             raise BadSampleError(self._index.bad[sample])
-        media = self._read_part(sample, "image")
-        captions, data = self._read_captions(sample)
+        self._files.forget()
+        files = self._files.read(sample)
+        media, caption = bytes(files.image), bytes(files.caption or b"")
         pixels = _decode(media, range(self._frames_of(sample)), self._sizes[self._order.bucket_of(sample)])
-        return Source(pixels, captions, self._label(sample), media, data)
-
-    def _read_captions(self, sample: int) -> tuple[Sequence[str], bytes]:
-        """The captions, and the file that holds them."""
-        row = self._index.samples[sample]
-        if not row["caption_offset"]:
-            return (), b""
-        data = self._read_part(sample, "caption")
-        return decode_fields(data).captions if row["caption_is_json"] else (decode_caption(data),), data
+        return Source(pixels, _captions(files), self._label(sample), media, caption)
 
     def _label(self, sample: int) -> int:
         return -1 if self._index.labels is None else int(self._index.labels[sample])
@@ -275,8 +268,8 @@ class SourceReader:
         start = keyed_seed(self._seed, "clip start", *draw) % (held - clip[-1])
         return range(start, start + clip.stop, clip.step)
 
-    def _read_timed(self, sample: int, size: Bucket, fps: float, count: int, *draw: int) -> Tensor:
-        """[count, 3, height, width], ``fps`` a second from a time drawn by lot on."""
+    def _choose_times(self, sample: int, fps: float, count: int, *draw: int) -> list[float]:
+        """``count`` times in seconds, ``fps`` a second from one drawn by lot on."""
         assert self._index.seconds is not None, "an index without durations passed the check"
         lasts, span = float(self._index.seconds[sample]), (count - 1) / fps
         if lasts <= span:
@@ -284,23 +277,15 @@ class SourceReader:
             kind = f"clip of {lasts:g} s" if lasts else "clip whose frames' times do not rise" if clip else "a picture"
             raise BadSampleError(f"{kind}, expected more than {span:g} s (data.frames, data.fps)")
         start = (lasts - span) * keyed_seed(self._seed, "clip start", *draw) / 2**63
-        times = [start + span * frame / (count - 1) for frame in range(count)]
-        return decode_clip_at(self._read_part(sample, "image"), times, size.height, size.width)
+        return [start + span * frame / (count - 1) for frame in range(count)]
 
-    def _read_part(self, sample: int, part: str) -> bytes:
-        if sample != self._found[0]:
-            self._found = (sample, self._index.shards[self._index.shard_of(sample)].name, self._index.samples[sample])
-        _, shard, row = self._found
-        size = int(row[f"{part}_bytes"])
-        data = self._shards.read(shard, int(row[f"{part}_offset"]), size)
-        if len(data) == size and crc32(data) == row[f"{part}_crc"]:
-            return data
-        name = "video" if part == "image" and self._frames_of(sample) else part
-        if len(data) != size:
-            raise BadSampleError(
-                f"{name} has {len(data)} bytes, expected {size}: the shard was cut off since it was indexed"
-            )
-        raise BadSampleError(f"{name} checksum (CRC32) differs from the index: its bytes changed since")
+
+def _captions(files: Files) -> Sequence[str]:
+    """Of a picture or clip."""
+    if files.caption is None:
+        return ()
+    data = bytes(files.caption)
+    return decode_fields(data).captions if files.caption_is_json else (decode_caption(data),)
 
 
 def _decode(media: bytes, frames: range, size: Bucket) -> Tensor:
@@ -327,7 +312,7 @@ def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:
     if fps is not None and index.frames is not None and index.seconds is None:
         raise ValueError(
             f"{index.place}: data.fps needs the clips' durations, which this index does not hold; "
-            f"run `dydit data index {index.folder}` (which makes it another data set)"
+            f"run `dydit data index {index.place}` (which makes it another data set)"
         )
     if index.frames is None:
         fault = "there are pictures only"
@@ -342,4 +327,4 @@ def _check_clips(index: ShardIndex, needed: int, fps: float | None) -> None:
         if fps is None
         else f"data.frames and data.fps ask for clips of more than {(needed - 1) / fps:g} s"
     )
-    raise ValueError(f"{index.folder}: {fault}, but {asked}; change them, or choose other shards")
+    raise ValueError(f"{index.place}: {fault}, but {asked}; change them, or choose other shards")

@@ -13,13 +13,11 @@ from typing import Any
 from dydit_scale.data.cache import FileCache, Wanted
 from dydit_scale.data.index import ShardIndex, ShardInfo
 from dydit_scale.data.remote import RemoteFolder
-from dydit_scale.data.tar import read_at
+from dydit_scale.data.tar import fill
 
 MAX_OPEN_SHARDS = 64
 MAX_CACHED_SHARDS = 32
 """Shards of the cache that a process keeps from being removed: two groups of those that are mixed with one another."""
-MARGIN = 8192
-"""Bytes read before and after those asked for: the other files of a sample lie there."""
 
 
 def open_shards(index: ShardIndex) -> ShardFiles | RangeShards:
@@ -42,9 +40,10 @@ class ShardFiles:
         # A worker that is started afresh inherits no descriptors.
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def read(self, shard: str, offset: int, size: int) -> bytes:
-        """``size`` bytes of a shard from ``offset`` on, fewer if it ends before; ValueError if it cannot be opened."""
-        return read_at(self._descriptor(shard), offset, size)
+    def read(self, shard: str, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer from ``offset`` on; how many bytes there were before the shard's end. ValueError if it cannot
+        be opened."""
+        return fill(self._descriptor(shard), offset, buffer)
 
     def close(self) -> None:
         """Close the shards that this process holds open."""
@@ -68,20 +67,16 @@ class ShardFiles:
 
 
 class RangeShards:
-    """Shards of an object store, read by ranges; the files of a sample lie side by side and come in one request."""
+    """Shards of an object store, read by ranges."""
 
     def __init__(self, remote: RemoteFolder, shards: Iterable[ShardInfo]) -> None:
         self._remote, self._ends = remote, {shard.name: shard.bytes for shard in shards}
-        self._held, self._start, self._bytes = "", 0, b""
 
-    def read(self, shard: str, offset: int, size: int) -> bytes:
-        """``size`` bytes of a shard from ``offset`` on, fewer if it ends before; ValueError if it cannot be read."""
-        stop = min(offset + size, self._ends[shard])
-        if shard != self._held or not self._start <= offset <= stop <= self._start + len(self._bytes):
-            start, end = max(0, offset - MARGIN), min(stop + MARGIN, self._ends[shard])
-            data = self._remote.read(shard, start, end - start)
-            self._held, self._start, self._bytes = shard, start, data
-        return self._bytes[offset - self._start : stop - self._start]
+    def read(self, shard: str, offset: int, buffer: memoryview) -> int:
+        """As ``ShardFiles.read``, in one request; ValueError if it cannot be read."""
+        size = max(0, min(len(buffer), self._ends[shard] - offset))
+        buffer[:size] = self._remote.read(shard, offset, size)
+        return size
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -102,17 +97,17 @@ class CachedShards(ShardFiles):
                 "expected room for the shards that all processes of a node read at a time, some dozens"
             )
 
-    def read(self, shard: str, offset: int, size: int) -> bytes:
+    def read(self, shard: str, offset: int, buffer: memoryview) -> int:
         """As ``ShardFiles.read``; ValueError, too, if the shard cannot be downloaded or kept."""
         try:
-            return super().read(shard, offset, size)
+            return super().read(shard, offset, buffer)
         except _NoRoomError:
             warnings.warn(
                 f"cache {self._cache.folder}: all of its {self._cache.limit / 2**30:g} GiB are in use, so some shards "
                 "are read by ranges; raise data.cache_gib",
                 stacklevel=2,
             )
-            return self._ranges.read(shard, offset, size)
+            return self._ranges.read(shard, offset, buffer)
 
     def _open_shard(self, shard: str) -> int:
         wanted = self._wanted[shard]

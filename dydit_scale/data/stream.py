@@ -82,11 +82,9 @@ def open_stream(path: str) -> ShardStream:
     remote = RemoteFolder(place) if is_url(place) else None
     if name:
         shards = tuple(expand_urls(name))
+    elif find_encoding(remote or Path(place)) is not None:
+        raise ValueError(f"{place}: encoded data have an index; data.mode stream reads pictures, set data.mode=indexed")
     elif remote is None:
-        if find_encoding(Path(place)) is not None:
-            raise ValueError(
-                f"{place}: encoded data have an index; data.mode stream reads pictures, set data.mode=indexed"
-            )
         shards = tuple(shard.name for shard in find_shards(Path(place)))
     else:
         shards = tuple(remote.shards() or ())

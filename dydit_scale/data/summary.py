@@ -16,6 +16,7 @@ from dydit_scale.data.decode import BadSampleError, decode_caption, decode_field
 from dydit_scale.data.encoded import decode_entry
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.loader import DataConfig
+from dydit_scale.data.records import SIZES, Part
 from dydit_scale.data.storage import ShardFiles
 from dydit_scale.data.video import first_frame
 from dydit_scale.diffusion.randomness import keyed_seed
@@ -94,8 +95,10 @@ class Summary:
         return None if self.index.frames is None else self.index.frames[self.good & (self.index.frames > 0)]
 
     def column(self, name: str) -> np.ndarray:
-        """A field of the good samples."""
-        return self.index.samples[name][self.good]
+        """Width, height or a field of the places of the good samples."""
+        columns = self.index.columns
+        held: np.ndarray = (columns.sizes if name in SIZES else columns.places)[name]
+        return held[self.good].astype(np.int64)
 
 
 class BucketUse(NamedTuple):
@@ -153,8 +156,7 @@ def _short(summary: Summary, config: DataConfig) -> int:
 
 def summarize_index(index: ShardIndex) -> Summary:
     """Look at all of an index, and read up to ``CAPTIONS_READ`` captions and ``EXAMPLES`` pictures, always the same."""
-    good = np.ones(index.num_samples, dtype=bool)
-    good[list(index.bad)] = False
+    good = index.good
     parts = _Parts(index)
     try:
         captions, examples = _captions(index, good, parts), _examples(index, good, parts)
@@ -173,32 +175,33 @@ class _Parts:
         self._index, self._files = index, ShardFiles(index.folder)
         self.changed: list[str] = []
 
-    def read(self, sample: int, part: str) -> bytes | None:
+    def read(self, sample: int, name: str, part: Part) -> bytes | None:
         index = self._index
-        row, shard = index.samples[sample], index.shards[index.shard_of(sample)].name
+        shard = index.shards[index.shard_of(sample)].name
         try:
-            data = self._files.read(shard, int(row[f"{part}_offset"]), int(row[f"{part}_bytes"]))
+            data = bytearray(part.bytes)
+            del data[self._files.read(shard, part.offset, memoryview(data)) :]
         except (ValueError, OSError) as error:
             self.changed.append(f"{index.name(sample)}: {error}")
             return None
-        if zlib.crc32(data) == int(row[f"{part}_crc"]):
-            return data
-        self.changed.append(f"{index.name(sample)}: {part} checksum (CRC32) differs from the index")
+        if zlib.crc32(data) == part.crc:
+            return bytes(data)
+        self.changed.append(f"{index.name(sample)}: {name} checksum (CRC32) differs from the index")
         return None
 
     def caption(self, sample: int) -> str | None:
         """The caption; None if there is none or it has changed."""
-        row = self._index.samples[sample]
-        data = self.read(sample, "caption") if row["caption_offset"] else None
+        place = self._index.record(sample)
+        data = self.read(sample, "caption", place.caption) if place.caption.offset else None
         if data is None:
             return None
         if self._index.encoding is not None:
             return next(iter(decode_entry(data).captions), None)
-        return next(iter(decode_fields(data).captions), None) if row["caption_is_json"] else decode_caption(data)
+        return next(iter(decode_fields(data).captions), None) if place.caption_is_json else decode_caption(data)
 
     def picture(self, sample: int) -> Image.Image | None:
         """The picture or the first frame; None if it has changed."""
-        data = self.read(sample, "image")
+        data = self.read(sample, "image", self._index.record(sample).image)
         clip = self._index.frames is not None and self._index.frames[sample] > 0
         if data is None:
             return None
@@ -215,12 +218,12 @@ class _Parts:
 
 
 def _captions(index: ShardIndex, good: np.ndarray, parts: _Parts) -> Captions:
-    with_caption = np.flatnonzero(good & (index.samples["caption_offset"] > 0))
+    with_caption = np.flatnonzero(good & index.has_caption)
     chosen = with_caption
     if len(chosen) > CAPTIONS_READ:
         chosen = chosen[np.linspace(0, len(chosen) - 1, CAPTIONS_READ).astype(np.int64)]
     texts = [text for sample in chosen.tolist() if (text := parts.caption(sample)) is not None]
-    in_text = with_caption[index.samples["caption_is_json"][with_caption] == 0]
+    in_text = with_caption[index.columns.places["caption_is_json"][with_caption] == 0]
     distinct, repeated = _repeated(index, in_text, parts)
     return Captions(
         present=len(with_caption),
@@ -236,8 +239,9 @@ def _captions(index: ShardIndex, good: np.ndarray, parts: _Parts) -> Captions:
 
 def _repeated(index: ShardIndex, samples: np.ndarray, parts: _Parts) -> tuple[int, tuple[Repeated, ...]]:
     """How many different captions there are, and the most frequent ones."""
-    lengths = index.samples["caption_bytes"][samples].astype(np.uint64)
-    marks = (lengths << np.uint64(32)) | index.samples["caption_crc"][samples]
+    places = index.columns.places
+    lengths = places["caption_bytes"][samples].astype(np.uint64)
+    marks = (lengths << np.uint64(32)) | places["caption_crc"][samples].astype(np.uint64)
     _, first, counts = np.unique(marks, return_index=True, return_counts=True)
     most = np.argsort(-counts, kind="stable")[:REPEATED]
     found = [(parts.caption(int(samples[first[at]])), int(counts[at])) for at in most if counts[at] > 1]
@@ -253,7 +257,7 @@ def _examples(index: ShardIndex, good: np.ndarray, parts: _Parts) -> tuple[Examp
         if image is None:
             continue
         label = -1 if index.labels is None else int(index.labels[sample])
-        row = index.samples[sample]
+        width, height = index.columns.sizes[sample].item()
         found.append(
             Example(
                 name=index.name(sample),
@@ -261,7 +265,7 @@ def _examples(index: ShardIndex, good: np.ndarray, parts: _Parts) -> tuple[Examp
                 caption=parts.caption(sample),
                 label=label if label >= 0 else None,
                 frames=0 if index.frames is None else int(index.frames[sample]),
-                size=(int(row["width"]), int(row["height"])),
+                size=(width, height),
             )
         )
     return tuple(found)

@@ -55,6 +55,14 @@ def read_at(fd: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
+def fill(fd: int, offset: int, buffer: memoryview) -> int:
+    """Read into a buffer from ``offset`` on; how many bytes there were before the file's end."""
+    at = 0
+    while at < len(buffer) and (count := os.preadv(fd, [buffer[at:]], offset + at)):
+        at += count
+    return at
+
+
 def walk_members(path: Path) -> Iterator[Member]:
     """The regular members of the tar ``path`` in file order; errors as in ``walk_file``."""
     with path.open("rb") as file:

@@ -1,13 +1,17 @@
-"""Slices in place of masks: a linear layer cut to its active rows and columns, and work on chosen tokens only."""
+"""Slices in place of masks: linear layers cut to their active rows and columns, and work on chosen tokens only."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dydit_scale.dynamic.weight_only import dense_weight
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,19 +36,25 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "weight_at") or hasattr(module, "get_delta_weight")
 
 
+def depends_on_timestep(module: nn.Module) -> bool:
+    """Whether a layer in the module has a weight that changes with the timestep (TD-LoRA)."""
+    return any(hasattr(m, "weight_at") for m in module.modules())
+
+
 def effective_weight(linear: Any, t_emb: Float[Tensor, "1 dim"] | None) -> Float[Tensor, "out in"]:
-    """The weight that the layer computes with, its active adapters folded in; that of TD-LoRA at ``t_emb``."""
+    """The weight that the layer computes with, dequantised, its active adapters folded in: those of TD-LoRA at
+    ``t_emb``, or, where that is None, without them."""
+    if isinstance(linear, LinearColumns):
+        return effective_weight(linear.layer, t_emb).narrow(1, linear.start, linear.in_features)
     if hasattr(linear, "weight_at"):
-        return linear.weight_at(t_emb)
+        return linear.base_weight() if t_emb is None else linear.weight_at(t_emb)
     if hasattr(linear, "get_delta_weight"):
         return _with_lora(linear)
-    if not isinstance(linear.weight, Tensor) or not linear.weight.is_floating_point():
-        raise ValueError(f"{type(linear).__name__} with a quantised weight cannot be sliced; sample without packing")
-    return linear.weight
+    return dense_weight(linear)
 
 
 def _with_lora(layer: Any) -> Tensor:
-    weight = layer.get_base_layer().weight
+    weight = dense_weight(layer.get_base_layer())
     if layer.disable_adapters or layer.merged:
         return weight
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -57,31 +67,120 @@ def _with_lora(layer: Any) -> Tensor:
     return (magnitude / updated.norm(dim=1))[:, None] * updated
 
 
-def slice_linear(
-    linear: nn.Module,
-    *,
-    rows: Int64[Tensor, " out_active"] | None = None,
-    cols: Int64[Tensor, " in_active"] | None = None,
-    t_emb: Float[Tensor, "1 dim"] | None = None,
-    bias: bool = True,
-) -> nn.Linear:
-    """A plain ``nn.Linear`` with the given rows (outputs) and columns (inputs), frozen. None keeps all of them.
+class LinearColumns(nn.Module):
+    """A run of the columns of a linear layer, to be cut as a layer of its own.
 
-    Ascending runs without holes are views of the original; everything else is a copy.
+    Args:
+        bias: whether the layer's bias goes with these columns.
     """
-    weight = effective_weight(linear, t_emb).detach()
-    offset = getattr(linear, "bias", None)
-    if rows is not None:
-        weight = _take(weight, rows, 0)
-        offset = None if offset is None else _take(offset.detach(), rows, 0)
-    if cols is not None:
-        weight = _take(weight, cols, 1)
-    with torch.device("meta"):
-        out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias and offset is not None)
-    out.weight = nn.Parameter(weight, requires_grad=False)
-    if bias and offset is not None:
-        out.bias = nn.Parameter(offset.detach(), requires_grad=False)
-    return out
+
+    def __init__(self, layer: Any, start: int, length: int, *, bias: bool) -> None:
+        super().__init__()
+        self.layer, self.start = layer, start
+        self.in_features, self.out_features = length, layer.out_features
+        self.bias = layer.bias if bias else None
+
+    def low_rank_at(self, t_emb: Float[Tensor, "1 dim"]) -> tuple[Tensor, Tensor] | None:
+        """As the layer's."""
+        pair = self.layer.low_rank_at(t_emb) if hasattr(self.layer, "low_rank_at") else None
+        return None if pair is None else (pair[0].narrow(1, self.start, self.in_features), pair[1])
+
+
+class CutLinear(nn.Linear):
+    """Some rows (outputs) and columns (inputs) of a linear layer, or of several that read the same input; frozen.
+
+    The outputs of several layers alternate in runs of ``run`` features: [run of layer 0, run of layer 1, ..., next run
+    of layer 0, ...], so that the q, k and v of one head are neighbours. Ascending rows or columns without holes of one
+    layer are views of its weight; everything else is a copy.
+
+    Args:
+        rows: of each layer; None takes all.
+        cols: of each layer; None takes all.
+        t_emb: where TD-LoRA's experts are folded in; None leaves them out.
+        bias: False leaves the layers' biases out.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        *,
+        rows: Int64[Tensor, " out_active"] | None = None,
+        cols: Int64[Tensor, " in_active"] | None = None,
+        run: int = 1,
+        t_emb: Float[Tensor, "1 dim"] | None = None,
+        bias: bool = True,
+    ) -> None:
+        weights = [_cut(effective_weight(layer, t_emb).detach(), rows, cols) for layer in layers]
+        biases = [getattr(layer, "bias", None) if bias else None for layer in layers]
+        weight = _alternating(weights, run)
+        with torch.device("meta"):
+            super().__init__(weight.shape[1], weight.shape[0], bias=any(b is not None for b in biases))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if any(b is not None for b in biases):
+            parts = [w.new_zeros(len(w)) if b is None else _cut(b.detach(), rows, None)
+                     for w, b in zip(weights, biases, strict=True)]  # fmt: skip
+            self.bias = nn.Parameter(_alternating(parts, run), requires_grad=False)
+        self.layers, self.rows, self.cols, self.run = _Unregistered(layers), rows, cols, run
+
+    def narrowed(self, dim: int, start: int, length: int) -> CutLinear:
+        """A run of the rows (0) or columns (1), as views.
+
+        Args:
+            start, length: in rows or columns of one of the layers.
+        """
+        times = len(self.layers) if dim == 0 else 1
+        weight = self.weight.narrow(dim, times * start, times * length)
+        changes: dict[str, Any] = {"weight": nn.Parameter(weight, requires_grad=False)}
+        if dim == 0 and self.bias is not None:
+            changes["bias"] = nn.Parameter(self.bias.narrow(0, times * start, times * length), requires_grad=False)
+        whole = (self.out_features // len(self.layers), self.in_features)[dim]
+        index = (self.rows, self.cols)[dim]
+        index = torch.arange(whole, device=weight.device) if index is None else index
+        changes[("rows", "cols")[dim]] = index.narrow(0, start, length)
+        changes[("out_features", "in_features")[dim]] = times * length
+        return shallow(self, **changes)
+
+    def low_rank_at(self, t_emb: Float[Tensor, "1 dim"]) -> tuple[Tensor, Tensor] | None:
+        """(down [rank, in_active], up [out_active, rank]): what the experts of TD-LoRA add at a timestep, where they
+        were left out. None where no layer has any."""
+        layers: tuple[Any, ...] = self.layers
+        found = [layer.low_rank_at(t_emb) if hasattr(layer, "low_rank_at") else None for layer in layers]
+        if all(pair is None for pair in found):
+            return None
+        downs, ups = [], []
+        for i, pair in enumerate(found):
+            if pair is None:
+                continue
+            down, up = _cut(pair[0], None, self.cols), _cut(pair[1], self.rows, None)
+            alone = [up if j == i else torch.zeros_like(up) for j in range(len(found))]
+            downs.append(down)
+            ups.append(_alternating(alone, self.run))
+        return torch.cat(downs).to(self.weight.dtype), torch.cat(ups, dim=1).to(self.weight.dtype)
+
+
+class _Unregistered(tuple[nn.Module, ...]):
+    """Modules that another one refers to without owning their parameters."""
+
+
+class LowRankLinear(nn.Module):
+    """A cut layer and what TD-LoRA's experts add to it at one timestep: two thin products beside the shared slice."""
+
+    def __init__(self, base: nn.Module, down: Float[Tensor, "rank in"], up: Float[Tensor, "out rank"]) -> None:
+        super().__init__()
+        self.base = base
+        self.register_buffer("down", down.detach())
+        self.register_buffer("up", up.detach())
+        self.down: Tensor
+        self.up: Tensor
+
+    def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        """The sum of both."""
+        return self.base(x).add_(F.linear(F.linear(x, self.down), self.up))
+
+
+def _cut(x: Tensor, rows: Int64[Tensor, " n"] | None, cols: Int64[Tensor, " m"] | None) -> Tensor:
+    x = x if rows is None else _take(x, rows, 0)
+    return x if cols is None else _take(x, cols, 1)
 
 
 def _take(x: Tensor, index: Int64[Tensor, " n"], dim: int) -> Tensor:
@@ -91,34 +190,46 @@ def _take(x: Tensor, index: Int64[Tensor, " n"], dim: int) -> Tensor:
     return x.index_select(dim, index.to(x.device))
 
 
+def _alternating(parts: list[Tensor], run: int) -> Tensor:
+    """The rows of equally long parts, a run of each in turn."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.unflatten(0, (-1, run)) for part in parts], dim=1).flatten(0, 2)
+
+
 def chosen_rows(keep: Float[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"]) -> Int64[Tensor, " rows"]:
     """Places of the kept tokens among the flattened (batch, token) rows."""
     return keep.flatten().nonzero().squeeze(1)
 
 
-def add_on_rows(
+def at_rows(x: Float[Tensor, "batch dim"], rows: Int64[Tensor, " rows"], tokens: int) -> Float[Tensor, "rows_or_1 dim"]:
+    """A sample's value for each of the chosen rows of its tokens; one row where there is one sample."""
+    return x if len(x) == 1 else x[rows // tokens]
+
+
+def add_on_rows_(
     x: Float[Tensor, "batch tokens dim"],
     rows: Int64[Tensor, " rows"],
     done: Float[Tensor, "rows dim"],
     gate: Float[Tensor, "batch dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
-    """``x`` with ``gate * done`` added to the chosen rows of the flattened tokens, each gated by its own sample's
+    """``gate * done`` added, in place, to the chosen rows of the flattened tokens, each gated by its own sample's
     gate."""
-    return x.flatten(0, 1).index_add(0, rows, done * gate[rows // x.shape[1]]).view_as(x)
+    x.view(-1, x.shape[-1]).index_add_(0, rows, done * at_rows(gate, rows, x.shape[1]))
+    return x
 
 
 def fold(module: M, t_emb: Float[Tensor, "1 dim"] | None) -> M | nn.Linear:
     """The module with every adapted linear inside replaced by a plain one at ``t_emb``; shared where none
     is."""
     if is_adapted(module):
-        return slice_linear(module, t_emb=t_emb)
+        return CutLinear([module], t_emb=t_emb)
     folded = {name: fold(child, t_emb) for name, child in module.named_children()}
     changes = {name: new for name, new in folded.items() if new is not module.get_submodule(name)}
     return shallow(module, **changes) if changes else module
 
 
-def active(
-    mask: Bool[Tensor, " units"] | Float[Tensor, " units"], unit_of: Int64[Tensor, " members"]
-) -> Int64[Tensor, " active"]:
-    """Indices of the heads or channels whose unit is on, ascending."""
-    return mask.bool()[unit_of.to(mask.device)].nonzero().squeeze(1)
+def members_of(units: Int64[Tensor, " active"], unit_of: Int64[Tensor, " members"]) -> Int64[Tensor, " members_active"]:
+    """The heads or channels of the given units of equal size, unit by unit in the order given, ascending within."""
+    by_unit = unit_of.argsort(stable=True).unflatten(0, (int(unit_of.max()) + 1, -1))
+    return by_unit[units.to(unit_of.device)].flatten()

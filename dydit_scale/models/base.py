@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, TypeVar
 
@@ -13,18 +13,22 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.config import DynamicConfig, TokenRouterKind
 from dydit_scale.dynamic.cost import ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, WidthMasks
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
 from dydit_scale.dynamic.precise import UpcastLinear
 from dydit_scale.dynamic.timestep import TimestepState
+from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.dynamic.width import Router, WidthRouter
+from dydit_scale.models.ahead import Embed
+from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.hooks import HookedModelMixin
-from dydit_scale.models.plan import PackedPlan, StepTable
+from dydit_scale.models.plan import PackedPlan, StepTable, StorageOptions, TokenPlan
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound="DynamicModelMixin")
@@ -50,6 +54,8 @@ class DynamicModelMixin(HookedModelMixin):
     dynamic: DynamicConfig
     timestep_state: TimestepState
     _plan: PackedPlan | None = None
+    _fixed_step: int | None = None
+    """The planned step of all forwards for now, whatever their timesteps: nothing is read from the device."""
 
     def _init_dynamic(self, *, layers: int, dim: int, heads: int) -> None:
         """Called last in ``__init__``: everything at the root that is dynamic."""
@@ -167,20 +173,44 @@ class DynamicModelMixin(HookedModelMixin):
         """Masks of all layers, or none in the complete model."""
         return WidthMasks(None, None) if mode == "open" else self.dy_width(t_emb, mode)
 
-    def pack(self, timesteps: Float[Tensor, " steps"], *, max_bytes: int | None = None) -> PackedPlan:
+    def pack(
+        self,
+        timesteps: Float[Tensor, " steps"],
+        *,
+        max_bytes: int | None = None,
+        capacity: TokenCapacity | None = None,
+        share_scores: bool = False,
+        kernel_layout: bool = True,
+        weights: Kind | None = None,
+        fused_tokens: bool = False,
+    ) -> PackedPlan:
         """Cut a sub-network for each of the sampler's timesteps (as the forward takes them); forwards without gradient
-        use them from now on. Equal sub-blocks are shared between steps.
+        use them from now on. Equal attentions and MLPs are shared between steps.
 
         Args:
-            max_bytes: refuse with ValueError if the copied weights would take more.
+            max_bytes: what the copied weights may take beside the model. The more, the faster: within it slices are
+                fused, laid out for the CPU's kernels, and hold TD-LoRA's experts; then come views and thin products
+                beside them. None takes up to half of the memory that is free.
+            capacity: work on fixed numbers of tokens, those of the highest scores; None takes those above the router's
+                threshold, as in training's evaluation.
+            share_scores: let the branches of guidance, the halves of a batch, skip the same tokens.
+            kernel_layout: False leaves copied weights plain, as torch.compile needs them.
+            weights: keep the copies in int8 or (CUDA) fp8, cast at each call: half the memory, no more speed.
+            fused_tokens: run the MLP of chosen tokens in two Triton kernels (CUDA, half precision) in place of gather,
+                MLP and scatter. No GPU has measured them yet.
 
         Raises:
-            ValueError: ``max_bytes``, or a hook that the cut copies would not follow (offloading, casting, a cache
-                inside blocks).
+            ValueError: ``max_bytes`` is too little for views even, a capacity for other timesteps, or a hook that the
+                cut copies would not follow (offloading, casting, a cache inside blocks).
         """
         self._check_packable()
         self.unpack()
-        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes)
+        counts = None
+        if capacity is not None:
+            counts = capacity.at(timesteps.float().cpu(), len(self.dynamic_blocks()), self.timestep_tolerance)
+        tokens = TokenPlan(None if counts is None else counts.tolist(), share_scores)
+        storage = StorageOptions(kernel_layout=kernel_layout, weights=weights, fused_tokens=fused_tokens)
+        plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes, storage=storage, tokens=tokens)
         object.__setattr__(self, "_plan", plan)
         return plan
 
@@ -196,12 +226,22 @@ class DynamicModelMixin(HookedModelMixin):
         """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan, or
         where adapters have changed since it was made."""
         rows: dict[int | None, list[int]] = {}
+        if self._fixed_step is not None:
+            return {self._fixed_step: list(range(len(timestep)))}
         if self._plan is not None and not self._plan.adapters.still_holds(self):  # type: ignore[arg-type]
             logger.warning("adapters have changed since pack: the packed sub-networks are dropped; pack again")
             self.unpack()
         if self._plan is not None:
             for row, t in enumerate(timestep.tolist()):
                 rows.setdefault(self._plan.step_of(t), []).append(row)
+            if None in rows and self._plan.missed is None:
+                object.__setattr__(self._plan, "missed", float(timestep[rows[None][0]]))
+                logger.warning(
+                    "timestep %g is not among the %d packed ones: it runs masked, at the static model's cost; pack the "
+                    "timesteps of this sampler (sampler_timesteps)",
+                    self._plan.missed,
+                    len(self._plan.table.timesteps),
+                )
         if len(rows) > 1 and self.is_cache_enabled:  # type: ignore[attr-defined]
             raise ValueError(f"a cache needs one timestep in a batch of packed sampling; got {timestep.tolist()}")
         return rows
@@ -214,6 +254,36 @@ class DynamicModelMixin(HookedModelMixin):
             return self._plan.table.t_emb[step : step + 1], self._plan.blocks[step], WidthMasks(None, None)
         t_emb = self.routing_embedding(timestep)
         return t_emb, tuple(self.dynamic_blocks()), self.width_masks(t_emb, gates)
+
+    def _block_gates(
+        self,
+        layer: int,
+        step: int | None,
+        width: WidthMasks,
+        gates: GateMode,
+        modulations: list[Tensor] | None = None,
+    ) -> BlockGates:
+        """The gates of one block, and its modulation where that is known before."""
+        if self._plan is not None and step is not None:
+            tokens = self._plan.tokens
+            k = None if tokens.counts is None else tokens.counts[step][layer]
+            modulation = None if modulations is None else modulations[layer]
+            return BlockGates(capacity=k, modulation=modulation, share_scores=tokens.share_scores)
+        noise = gates.tokens[layer] if isinstance(gates, GateNoise) else None
+        return BlockGates(*width.layer(layer), noise, gates == "open")
+
+    def _modulations(
+        self,
+        step: int | None,
+        timestep: Shaped[Tensor, " batch_t"],
+        conditions: Sequence[Any],
+        temb: Float[Tensor, "batch dim"],
+        embed: Embed,
+    ) -> list[Tensor] | None:
+        """Each block's modulation at a planned step, where it is computed ahead (see ``AheadModulation``)."""
+        if self._plan is None or self._plan.ahead is None or step is None or self._fixed_step is not None:
+            return None
+        return self._plan.ahead.at(step, timestep, conditions, temb, embed)
 
     def _masks(self, step: int | None, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
         """All masks of a forward, ones where nothing is dynamic."""

@@ -1,4 +1,4 @@
-"""What the blocks of all dynamic models share: gates, units, routing of tokens, and cutting of attention and MLP."""
+"""What the blocks of all dynamic models share: gates, units, and routing of tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
-from dydit_scale.dynamic.packing import active, shallow, slice_linear
+from dydit_scale.dynamic.fused_tokens import fixed_rows
+from dydit_scale.dynamic.gates import threshold_gate
+from dydit_scale.dynamic.packing import chosen_rows
 from dydit_scale.dynamic.ranking import units_in_place
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.tokens import make_token_router, route_tokens
+from dydit_scale.models.parts import Source
 
 
 class BlockGates(NamedTuple):
@@ -24,13 +27,28 @@ class BlockGates(NamedTuple):
     token_noise: Float[Tensor, "batch tokens"] | None = None
     open: bool = False
     """No token is skipped."""
+    capacity: int | None = None
+    """How many tokens of each sample a packed block works on, those of the highest scores; None: those above the
+    threshold."""
+    modulation: Float[Tensor, "batch modulation"] | None = None
+    """What a packed block's modulation layers return, where it is known before."""
+    share_scores: bool = False
+    """The two halves of the batch, the branches of guidance, skip the same tokens: those of their mean scores."""
+
+
+class PackedTokens(NamedTuple):
+    """On which tokens a packed block works; None: on all."""
+
+    rows: Int64[Tensor, " rows"] | None
+    """Their places among the flattened (batch, token) rows."""
+    keep: Float[Tensor, "batch tokens"] | None
+    """Their gates."""
 
 
 class DynamicBlock(nn.Module):
     """Mixed into a block of diffusers. ``dy_*_unit`` tables say which routing unit a head or channel belongs to."""
 
     timestep_state: TimestepState | None = None
-    is_packed: bool = False
     dy_head_unit: Tensor
     dy_channel_unit: Tensor
     dynamic: DynamicConfig
@@ -44,9 +62,14 @@ class DynamicBlock(nn.Module):
         self.register_buffer("dy_channel_unit", units_in_place(channels, groups))
         self.dy_token = make_token_router(config, dim) if config.tokens else None
 
-    def depends_on_timestep(self) -> bool:
-        """Whether an adapter makes a weight depend on the timestep."""
-        return any(hasattr(m, "weight_at") for m in self.modules())
+    def pack_sources(self) -> dict[str, Source]:
+        """What packing cuts, by the names that :meth:`assembled` takes; heads are cut from attentions, channels from
+        MLPs."""
+        raise TypeError(f"{type(self).__name__} must define pack_sources")
+
+    def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> nn.Module:
+        """The packed block of these parts, which takes the same arguments and returns the same as this one."""
+        raise TypeError(f"{type(self).__name__} must define assembled")
 
     def _route(
         self, image: Tensor, text: Tensor | None, temb: Tensor, gates: BlockGates
@@ -58,29 +81,48 @@ class DynamicBlock(nn.Module):
     def _head_mask(self, gates: BlockGates) -> Float[Tensor, "batch heads"] | None:
         return None if gates.heads is None else gates.heads[:, self.dy_head_unit]
 
-    def _active(self, width: WidthMasks) -> tuple[Int64[Tensor, " heads"] | None, Int64[Tensor, " channels"] | None]:
-        """The heads and MLP channels that work for one sample; None: all."""
-        return (
-            None if width.heads is None else active(width.heads, self.dy_head_unit),
-            None if width.groups is None else active(width.groups, self.dy_channel_unit),
-        )
+
+class PackedBlock(nn.Module):
+    """What packed blocks share: their token router."""
+
+    def __init__(self, block: DynamicBlock) -> None:
+        super().__init__()
+        self.dy_token = block.dy_token
+
+    @property
+    def modulation(self) -> tuple[nn.Module, ...]:
+        """The layers [batch, dim] -> [batch, modulation] of the block, if it has any."""
+        return ()
+
+    def _modulation(self, temb: Float[Tensor, "batch dim"], gates: BlockGates) -> Float[Tensor, "batch modulation"]:
+        if gates.modulation is not None:
+            return gates.modulation
+        x = F.silu(temb)
+        return torch.cat([layer(x) for layer in self.modulation], dim=1)
+
+    def _tokens(
+        self, image: Tensor, text: Tensor | None, temb: Tensor, gates: BlockGates, collect: bool
+    ) -> PackedTokens:
+        if self.dy_token is None:
+            return PackedTokens(None, None)
+        batch, tokens = image.shape[:2]
+        with torch.autocast(image.device.type, enabled=False):
+            logits = self.dy_token(image, temb, text)
+        if gates.share_scores:
+            logits = logits.unflatten(0, (2, -1)).mean(0).repeat(2, 1)
+        if gates.capacity is not None:
+            k = min(gates.capacity, tokens)
+            rows = fixed_rows(logits, k)
+            keep = torch.zeros_like(logits).flatten().index_fill_(0, rows, 1.0).view_as(logits) if collect else None
+            return PackedTokens(None if k == tokens else rows, keep)
+        keep = threshold_gate(logits)
+        rows = chosen_rows(keep)
+        return PackedTokens(None if len(rows) == batch * tokens else rows, keep)
 
 
-def cut_attention(attn: Any, heads: Int64[Tensor, " active"] | None, t_emb: Float[Tensor, "1 dim"]) -> Any:
-    """The attention with the given heads only (None: all), sharing norms and processor."""
-    rows = None if heads is None else channels_of(heads, attn.inner_dim // attn.heads)
-    names = ["to_q", "to_k", "to_v"] + (["add_q_proj", "add_k_proj", "add_v_proj"] if attn.added_kv_proj_dim else [])
-    changes: dict[str, Any] = {name: slice_linear(getattr(attn, name), rows=rows, t_emb=t_emb) for name in names}
-    if not attn.pre_only:
-        changes["to_out"] = nn.ModuleList([slice_linear(attn.to_out[0], cols=rows, t_emb=t_emb), attn.to_out[1]])
-    if attn.added_kv_proj_dim:
-        changes["to_add_out"] = slice_linear(attn.to_add_out, cols=rows, t_emb=t_emb)
-    return shallow(attn, heads=attn.heads if heads is None else len(heads), **changes)
-
-
-def channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor, " channels"]:
-    """The channels of the given heads."""
-    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
+def ones_or(keep: Tensor | None, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens"]:
+    """Token gates as a forward collects them."""
+    return torch.ones(x.shape[:2], device=x.device) if keep is None else keep
 
 
 def feed_forward(
@@ -97,10 +139,3 @@ def feed_forward(
     up, dropout, down = ff.net
     hidden = up(x)
     return down(dropout(hidden * groups[:, unit_of][:, None].to(hidden.dtype)))
-
-
-def cut_feed_forward(ff: Any, channels: Int64[Tensor, " active"] | None, t_emb: Float[Tensor, "1 dim"]) -> nn.Module:
-    """diffusers' FeedForward with the given hidden channels only (None: all)."""
-    up, dropout, down = ff.net
-    up = shallow(up, proj=slice_linear(up.proj, rows=channels, t_emb=t_emb))
-    return shallow(ff, net=nn.ModuleList([up, dropout, slice_linear(down, cols=channels, t_emb=t_emb)]))

@@ -28,11 +28,10 @@ from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
-from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock
+from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock, PackedDiTBlock
 
 TIME_FREQUENCIES = 256
 """Sinusoids of a timestep, half of them cosines."""
@@ -231,10 +230,16 @@ class DyDiTTransformer2DModel(DynamicModelMixin, DiTTransformer2DModel, PeftAdap
         with self.timestep_state.scope(t_emb):
             hidden_states = self.pos_embed(hidden_states)  # [batch, tokens, dim]
             temb = self._condition(timestep, class_labels, drop_labels, hidden_states.dtype)  # [batch, dim]
+            ahead = self._modulations(
+                step,
+                timestep,
+                (class_labels, drop_labels),
+                temb,
+                lambda t: self._condition(t, class_labels, drop_labels, temb.dtype),
+            )
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
-                options = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                options = (t_emb, self._block_gates(i, step, width, gates, ahead), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(
                         block, hidden_states, temb, cross_attention_kwargs, *options
@@ -370,7 +375,7 @@ def with_embedder_per_block(state: dict[str, Tensor], layers: int) -> dict[str, 
     return theirs
 
 
-TransformerBlockRegistry.register(
-    DyDiTTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)
+for _block in (DyDiTTransformerBlock, PackedDiTBlock):
+    TransformerBlockRegistry.register(
+        _block, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    )

@@ -1,4 +1,4 @@
-"""DiT's block with gates: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with the
+"""DiT's block with gates: masked (training, mixed timesteps), and packed, cut to the active heads and channels with the
 MLP on the chosen tokens only. The numbers are the same."""
 
 from __future__ import annotations
@@ -15,10 +15,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
-from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
+from dydit_scale.dynamic.packing import fold
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+from dydit_scale.models.blocks import BlockGates, DynamicBlock, PackedBlock, feed_forward, ones_or
+from dydit_scale.models.parts import (
+    AttentionPart,
+    AttentionSource,
+    MLPPart,
+    MLPSource,
+    Source,
+    Stream,
+    gated_sum,
+    mlp_on_tokens_,
+    modulated,
+)
 
 
 class DyDiTAttnProcessor:
@@ -130,21 +140,19 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
 
             keep = self._route(hidden_states, None, temb, gates)
             x = self.norm3(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-            if self.is_packed and keep is not None:
-                rows = chosen_rows(keep)
-                hidden_states = add_on_rows(hidden_states, rows, self.ff(x.flatten(0, 1)[rows]), gate_mlp)
-            else:
-                x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
-                hidden_states = hidden_states + (x if keep is None else x * keep[..., None].to(x.dtype))
-        if not collect:
-            return hidden_states
-        return hidden_states, torch.ones(x.shape[:2], device=x.device) if keep is None else keep
+            x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
+            hidden_states = hidden_states + (x if keep is None else x * keep[..., None].to(x.dtype))
+        return (hidden_states, ones_or(keep, hidden_states)) if collect else hidden_states
 
-    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyDiTTransformerBlock:
-        """The block cut to one sample's active units."""
-        heads, channels = self._active(width)
-        attn1, ff = cut_attention(self.attn1, heads, t_emb), cut_feed_forward(self.ff, channels, t_emb)
-        return fold(shallow(self, attn1=attn1, ff=ff, is_packed=True), t_emb)  # type: ignore[return-value]
+    def pack_sources(self) -> dict[str, Source]:
+        """The attention and the MLP."""
+        head_dim = self.attn1.inner_dim // self.attn1.heads
+        attn1 = AttentionSource((Stream.of(self.attn1),), head_dim, self.dy_head_unit, self.attn1.processor)
+        return {"attn1": attn1, "ff": MLPSource.of(self.ff, self.dy_channel_unit)}
+
+    def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedDiTBlock:
+        """The packed block of these parts."""
+        return PackedDiTBlock(self, **parts, t_emb=t_emb)
 
     @torch.no_grad()
     def rank_units(self) -> None:
@@ -153,3 +161,49 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
         importance = head_importance([(attn.to_v, attn.to_out[0].weight)], attn.heads)
         self.dy_head_unit.copy_(units_by_rank(importance, attn.heads))
         self.dy_channel_unit.copy_(units_by_rank(path_importance(up, down.weight), int(self.dy_channel_unit.max()) + 1))
+
+
+class PackedDiTBlock(PackedBlock):
+    """DiT's block with some of its heads and channels, the MLP on the chosen tokens only; for inference."""
+
+    def __init__(
+        self, block: DyDiTTransformerBlock, attn1: AttentionPart, ff: MLPPart, t_emb: Float[Tensor, "1 dim"]
+    ) -> None:
+        super().__init__(block)
+        self.norm1: Any = fold(block.norm1, t_emb)
+        self.norm3 = block.norm3
+        self.attn1, self.ff = attn1, ff
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch tokens dim"],
+        temb: Float[Tensor, "batch dim"],
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        t_emb: Float[Tensor, "batch_t dim"] | None = None,
+        gates: BlockGates = BlockGates(),
+        collect: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As :class:`DyDiTTransformerBlock`'s."""
+        modulation = self._modulation(temb, gates).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # [batch, dim]
+        x = modulated(self.norm1.norm, hidden_states, shift_msa, scale_msa)
+        x = gated_sum(hidden_states, gate_msa, self._attention(x, **(cross_attention_kwargs or {})))
+        tokens = self._tokens(x, None, temb, gates, collect)
+        x = mlp_on_tokens_(x, tokens.rows, self.ff, self.norm3, shift_mlp, scale_mlp, gate_mlp)
+        return (x, ones_or(tokens.keep, x)) if collect else x
+
+    @property
+    def modulation(self) -> tuple[nn.Module, ...]:
+        """[batch, dim] -> [batch, 6 dim]."""
+        return (self.norm1.linear,)
+
+    def _attention(
+        self, x: Float[Tensor, "batch tokens dim"], frames: int = 1, temporal: bool = False, **ignored: Any
+    ) -> Float[Tensor, "batch tokens dim"]:
+        qkv = self.attn1.project(x)
+        if frames == 1 and not temporal:
+            return self.attn1.project_out(self.attn1.attend(*qkv))
+        alone = "(b p) f h d" if temporal else "(b f) p h d"
+        out = self.attn1.attend(*(rearrange(y, f"b (f p) h d -> {alone}", f=frames) for y in qkv))
+        out = rearrange(out, f"{alone.removesuffix(' h d')} c -> b (f p) c", b=len(x), f=frames)
+        return self.attn1.project_out(out)

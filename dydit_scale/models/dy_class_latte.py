@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise, WidthMasks
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
 from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.class_latte import BLOCK_SETTINGS, ClassLatteTransformer3DModel, FrameAxis
 from dydit_scale.models.dit import TIME_FREQUENCIES
-from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock
+from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock, PackedDiTBlock
 from dydit_scale.models.latte import check_dynamic, with_idle_temporal
 
 
@@ -67,6 +67,33 @@ class DyClassLatteTransformerBlock(DyDiTTransformerBlock):
         collect: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The tokens, and with ``collect`` (tokens, token gates [batch, tokens])."""
+        x = hidden_states if positions is None else hidden_states + positions
+        attention = {"frames": frames, "temporal": self.temporal}
+        return super().forward(x, temb, attention, t_emb, gates, collect)
+
+    def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedClassLatteBlock:
+        """The packed block of these parts."""
+        return PackedClassLatteBlock(self, **parts, t_emb=t_emb)
+
+
+class PackedClassLatteBlock(PackedDiTBlock):
+    """:class:`DyClassLatteTransformerBlock` with some of its heads and channels; for inference."""
+
+    def __init__(self, block: DyClassLatteTransformerBlock, **settings: Any) -> None:
+        super().__init__(block, **settings)
+        self.temporal = block.temporal
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Float[Tensor, "batch tokens dim"],
+        temb: Float[Tensor, "batch dim"],
+        frames: int = 1,
+        positions: Float[Tensor, "1 tokens dim"] | None = None,
+        t_emb: Float[Tensor, "batch_t dim"] | None = None,
+        gates: BlockGates = BlockGates(),
+        collect: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As :class:`DyClassLatteTransformerBlock`'s."""
         x = hidden_states if positions is None else hidden_states + positions
         attention = {"frames": frames, "temporal": self.temporal}
         return super().forward(x, temb, attention, t_emb, gates, collect)
@@ -171,9 +198,19 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
         with self.timestep_state.scope(t_emb):
             x = self._embed(hidden_states)  # [batch, tokens, dim]
             temb = self._condition(timestep, class_labels, drop_labels, axis, x.dtype)  # [batch parts, dim]
+            ahead = None
+            if axis.parts == 1:
+                ahead = self._modulations(
+                    step,
+                    timestep,
+                    (class_labels, drop_labels),
+                    temb,
+                    lambda t: self._condition(t, class_labels, drop_labels, axis, x.dtype),
+                )
             tokens: list[Tensor] = []
             for i, block in axis.running(blocks):
-                options = (axis.per_row(i, t_emb), _block_gates(gates, width, i, axis), collect)
+                block_gates = _for_rows(self._block_gates(i, step, width, gates, ahead), i, axis)
+                options = (axis.per_row(i, t_emb), block_gates, collect)
                 inputs = (*self._block_inputs(i, x, temb, axis), *options)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *inputs)
@@ -240,14 +277,14 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
         )
 
 
-def _block_gates(gates: GateMode, width: WidthMasks, layer: int, axis: FrameAxis) -> BlockGates:
+def _for_rows(gates: BlockGates, layer: int, axis: FrameAxis) -> BlockGates:
     """The gates of a layer for the rows that it sees."""
-    noise = axis.into(layer, gates.tokens[layer]) if isinstance(gates, GateNoise) else None
-    heads, groups = (None if mask is None else axis.per_row(layer, mask) for mask in width.layer(layer))
-    return BlockGates(heads, groups, noise, gates == "open")
+    heads, groups = (None if mask is None else axis.per_row(layer, mask) for mask in (gates.heads, gates.groups))
+    noise = None if gates.token_noise is None else axis.into(layer, gates.token_noise)
+    return gates._replace(heads=heads, groups=groups, token_noise=noise)
 
 
-TransformerBlockRegistry.register(
-    DyClassLatteTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)
+for _block in (DyClassLatteTransformerBlock, PackedClassLatteBlock):
+    TransformerBlockRegistry.register(
+        _block, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    )

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.flux_blocks import (
     DyFluxAttnProcessor,
     DyFluxSingleTransformerBlock,
     DyFluxTransformerBlock,
+    PackedFluxBlock,
+    PackedFluxSingleBlock,
 )
 
 
@@ -156,11 +157,17 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             hidden_states, encoder_hidden_states, temb, rotary = self._embed(
                 hidden_states, encoder_hidden_states, pooled_projections, timestep, guidance, img_ids, txt_ids
             )
+            ahead = self._modulations(
+                step,
+                timestep,
+                (pooled_projections, guidance),
+                temb,
+                lambda t: self._condition(t, guidance, pooled_projections, temb.dtype),
+            )
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
                 state = (hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs)
-                options = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                options = (t_emb, self._block_gates(i, step, width, gates, ahead), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *state, *options)
                 else:
@@ -228,10 +235,16 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """(image tokens, text tokens, modulation embedding, rotary tables)."""
         hidden_states = self.x_embedder(hidden_states)
-        scaled = [None if x is None else x.to(hidden_states.dtype) * 1000 for x in (timestep, guidance)]
-        temb = self.time_text_embed(*(x for x in scaled if x is not None), pooled_projections)
+        temb = self._condition(timestep, guidance, pooled_projections, hidden_states.dtype)
         ids = torch.cat([x[0] if x.ndim == 3 else x for x in (txt_ids, img_ids)])
         return hidden_states, self.context_embedder(encoder_hidden_states), temb, self.pos_embed(ids)
+
+    def _condition(
+        self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype
+    ) -> Float[Tensor, "batch dim"]:
+        """Timestep, guidance and pooled text together."""
+        scaled = [x.to(dtype) * 1000 for x in (timestep, guidance) if x is not None]
+        return self.time_text_embed(*scaled, pooled)
 
 
 class ControlNetResiduals(NamedTuple):
@@ -275,7 +288,7 @@ def _single_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -
     )
 
 
-for _block in (DyFluxTransformerBlock, DyFluxSingleTransformerBlock):
+for _block in (DyFluxTransformerBlock, DyFluxSingleTransformerBlock, PackedFluxBlock, PackedFluxSingleBlock):
     TransformerBlockRegistry.register(
         _block, TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
     )

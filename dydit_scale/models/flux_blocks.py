@@ -1,6 +1,6 @@
 """FLUX's double and single blocks with gates.
 
-Each block runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels,
+Each block runs in one of two ways: masked (training, mixed timesteps), or packed, cut to the active heads and channels,
 with the MLP on the chosen image tokens only. The numbers are the same.
 """
 
@@ -21,17 +21,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
-from dydit_scale.dynamic.packing import active, add_on_rows, chosen_rows, fold, shallow, slice_linear
+from dydit_scale.dynamic.packing import LinearColumns
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import (
-    BlockGates,
-    DynamicBlock,
-    channels_of,
-    cut_attention,
-    cut_feed_forward,
-    feed_forward,
-)
+from dydit_scale.models.blocks import BlockGates, DynamicBlock, feed_forward, ones_or
+from dydit_scale.models.flux_packed import PackedFluxBlock, PackedFluxSingleBlock, finite
+from dydit_scale.models.parts import AttentionSource, MLPSource, Source, Stream
 
 
 class DyFluxAttnProcessor(FluxAttnProcessor):
@@ -135,23 +129,26 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
             keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
             image = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
             text = self.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
-            if self.is_packed and keep is not None:
-                rows = chosen_rows(keep)
-                hidden_states = add_on_rows(hidden_states, rows, self.ff(image.flatten(0, 1)[rows]), gate_mlp)
-            else:
-                image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
-                hidden_states = hidden_states + (image if keep is None else image * keep[..., None].to(image.dtype))
+            image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
+            hidden_states = hidden_states + (image if keep is None else image * keep[..., None].to(image.dtype))
             text = feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
-            encoder_hidden_states = _finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
+            encoder_hidden_states = finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
         return _result(encoder_hidden_states, hidden_states, keep, collect)
 
-    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxTransformerBlock:
-        """The block cut to one sample's active units."""
-        heads, channels = self._active(width)
-        attn = cut_attention(self.attn, heads, t_emb)
-        context = None if width.groups is None else active(width.groups, self.dy_context_channel_unit)
-        ff, ff_context = cut_feed_forward(self.ff, channels, t_emb), cut_feed_forward(self.ff_context, context, t_emb)
-        return fold(shallow(self, attn=attn, ff=ff, ff_context=ff_context, is_packed=True), t_emb)  # type: ignore[return-value]
+    def pack_sources(self) -> dict[str, Source]:
+        """The attention over both streams, and each stream's MLP."""
+        attn = self.attn
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out)
+        streams = (Stream.of(attn), Stream(*added, attn.norm_added_q, attn.norm_added_k))
+        return {
+            "attn": AttentionSource(streams, attn.head_dim, self.dy_head_unit, attn.processor),
+            "ff": MLPSource.of(self.ff, self.dy_channel_unit),
+            "ff_context": MLPSource.of(self.ff_context, self.dy_context_channel_unit),
+        }
+
+    def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedFluxBlock:
+        """The packed block of these parts."""
+        return PackedFluxBlock(self, **parts, t_emb=t_emb)
 
     @torch.no_grad()
     def rank_units(self) -> None:
@@ -171,10 +168,8 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
     the released DyFLUX (``"attn_out+mlp"``). The router reads the block's input.
     """
 
-    out_attn: nn.Linear
-    out_mlp: nn.Linear
     proj_mlp: nn.Linear
-    proj_out: Any  # None in a packed block, which has the two parts of it instead
+    proj_out: nn.Linear
     act_mlp: nn.Module
     norm: nn.Module
     mlp_hidden_dim: int
@@ -203,13 +198,10 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
             attn = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
             # The text is never skipped.
             keep_all = None if keep is None else torch.cat([keep.new_ones(len(keep), text_tokens), keep], dim=1)
-            run = self._packed_output if self.is_packed else self._masked_output
-            stream = _finite(run(stream, x, attn, gate, keep_all, gates))
+            stream = finite(stream + self._update(x, attn, gate, keep_all, gates))
         return _result(stream[:, :text_tokens], stream[:, text_tokens:], keep, collect)
 
-    def _masked_output(
-        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
-    ) -> Tensor:
+    def _update(self, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates) -> Tensor:
         mlp = self.act_mlp(self.proj_mlp(x))
         if gates.heads is not None:
             mask = self._head_mask(gates).repeat_interleave(self.attn.head_dim, dim=1)  # type: ignore[union-attr]
@@ -222,35 +214,21 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         out = gate[:, None] * self.proj_out(torch.cat([attn, mlp], dim=2))
         if keep is not None and self.dynamic.single_bypass == "attn_out+mlp":
             out = out * keep
-        return stream + out
+        return out
 
-    def _packed_output(
-        self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
-    ) -> Tensor:
-        rows = chosen_rows(keep if keep is not None else x.new_ones(x.shape[:2]))
-        mlp = self.out_mlp(self.act_mlp(self.proj_mlp(x.flatten(0, 1)[rows])))
-        if self.dynamic.single_bypass == "mlp":
-            stream = stream + gate[:, None] * self.out_attn(attn)
-        else:
-            mlp = mlp + self.out_attn(attn.flatten(0, 1)[rows])
-        return add_on_rows(stream, rows, mlp, gate)
-
-    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyFluxSingleTransformerBlock:
-        """The block cut to one sample's active units; the output projection falls into an attention and an MLP part."""
-        heads, channels = self._active(width)
-        dim = self.attn.inner_dim
-        device = self.dy_channel_unit.device
-        attn_cols = torch.arange(dim, device=device) if heads is None else channels_of(heads, self.attn.head_dim)
-        mlp_cols = torch.arange(self.mlp_hidden_dim, device=device) if channels is None else channels
-        proj_out = fold(self.proj_out, t_emb)
-        changes: dict[str, Any] = {
-            "attn": cut_attention(self.attn, heads, t_emb),
-            "proj_mlp": slice_linear(self.proj_mlp, rows=channels, t_emb=t_emb),
-            "out_attn": slice_linear(proj_out, cols=attn_cols),
-            "out_mlp": slice_linear(proj_out, cols=dim + mlp_cols, bias=False),
-            "proj_out": None,
+    def pack_sources(self) -> dict[str, Source]:
+        """The attention and the MLP, each with its columns of the output projection."""
+        attn, dim, channels = self.attn, self.attn.inner_dim, self.mlp_hidden_dim
+        out_attn = LinearColumns(self.proj_out, 0, dim, bias=True)
+        out_mlp = LinearColumns(self.proj_out, dim, channels, bias=False)
+        return {
+            "attn": AttentionSource((Stream.of(attn, out_attn),), attn.head_dim, self.dy_head_unit, attn.processor),
+            "mlp": MLPSource(self.proj_mlp, self.act_mlp, out_mlp, self.dy_channel_unit),
         }
-        return fold(shallow(self, is_packed=True, **changes), t_emb)  # type: ignore[return-value]
+
+    def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedFluxSingleBlock:
+        """The packed block of these parts."""
+        return PackedFluxSingleBlock(self, **parts, t_emb=t_emb)
 
     @torch.no_grad()
     def rank_units(self) -> None:
@@ -266,11 +244,5 @@ def _heads(x: Float[Tensor, "batch tokens channels"], head_dim: int) -> Float[Te
     return x.unflatten(-1, (-1, head_dim))
 
 
-def _finite(x: Tensor) -> Tensor:
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
-
-
 def _result(text: Tensor, image: Tensor, keep: Tensor | None, collect: bool) -> tuple[Tensor, ...]:
-    if not collect:
-        return text, image
-    return text, image, torch.ones(image.shape[:2], device=image.device) if keep is None else keep
+    return (text, image, ones_or(keep, image)) if collect else (text, image)

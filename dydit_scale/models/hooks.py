@@ -22,7 +22,7 @@ from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import TensorParallelConfig
-from torch import Tensor, nn
+from torch import nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.precise import UpcastLinear
@@ -141,12 +141,6 @@ class HookedModelMixin:
                     raise ValueError(
                         f"pack: {type(module).__name__} has a hook around its forward (a cache, offloading, casting), "
                         "which packed copies would not follow; pack before you set it, or sample without packing"
-                    )
-            for name, weight in block.named_parameters():
-                if type(weight.data) is not Tensor or not weight.is_floating_point():
-                    raise ValueError(
-                        f"pack: {name} is quantised ({type(weight.data).__name__} of {weight.dtype}), and its rows "
-                        "cannot be cut; sample without packing"
                     )
 
     def _pack_again(self) -> None:

@@ -24,12 +24,11 @@ from torch.nn import functional as F
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.class_latte import over_frames
-from dydit_scale.models.latte_blocks import DyLatteAttnProcessor, DyLatteTransformerBlock
+from dydit_scale.models.latte_blocks import DyLatteAttnProcessor, DyLatteTransformerBlock, PackedLatteBlock
 
 
 class DyLatteOutput(NamedTuple):
@@ -194,11 +193,12 @@ class DyLatteTransformer3DModel(DynamicModelMixin, PeftAdapterMixin, AttentionMi
                     x, pictures = rearrange(x, "(b f) p d -> (b p) f d", b=batch).split([clip, images], dim=1)
                     if i == 1 and clip > 1:
                         x = x + self.temp_pos_embed.to(x.dtype)
-                noise = (
-                    _in_block_order(gates.tokens[i], clip, images, temporal) if isinstance(gates, GateNoise) else None
-                )
+                block_gates = self._block_gates(i, step, width, gates)
+                if block_gates.token_noise is not None:
+                    noise = _in_block_order(block_gates.token_noise, clip, images, temporal)
+                    block_gates = block_gates._replace(token_noise=noise)
                 state = (x, None if temporal else text, None if temporal else text_mask, modulation)
-                settings = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                settings = (t_emb, block_gates, collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, *state, *settings)
                 else:
@@ -407,7 +407,7 @@ def _frame_by_frame(
     return F.pad(rearrange(tokens, "b (p f) -> b f p", f=clip), (0, 0, 0, images)).flatten(1)
 
 
-TransformerBlockRegistry.register(
-    DyLatteTransformerBlock,
-    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-)
+for _block in (DyLatteTransformerBlock, PackedLatteBlock):
+    TransformerBlockRegistry.register(
+        _block, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    )

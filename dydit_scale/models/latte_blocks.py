@@ -1,6 +1,6 @@
 """Latte's spatial and temporal blocks with gates.
 
-Each runs in one of two ways: masked (training, mixed timesteps) or packed, cut to the active heads and channels, with
+Each runs in one of two ways: masked (training, mixed timesteps), or packed, cut to the active heads and channels, with
 the MLP on the chosen tokens only. The numbers are the same.
 """
 
@@ -16,10 +16,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masks import WidthMasks
-from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow
+from dydit_scale.dynamic.packing import fold
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, cut_attention, cut_feed_forward, feed_forward
+from dydit_scale.models.blocks import BlockGates, DynamicBlock, PackedBlock, feed_forward, ones_or
+from dydit_scale.models.parts import (
+    AttentionPart,
+    AttentionSource,
+    MLPPart,
+    MLPSource,
+    Source,
+    Stream,
+    gated_sum,
+    mlp_on_tokens_,
+    modulated,
+)
 
 
 class DyLatteAttnProcessor:
@@ -131,21 +141,19 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
 
             keep = self._route(x, None, timestep, gates)
             hidden = self.norm2(x) * (1 + scale_mlp) + shift_mlp
-            if self.is_packed and keep is not None:
-                chosen = chosen_rows(keep)
-                x = add_on_rows(x, chosen, self.ff(hidden.flatten(0, 1)[chosen]), gate_mlp[:, 0])
-            else:
-                out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
-                x = (out if keep is None else out * keep[..., None].to(out.dtype)) + x
-        if not collect:
-            return x.view(rows)
-        return x.view(rows), torch.ones(x.shape[:2], device=x.device) if keep is None else keep
+            out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
+            x = (out if keep is None else out * keep[..., None].to(out.dtype)) + x
+        return (x.view(rows), ones_or(keep, x)) if collect else x.view(rows)
 
-    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> DyLatteTransformerBlock:
-        """The block cut to one sample's active units."""
-        heads, channels = self._active(width)
-        attn1, ff = cut_attention(self.attn1, heads, t_emb), cut_feed_forward(self.ff, channels, t_emb)
-        return fold(shallow(self, attn1=attn1, ff=ff, is_packed=True), t_emb)  # type: ignore[return-value]
+    def pack_sources(self) -> dict[str, Source]:
+        """The self-attention and the MLP."""
+        head_dim = self.attn1.inner_dim // self.attn1.heads
+        attn1 = AttentionSource((Stream.of(self.attn1),), head_dim, self.dy_head_unit, self.attn1.processor)
+        return {"attn1": attn1, "ff": MLPSource.of(self.ff, self.dy_channel_unit)}
+
+    def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedLatteBlock:
+        """The packed block of these parts."""
+        return PackedLatteBlock(self, **parts, t_emb=t_emb)
 
     @torch.no_grad()
     def rank_units(self) -> None:
@@ -155,3 +163,39 @@ class DyLatteTransformerBlock(DynamicBlock, BasicTransformerBlock):
         self.dy_head_unit.copy_(units_by_rank(importance, attn.heads))
         units = int(self.dy_channel_unit.max()) + 1
         self.dy_channel_unit.copy_(units_by_rank(path_importance(up, down.weight), units))
+
+
+class PackedLatteBlock(PackedBlock):
+    """Latte's block with some of its heads and channels, the MLP on the chosen tokens only; for inference."""
+
+    def __init__(
+        self, block: DyLatteTransformerBlock, attn1: AttentionPart, ff: MLPPart, t_emb: Float[Tensor, "1 dim"]
+    ) -> None:
+        super().__init__(block)
+        self.norm1, self.norm2, self.scale_shift_table = block.norm1, block.norm2, block.scale_shift_table
+        self.attn1, self.attn2, self.ff = attn1, None if block.attn2 is None else fold(block.attn2, t_emb), ff
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "rows tokens dim"],
+        encoder_hidden_states: Float[Tensor, "rows text text_dim"] | None,
+        encoder_attention_mask: Float[Tensor, "rows 1 1 text"] | Bool[Tensor, "rows 1 1 text"] | None,
+        timestep: Float[Tensor, "batch dim6"],
+        t_emb: Float[Tensor, "batch_t dim"] | None = None,
+        gates: BlockGates = BlockGates(),
+        collect: bool = False,
+    ) -> Float[Tensor, "rows tokens dim"] | tuple[Tensor, Tensor]:
+        """As :class:`DyLatteTransformerBlock`'s."""
+        modulation = (self.scale_shift_table[None] + timestep.unflatten(1, (6, -1))).unbind(1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation  # [batch, dim]
+        rows, batch = hidden_states.shape, len(timestep)
+        x = hidden_states.reshape(batch, -1, rows[-1])
+        attended = modulated(self.norm1, x, shift_msa, scale_msa).view(rows)
+        out = self.attn1.project_out(self.attn1.attend(*self.attn1.project(attended)))
+        x = gated_sum(x, gate_msa, out.view_as(x))
+        if self.attn2 is not None:
+            text = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+            x = self.attn2(x.view(rows), **text).view_as(x) + x
+        tokens = self._tokens(x, None, timestep, gates, collect)
+        x = mlp_on_tokens_(x, tokens.rows, self.ff, self.norm2, shift_mlp, scale_mlp, gate_mlp)
+        return (x.view(rows), ones_or(tokens.keep, x)) if collect else x.view(rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import itertools
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,20 +12,14 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.masks import WidthMasks
 from dydit_scale.dynamic.packing import is_adapted
+from dydit_scale.dynamic.weight_only import Kind
+from dydit_scale.models.ahead import AheadModulation
 from dydit_scale.models.hooks import copy_hooks
+from dydit_scale.models.part_store import PartStore, allot, copied_bytes
+from dydit_scale.models.parts import AttentionSource, Source
 
 if TYPE_CHECKING:
     from dydit_scale.models.base import DynamicModelMixin
-
-
-class PackableBlock(Protocol):
-    """A block that can cut itself."""
-
-    def packed(self, width: WidthMasks, t_emb: Float[Tensor, "1 dim"]) -> nn.Module:
-        """The block with its active heads and channels only; ``width`` [units] for one sample."""
-
-    def depends_on_timestep(self) -> bool:
-        """Whether a layer's weight changes with the timestep even where the masks do not (TD-LoRA)."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +90,25 @@ def _acting(layer: Any) -> tuple[object, ...]:
     return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), scales
 
 
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How cut weights are kept; see :class:`PartStore`."""
+
+    kernel_layout: bool = True
+    weights: Kind | None = None
+    fused_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """How packed blocks choose their tokens."""
+
+    counts: list[list[int]] | None = None
+    """[steps][layers], of each sample; None: the tokens above the router's threshold."""
+    share_scores: bool = False
+    """The branches of guidance, the two halves of a batch, skip the same tokens."""
+
+
 @dataclass(frozen=True)
 class PackedPlan:
     """For each step, one sub-block per layer."""
@@ -103,51 +117,91 @@ class PackedPlan:
     blocks: tuple[tuple[nn.Module, ...], ...]
     """[steps][layers]"""
     distinct: int
-    """Sub-blocks that had to be cut."""
+    """Sub-blocks that differ."""
     bytes: int
     """Memory of the weights that were copied, not viewed."""
     tolerance: float
     """How far, as a share, a timestep may be from the planned one."""
     adapters: AdapterState
     """What is folded into the sub-blocks."""
+    tokens: TokenPlan = TokenPlan()
+    """How tokens are chosen."""
+    missed: float | None = None
+    """The first timestep that came and was not planned, so that it ran masked."""
+    ahead: AheadModulation | None = None
+    """The modulations of coming steps, for models whose blocks have layers for them."""
 
     @classmethod
     @torch.no_grad()
     def build(
-        cls, model: DynamicModelMixin, timesteps: Float[Tensor, " steps"], *, max_bytes: int | None
+        cls,
+        model: DynamicModelMixin,
+        timesteps: Float[Tensor, " steps"],
+        *,
+        max_bytes: int | None,
+        storage: StorageOptions = StorageOptions(),
+        tokens: TokenPlan = TokenPlan(),
     ) -> PackedPlan:
         table = model.step_table(timesteps)
+        steps, blocks = len(table.timesteps), model.dynamic_blocks()
+        for layer, step in itertools.product(range(len(blocks)), range(steps)):
+            _check_heads(table, layer, step)
+        stores = [
+            {
+                name: PartStore(source, _masks_of(table, layer, source), **asdict(storage))
+                for name, source in block.pack_sources().items()  # type: ignore[operator]
+            }
+            for layer, block in enumerate(blocks)
+        ]
+        allot([store for layer in stores for store in layer.values()], max_bytes)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}  # type: ignore[attr-defined]
-        cut: dict[tuple, nn.Module] = {}
-        used = 0
-        rows = []
-        for step in range(len(table.timesteps)):
-            row = []
-            for layer, block in enumerate(model.dynamic_blocks()):
-                key = _key(block, table, layer, step)
-                if key not in cut:
-                    _check_heads(table, layer, step)
-                    cut[key] = block.packed(  # type: ignore[operator]
-                        table.masks(layer, step), table.t_emb[step : step + 1]
-                    )
-                    copy_hooks(block, cut[key])
-                    used += _copied_bytes(cut[key], own)
-                    if max_bytes is not None and used > max_bytes:
-                        raise ValueError(
-                            f"pack: the sub-networks of {step + 1} of {len(table.timesteps)} steps already take "
-                            f"{used / 2**20:.0f} MiB, more than max_bytes = {max_bytes / 2**20:.0f} MiB; "
-                            "raise it, sample in fewer steps, or sample without packing"
-                        )
-                row.append(cut[key])
-            rows.append(tuple(row))
-        adapters = AdapterState.of(model)  # type: ignore[arg-type]
-        return cls(table, tuple(rows), len(cut), used, model.timestep_tolerance, adapters)
+        columns = [_sub_blocks(block, parts, table) for block, parts in zip(blocks, stores, strict=True)]
+        rows = tuple(zip(*columns, strict=True))
+        distinct = {id(block): block for row in rows for block in row}
+        return cls(
+            table,
+            rows,
+            len(distinct),
+            copied_bytes(distinct.values(), own),
+            model.timestep_tolerance,
+            AdapterState.of(model),  # type: ignore[arg-type]
+            tokens,
+            ahead=_ahead(rows, table),
+        )
 
     def step_of(self, timestep: float) -> int | None:
         """The planned step nearest to ``timestep``, or None where none is near."""
         distance = (self.table.timesteps - timestep).abs()
         nearest = int(distance.argmin())
         return nearest if float(distance[nearest]) <= self.tolerance * max(abs(timestep), 1e-3) else None
+
+
+def _ahead(rows: tuple[tuple[Any, ...], ...], table: StepTable) -> AheadModulation | None:
+    if not all(block.modulation for block in rows[0]):
+        return None
+    return AheadModulation([[block.modulation for block in row] for row in rows], table.timesteps)
+
+
+def _masks_of(table: StepTable, layer: int, source: Source) -> Bool[Tensor, "steps units"] | None:
+    masks = table.heads if isinstance(source, AttentionSource) else table.groups
+    return None if masks is None else masks[layer].cpu()
+
+
+def _sub_blocks(block: Any, stores: dict[str, PartStore], table: StepTable) -> list[nn.Module]:
+    """The block's sub-block for each step; those of equal parts are one."""
+    cut_layers = {id(layer) for store in stores.values() for layer in store.source.layers}
+    others = [m for m in block.modules() if hasattr(m, "weight_at") and id(m) not in cut_layers]
+    made: dict[tuple, nn.Module] = {}
+    column = []
+    for step in range(len(table.timesteps)):
+        t_emb = table.t_emb[step : step + 1]
+        parts = {name: store.at(step, t_emb) for name, store in stores.items()}
+        key = (*map(id, parts.values()), step if others else None)
+        if key not in made:
+            made[key] = block.assembled(parts, t_emb)
+            copy_hooks(block, made[key])
+        column.append(made[key])
+    return column
 
 
 def _check_heads(table: StepTable, layer: int, step: int) -> None:
@@ -158,13 +212,3 @@ def _check_heads(table: StepTable, layer: int, step: int) -> None:
             f"pack: layer {layer} has no head on at timestep {float(table.timesteps[step]):g}, and attention cannot be "
             "cut to nothing; sample without packing"
         )
-
-
-def _key(block: Any, table: StepTable, layer: int, step: int) -> tuple:
-    units = tuple(None if m is None else m.cpu().numpy().tobytes() for m in table.masks(layer, step))
-    return (layer, *units, step if block.depends_on_timestep() else None)
-
-
-def _copied_bytes(block: nn.Module, own: set[int]) -> int:
-    tensors = [p for p in block.parameters() if p.untyped_storage().data_ptr() not in own]
-    return sum(p.numel() * p.element_size() for p in tensors)

@@ -18,6 +18,7 @@ from dydit_scale.report.pictures import is_small, picture_uri
 from dydit_scale.report.units import DASH, count, fixed, percent, with_prefix
 
 _MANY_SIZES = 300
+NO_PICTURES = "None: encoded samples are latents, not pictures. Summarize the shards that they were made of."
 _CLASSES = 64
 _LISTED = 12
 _CAPTION, _SHOT_CAPTION = 160, 90
@@ -85,6 +86,8 @@ def _notices(summary: Summary) -> Html:
 
 
 def _examples(summary: Summary) -> Html:
+    if summary.index.encoding is not None:
+        return section("examples", "Examples", NO_PICTURES)
     if not summary.examples:
         return Html("")
     lead = f"{_some(len(summary.examples), 'sample')}, drawn by lot and the same each time."

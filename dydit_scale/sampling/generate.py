@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dydit_scale.diffusion.flow import sample_noise
 from dydit_scale.diffusion.randomness import keyed_generator
+from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.masks import DynamicMasks
 from dydit_scale.models.family import Family, SampleConfig
 from dydit_scale.models.registry import family_of
@@ -97,6 +98,15 @@ def recorded(transformer: Any) -> Iterator[Recording]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def calibrated_capacity(
+    pipe: Any, prompts: Sequence[str], config: SampleConfig, *, multiple: int = 64
+) -> TokenCapacity:
+    """How many tokens each layer keeps at each step of the sampler, from drawing these prompts once, unpacked."""
+    with recorded(pipe.transformer) as recording:
+        generate(pipe, prompts, config, progress="counting tokens")
+    return TokenCapacity.from_masks(recording.timesteps, recording.masks, multiple=multiple)
 
 
 def picture_grid(pictures: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:

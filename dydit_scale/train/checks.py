@@ -55,9 +55,8 @@ def check_data(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
     if isinstance(index, ShardStream):
         return
     check_times(recipe.data, index)
-    good = np.ones(index.num_samples, dtype=bool)
-    good[list(index.bad)] = False
-    captions = bool((good & (index.samples["caption_offset"] > 0)).any())
+    good = index.good
+    captions = bool((good & index.has_caption).any())
     if family.reads_text:
         if not captions:
             raise ValueError(

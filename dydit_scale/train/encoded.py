@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dydit_scale.data.buckets import config_buckets
 from dydit_scale.data.encoded import TEXT, EncodedBatch, Encoding, read_empty
+from dydit_scale.data.remote import RemoteFolder
 from dydit_scale.data.shards import ShardIndex
 from dydit_scale.data.stream import ShardStream
 from dydit_scale.models.encoders import Posterior
@@ -21,7 +22,7 @@ from dydit_scale.train.recipe import Recipe
 class EncodedInputs:
     """From encoded batches to what the encoders would have given."""
 
-    def __init__(self, folder: Path, encoding: Encoding) -> None:
+    def __init__(self, folder: Path | RemoteFolder, encoding: Encoding) -> None:
         self._encoding, self._empty = encoding, read_empty(folder, encoding)
 
     @property
@@ -64,7 +65,7 @@ def check_encoded(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
     base = recipe.model.base
     if isinstance(index, ShardStream) or encoding is None:
         return
-    read_empty(index.folder, encoding)
+    read_empty(index.home, encoding)
     family, theirs = family_of_base(base), encoder_digests(base)
     pairs: list[tuple[str, object, object]] = [
         ("data.image_size", encoding.image_size, recipe.data.image_size),
@@ -80,7 +81,7 @@ def check_encoded(recipe: Recipe, index: ShardIndex | ShardStream) -> None:
         pairs += [(name, _short(encoding.encoders.get(name)), _short(theirs.get(name))) for name in names]
     if different := [f"{name} {made}, now {now}" for name, made, now in pairs if made != now]:
         raise ValueError(
-            f"{index.folder}: encoded otherwise than model.base {base} and the recipe would: {'; '.join(different)}. "
+            f"{index.place}: encoded otherwise than model.base {base} and the recipe would: {'; '.join(different)}. "
             "Put these back, or encode the source for this recipe into another folder with `dydit data encode`"
         )
 

@@ -202,7 +202,7 @@ def _made_file(out: Path, shard: str) -> Path:
 def _making(index: ShardIndex, number: int, encoding: Encoding) -> dict[str, Any]:
     """What a shard's content depends on."""
     shard = index.shards[number]
-    rows = range(int(index.starts[number]), int(index.starts[number + 1]))
+    rows = range(*index.starts[number : number + 2])
     bad = [[row - rows.start, index.bad[row]] for row in rows if row in index.bad] if index.bad else []
     how = encoding_digest(replace(encoding, source=""))
     return {"shard": shard.name, "source_sha256": shard.sha256, "bad": bad, "encoding": how}
@@ -250,7 +250,7 @@ def _finish(out: Path, source: ShardIndex) -> ShardIndex:
 def _encode_share(recipe: Recipe, index: ShardIndex, out: Path, plan: Plan, encoder: Encoder, world: World) -> None:
     """This rank's shards, one after another."""
     own = plan.shards[world.rank :: world.world_size]
-    ranges = [range(int(index.starts[n]), int(index.starts[n + 1])) for n in own]
+    ranges = [range(*index.starts[n : n + 2]) for n in own]
     sources = read_sources(recipe, index, [sample for samples in ranges for sample in samples])
     packer = Packer(index, encoder, recipe.data.bad_samples)
     title = "encoding" + (f" (rank 0 of {world.world_size})" if world.world_size > 1 else "")

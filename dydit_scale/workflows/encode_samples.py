@@ -177,14 +177,15 @@ class Packer:
 
     def _packed(self, sample: int, source: Source | str, tensors: dict[str, Tensor]) -> Packed:
         bad = source if isinstance(source, str) else self._not_finite(sample, tensors)
-        row, labels, frames = self._index.samples[sample], self._index.labels, self._index.frames
+        labels, frames = self._index.labels, self._index.frames
+        pixels_wide, pixels_high = self._index.columns.sizes[sample].item()
         key = self._index.key(sample)
         media, caption = ("", "") if isinstance(source, str) else map(_sha256, (source.media, source.caption))
         info = SourceInfo(
             shard=self._index.shards[self._index.shard_of(sample)].name,
             key=key,
-            width=int(row["width"]),
-            height=int(row["height"]),
+            width=pixels_wide,
+            height=pixels_high,
             media_sha256=media,
             caption_sha256=caption,
         )

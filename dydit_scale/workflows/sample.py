@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from PIL import Image
 
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
 from dydit_scale.models.family import SampleConfig
+from dydit_scale.models.plan import PackedPlan
 from dydit_scale.models.registry import family_of
+from dydit_scale.sampling.execution import Backend, Execution
 from dydit_scale.sampling.generate import (
     Recording,
+    calibrated_capacity,
     forwards,
     generate,
     picture_grid,
@@ -26,8 +30,25 @@ from dydit_scale.sampling.video import write_video
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, static_pipeline
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """How a dynamic model runs while it samples."""
+
+    max_bytes: int | None = None
+    """What packed weights may take beside the model; None: half of the memory that is free."""
+    fixed_tokens: bool = False
+    """Each block works on a number of tokens that a first pass over the first prompts has found."""
+    execution: Backend = "eager"
+
+
 def sample_run(
-    folder: Path, prompts: Sequence[str], out: Path, *, config: dict[str, Any], fps: int = 8
+    folder: Path,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    config: dict[str, Any],
+    fps: int = 8,
+    packing: PackOptions = PackOptions(),
 ) -> SpeedReport | None:
     """Write numbered pictures (or clips, as GIF and MP4) and ``grid.png`` (static above dynamic) to ``out``; print and
     return the comparison.
@@ -35,6 +56,7 @@ def sample_run(
     Args:
         config: fields of SampleConfig; None keeps the run's own.
         fps: frames a second of clips.
+        packing: how the dynamic model runs.
 
     Raises ValueError if the folder is no run, or for a sampler or a size that its family does not know.
     """
@@ -44,12 +66,17 @@ def sample_run(
     if run.recipe.dynamic is None:
         pictures, rows, report = generate(run.pipeline, prompts, settings, progress="sampling"), [], None
     else:
-        run.network.pack(sampler_timesteps(run.pipeline, settings))
+        plan = _pack(run, list(prompts)[: settings.batch], settings, packing)
         static = static_pipeline(run)
-        pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
-        rows = [generate(static, prompts, settings, progress="static")]
-        report = measure(run, list(prompts)[: settings.batch], settings)
+        with Execution(run.network, packing.execution) as execution:
+            pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
+            rows = [generate(static, prompts, settings, progress="static")]
+            report = measure(run, list(prompts)[: settings.batch], settings)
         print(report.table())
+        if execution.recompilations:
+            print(f"{packing.execution}: {execution.recompilations} made in {execution.warmup_seconds:.1f} s, once")
+        if plan.missed is not None:
+            print(f"timestep {plan.missed:g} was not packed: its forwards ran masked, at the static model's cost")
     out.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([*rows, pictures])
     columns = len(pictures) if rows else min(8, len(pictures))
@@ -64,6 +91,18 @@ def sample_run(
     if report is not None:
         (out / "speed.json").write_text(json.dumps(report.as_dict(), indent=1))
     return report
+
+
+def _pack(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, packing: PackOptions) -> PackedPlan:
+    capacity = calibrated_capacity(run.pipeline, prompts, config) if packing.fixed_tokens else None
+    plan = run.network.pack(
+        sampler_timesteps(run.pipeline, config),
+        max_bytes=packing.max_bytes,
+        capacity=capacity,
+        kernel_layout=packing.execution != "compile",
+    )
+    print(f"packed: {plan.distinct} sub-blocks for {config.steps} steps, {plan.bytes / 2**20:.0f} MiB of copies")
+    return plan
 
 
 def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pairs: int = 3) -> SpeedReport:

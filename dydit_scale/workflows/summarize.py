@@ -71,6 +71,8 @@ def _lines(summary: Summary) -> list[str]:
         )
         if captions.compared > captions.distinct:
             lines.append(f"captions that come again: {count(captions.compared - captions.distinct)}")
+    if index.encoding is not None:
+        lines.append("examples: none, these are latents; summarize the shards that they were made of")
     if good > captions.present:
         lines.append(f"without a caption: {count(good - captions.present)}")
     if index.labels is not None:

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils import quantization_utils
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from dydit_scale.adapters import td_lora
 from dydit_scale.adapters.state import load_td_lora, save_td_lora
 from dydit_scale.adapters.td_lora import add_td_lora, merge_at, td_layers, unmerge
 from dydit_scale.dynamic.timestep import TimestepState
-from tests.adapters.tiny import TIME_DIM, embeddings, mlp_config, shake
-from tests.models.tiny import tiny_dynamic
+from tests.adapters.tiny import TIME_DIM, embeddings, flux_config, mlp_config, shake
+from tests.models.tiny import inputs as flux_inputs
+from tests.models.tiny import scramble, tiny_dynamic
 
 DIM = 64
 
@@ -63,12 +64,12 @@ class Backend(QuantizationBackend):
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the scheme of this file one that peft knows."""
-    theirs = td_lora.resolve_quantization_backend
+    theirs = quantization_utils.resolve_quantization_backend
 
     def resolve(base: nn.Module, **options: Any) -> QuantizationBackend | None:
         return Backend() if isinstance(base, Int8Linear) else theirs(base, **options)
 
-    monkeypatch.setattr(td_lora, "resolve_quantization_backend", resolve)
+    monkeypatch.setattr(quantization_utils, "resolve_quantization_backend", resolve)
 
 
 def quantised(kind: str) -> Any:
@@ -166,9 +167,15 @@ def test_a_half_precision_model_with_one_gate_for_all_layers(kind: str) -> None:
     assert (merged - before).norm() < 0.03 * before.norm()
 
 
-def test_packing_refuses_it() -> None:
-    model: Any = tiny_dynamic()
-    block = model.transformer_blocks[0]
-    block.ff.net[2] = Int8Linear(block.ff.net[2])
-    with pytest.raises(ValueError, match=r"ff\.net\.2\.weight is quantised .*sample without packing"):
-        model.pack(torch.tensor([0.5]))
+@pytest.mark.parametrize("kind", ["base", "td_lora"])
+@torch.no_grad()
+def test_packing_cuts_what_it_dequantises(kind: str) -> None:
+    model: Any = scramble(tiny_dynamic())
+    for block in model.transformer_blocks:
+        block.ff.net[2], block.attn.to_q = Int8Linear(block.ff.net[2]), Int8Linear(block.attn.to_q)
+    if kind == "td_lora":
+        model = shake(add_td_lora(model, flux_config()))
+    expected = model(**flux_inputs([0.5, 0.2])).sample
+    for options in ({}, {"max_bytes": 10**6}, {"kernel_layout": False}):
+        assert model.pack(torch.tensor([0.5, 0.2]), **options).bytes > 0
+        torch.testing.assert_close(model(**flux_inputs([0.5, 0.2])).sample, expected, atol=1e-5, rtol=1e-4)

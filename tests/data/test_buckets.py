@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from dydit_scale.data.buckets import Bucket, bucket_counts, bucket_numbers, make_buckets, nearest_bucket
 from dydit_scale.data.config import DataConfig
-from dydit_scale.data.index import SAMPLE, ShardIndex, ShardInfo
+from dydit_scale.data.index import ShardIndex, ShardInfo
 from dydit_scale.data.position import SampleOrder
+from dydit_scale.data.records import SAMPLE, pack
 
 SIZES = [100, 37, 250, 1, 64, 64, 93]
 
@@ -28,7 +29,9 @@ def index_of(sizes: Sequence[tuple[int, int]], bad: dict[int, str] | None = None
     samples["width"], samples["height"] = np.array(sizes).T
     shard = ShardInfo(name="a.tar", bytes=0, sha256="", count=len(sizes))
     keys = np.zeros(0, np.uint8)
-    return ShardIndex(folder=Path("x"), shards=(shard,), digest="", samples=samples, key_bytes=keys, bad=bad or {})
+    return ShardIndex(
+        folder=Path("x"), shards=(shard,), digest="", columns=pack(samples), key_bytes=keys, bad=bad or {}
+    )
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from dydit_scale.data.encoded import (
 from dydit_scale.data.index import load_index
 from dydit_scale.data.loader import DataConfig, make_loader
 from dydit_scale.data.shards import build_index
+from dydit_scale.workflows.summarize import summarize
+from tests.data.test_loader import change as break_bytes
 
 Samples = dict[str, dict[str, bytes]]
 KEYS = ("a", "b", "c", "d")
@@ -174,7 +178,7 @@ def test_a_damaged_sample_is_bad_and_keeps_its_place(tmp_path: Path, damage: str
 
 def test_sound_samples_are_read(tmp_path: Path) -> None:
     index = build_index(write_world(tmp_path), progress=False)
-    assert index.bad == {2: "broken image"} and list(index.samples["width"]) == [40] * 4
+    assert index.bad == {2: "broken image"} and list(index.columns.sizes["width"]) == [40] * 4
     assert (index.labels, index.frames) == (None, None)
     config = DataConfig(path=str(tmp_path), caption_dropout=0.0, image_size=12, buckets=True, bucket_step=4)
     loader = make_loader(
@@ -214,7 +218,7 @@ def test_the_encoding_belongs_to_the_index(tmp_path: Path) -> None:
         (ENCODERS_FILE, b'{"format": "x"}', "expected 'dydit-encoded-v1'"),
         (ENCODERS_FILE, b'{"format": "dydit-encoded-v1", "vae": 1}', "unexpected keyword argument"),
         (EMPTY_FILE, empty_bytes({"text": drawn(2, 6), "pooled": drawn(5)}), "does not belong to encoders.json"),
-        (EMPTY_FILE, None, "No such file"),
+        (EMPTY_FILE, None, "no such file"),
     ],
 )
 def test_broken_files_beside_the_shards_are_refused(tmp_path: Path, file: str, data: bytes | None, said: str) -> None:
@@ -224,3 +228,41 @@ def test_broken_files_beside_the_shards_are_refused(tmp_path: Path, file: str, d
         (folder / file).write_bytes(data)
     with pytest.raises(ValueError, match=f"{file}: .*{said}"):
         build_index(folder, progress=False)
+
+
+def lay_four(samples: Samples) -> None:
+    """Four more samples, lying where the others stand."""
+    for key in "efgh":
+        info = SourceInfo(shard=SHARD, key=key, width=80, height=40, media_sha256="m", caption_sha256="c")
+        lying = {"mean": drawn(4, 4, 8), "std": drawn(4, 4, 8).exp()}
+        samples[key] = pack_sample(entry(key, source=info, height=8, width=16), tensors() | lying)
+
+
+def test_a_substitute_comes_from_its_own_bucket(tmp_path: Path) -> None:
+    index = build_index(write_world(tmp_path, lay_four), progress=False)
+    for sample in (1, 5):
+        break_bytes(index, sample, "image")
+    config = DataConfig(path=str(tmp_path), image_size=12, buckets=True, bucket_step=4, bucket_batch=4)
+    quarantine = tmp_path / "quarantine.jsonl"
+    loader = make_loader(
+        config, index, seed=0, rank=0, world_size=1, global_batch=4, micro_batch=4, consumed=0, quarantine=quarantine
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = list(islice(iter(loader), 40))
+    told = {json.loads(line)["key"] for line in quarantine.read_text().splitlines()}
+    assert told == {"b", "c", "f"}, "no good sample of another size was tried"
+    shapes = set()
+    for batch in batches:
+        assert batch.encoded is not None
+        shapes.add(shape := tuple(batch.encoded.moments.shape[-2:]))
+        assert set(batch.keys) <= ({"a", "d"} if shape == (8, 4) else {"e", "g", "h"})
+    assert shapes == {(8, 4), (4, 8)}
+
+
+def test_the_page_says_why_it_shows_no_pictures(tmp_path: Path) -> None:
+    build_index(write_world(tmp_path), progress=False)
+    lines = summarize(tmp_path)
+    assert any(line.startswith("examples: none, these are latents") for line in lines)
+    page = (tmp_path / "summary.html").read_text(encoding="utf-8")
+    assert "encoded samples are latents, not pictures" in page and "<img" not in page

@@ -360,7 +360,7 @@ def test_hostile_pictures_stay_within_memory_and_are_converted_or_named(tmp_path
     write_tar(tmp_path / "a.tar", files)
     index_within(tmp_path, 640)
     index = load_index(tmp_path)
-    sizes = {index.key(number): (row["width"], row["height"]) for number, row in enumerate(index.samples)}
+    sizes = {index.key(number): size.item() for number, size in enumerate(index.columns.sizes)}
     reasons = {index.key(number): reason for number, reason in index.bad.items()}
     assert len(sizes) == len(cases)
     for key, (_, _, expected) in cases.items():

@@ -27,9 +27,11 @@ PIXEL = bytes.fromhex(
     "89c636465636760606062606040500001a800187780d7f10000000049454e44ae426082"
 )
 GOLDEN = {
+    "index-key-ends.npy": "0498bb0bc77204a8e6bd6e030273bee4e2b1e6caaa649618dc8f5ef1954e6f69",
     "index-keys.npy": "dfb0c98a38e0f0652d1ba3bb3be78dd298e6dfe3f0bc45571ba8cfda4d36ccbd",
     "index-labels.npy": "2f46210a85973f824a4a36187a07d7962fded51b5aa5c2c99e1ddc74ab454eaf",
-    "index-samples.npy": "81b77aa1412e953075c42c535c349fc2f19461fd18a4577c3d7a87f2d8276282",
+    "index-samples.npy": "10bc5f52d7f103b354c8e9fef5c51b75c57e48fba2cdd6935acdc422afbb2e22",
+    "index-sizes.npy": "2e2909687eb7258799107a4180b67bf32b84986b412e845dea45d7fc60ccd57d",
 }
 """SHA-256 of the arrays of the index of ``folder``."""
 DIGEST = "3008ab12c6938b30533895848ed5d7c1b84ed0ea5b31c6abbed251e555fc53f4"
@@ -78,7 +80,7 @@ def test_the_index_is_the_same_however_it_is_made(folder: Path) -> None:
         done = index_folder(folder, bad_shards=1, workers=workers, update=update, progress=False)
         assert hashes(folder) == made, (workers, update)
         assert done.reused == (3 if update else 0)
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", *3 * [".npy"], *4 * [".tar"]]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", *5 * [".npy"], *4 * [".tar"]]
 
 
 def test_update_scans_only_what_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

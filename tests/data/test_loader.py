@@ -104,9 +104,9 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 def change(index: ShardIndex, sample: int, part: str) -> None:
     """Invert one byte of a sample, as a disk might after indexing."""
-    row = index.samples[sample]
+    place = getattr(index.record(sample), part)
     with (index.folder / index.shards[index.shard_of(sample)].name).open("r+b") as file:
-        at = int(row[f"{part}_offset"]) + int(row[f"{part}_bytes"]) // 2
+        at = place.offset + place.bytes // 2
         file.seek(at)
         byte = file.read(1)[0]
         file.seek(at)
@@ -241,10 +241,10 @@ def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     batches, most = [], 0
     for batch in islice(iter(some), 10):
         batches.append(batch)
-        most = max(most, len(some._reader._sources[0]._shards._open))
+        most = max(most, len(some._reader._sources[0]._files._shards._open))
     assert_same(joined(batches), reference)
     assert most == 2
-    assert len(some._reader._sources[0]._shards._open) == 0, "a closed iterator leaves files open"
+    assert len(some._reader._sources[0]._files._shards._open) == 0, "a closed iterator leaves files open"
 
 
 # --- bad samples ----------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_bad_samples_of_the_index_are_substituted(tmp_path: Path) -> None:
 
 def test_sample_beyond_a_shrunk_shard_is_bad(index: ShardIndex) -> None:
     shard = index.folder / index.shards[4].name
-    shard.write_bytes(shard.read_bytes()[: int(index.samples["image_offset"][29]) + 5])
+    shard.write_bytes(shard.read_bytes()[: index.record(29).image.offset + 5])
     with pytest.warns(UserWarning, match=r"sample '0029': image has 5 bytes, expected \d+: the shard was cut off"):
         keys = joined(take(loader(index), 8)).keys
     assert "0029" not in keys

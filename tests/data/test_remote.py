@@ -6,17 +6,23 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
+import torch
 
 from dydit_scale.data import remote
 from dydit_scale.data.cache import FileCache, Wanted
-from dydit_scale.data.loader import DataConfig, Loader, make_loader, open_data
+from dydit_scale.data.encoded import EMPTY_FILE, ENCODERS_FILE, encoding_bytes, read_empty
+from dydit_scale.data.files import SampleFiles
+from dydit_scale.data.loader import Batch, DataConfig, Loader, make_loader, open_data
 from dydit_scale.data.remote import RemoteError, RemoteFolder, is_url, redacted
 from dydit_scale.data.shards import ShardIndex, build_index, load_index, write_shards
-from dydit_scale.data.storage import RangeShards
+from dydit_scale.data.stream import open_stream
+from tests.data.test_encoded import write_world
 from tests.data.test_loader import assert_same, joined, samples, take
 from tests.data.web_store import WebStore, serve
 
@@ -58,19 +64,17 @@ def test_the_index_is_that_of_the_local_folder(folder: Path, store: WebStore, tm
     for cache in (None, FileCache(tmp_path / "cache", 1 << 20)):
         found = load_index(store.url + "/", cache)
         assert (found.digest, found.shards, found.place) == (local.digest, local.shards, store.url)
-        assert (found.samples == local.samples).all() and found.key(29) == local.key(29)
+        assert all(map(np.array_equal, found.columns, local.columns)) and found.key(29) == local.key(29)
     del store.reads[:]
     load_index(store.url, FileCache(tmp_path / "cache", 1 << 20))
     assert store.reads == ["index.json"], "the arrays lie in the cache"
 
 
 def test_a_sample_is_one_request(store: WebStore) -> None:
-    index = load_index(store.url)
-    shards = RangeShards(RemoteFolder(store.url), index.shards)
+    files = SampleFiles(load_index(store.url))
     del store.reads[:]
-    for part in ("image", "caption"):
-        row = index.samples[3]
-        assert len(shards.read("shard-000000.tar", int(row[f"{part}_offset"]), int(row[f"{part}_bytes"]))) > 0
+    found = files.read(3)
+    assert len(found.image) > 0 and found.caption == b"picture 0003"
     assert store.reads == ["shard-000000.tar"]
 
 
@@ -128,13 +132,66 @@ def test_a_failing_store_stops_the_loader_by_name(store: WebStore) -> None:
 def test_changed_bytes_are_a_bad_sample(store: WebStore) -> None:
     some = loader(store.url)
     index = load_index(store.url)
-    row = index.samples[3]
+    image = index.record(3).image
     path = store.folder / "shard-000000.tar"
     data = bytearray(path.read_bytes())
-    data[int(row["image_offset"]) + 5] ^= 1
+    data[image.offset + 5] ^= 1
     path.write_bytes(data)
     with pytest.warns(UserWarning, match=r"bad shard-000000\.tar sample '0003': image checksum"):
         assert "0003" not in joined(take(some, 8)).keys
+
+
+# --- encoded data ---------------------------------------------------------------------------------------------------
+
+
+def encoded_batches(path: str, cache: str = "", workers: int = 0) -> list[Batch]:
+    config = DataConfig(path=path, cache=cache, workers=workers, image_size=12, buckets=True, bucket_step=4)
+    data = open_data(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one sample is bad
+        some = make_loader(config, data, seed=5, rank=0, world_size=1, global_batch=8, micro_batch=4, consumed=0)
+        return take(some, 6)
+
+
+@pytest.mark.parametrize(("cached", "workers"), [(False, 0), (False, 2), (True, 0), (True, 2)])
+def test_encoded_batches_are_those_of_the_local_folder(
+    store: WebStore, tmp_path: Path, cached: bool, workers: int
+) -> None:
+    folder = build_index(write_world(store.folder / "encoded")).folder
+    cache = str(tmp_path / "cache") if cached else ""
+    reference = encoded_batches(str(folder))
+    for ours, theirs in zip(encoded_batches(f"{store.url}/encoded", cache, workers), reference, strict=True):
+        assert ours.encoded is not None and theirs.encoded is not None
+        assert (ours.keys, ours.captions) == (theirs.keys, theirs.captions)
+        torch.testing.assert_close(ours.encoded, theirs.encoded, atol=0, rtol=0)
+
+
+def test_what_lies_beside_encoded_shards_is_read_from_the_store(store: WebStore) -> None:
+    local = build_index(write_world(store.folder / "encoded"))
+    url = f"{store.url}/encoded"
+    found = load_index(url)
+    assert (found.encoding, found.digest) == (local.encoding, local.digest) and found.encoding is not None
+    empty, expected = (read_empty(index.home, found.encoding) for index in (found, local))
+    assert empty.keys() == expected.keys() and all(torch.equal(empty[name], expected[name]) for name in empty)
+    with pytest.raises(ValueError, match=r"/encoded: encoded data have an index; .*set data\.mode=indexed"):
+        open_stream(url)
+    (local.folder / EMPTY_FILE).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{url}/empty\.safetensors: it does not belong to encoders\.json"):
+        read_empty(found.home, found.encoding)
+    (local.folder / EMPTY_FILE).unlink()
+    with pytest.raises(ValueError, match=rf"{url}/empty\.safetensors: no such file"):
+        read_empty(found.home, found.encoding)
+    path = local.folder / ENCODERS_FILE
+    path.write_bytes(encoding_bytes(replace(found.encoding, encoders={"vae": "w"})))
+    with pytest.raises(ValueError, match=r"its index cannot be used \(encoders\.json does not belong to index\.json"):
+        load_index(url)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"encoders\.json does not belong to index\.json"):
+        load_index(url)
+    path.write_bytes(encoding_bytes(found.encoding))
+    store.faults = ["", "403"]
+    with pytest.raises(RemoteError, match=r"/encoded/encoders\.json: access denied or expired"):
+        load_index(url)
 
 
 def test_shards_of_another_size_or_missing_are_named(folder: Path, store: WebStore) -> None:
@@ -226,7 +283,7 @@ def test_a_cache_smaller_than_a_shard_is_refused_before_reading(store: WebStore,
 
 def test_a_cache_full_of_shards_in_use_reads_on_by_ranges(folder: Path, store: WebStore, tmp_path: Path) -> None:
     index = load_index(folder)
-    arrays = sum((folder / name).stat().st_size for name in ("index-samples.npy", "index-keys.npy", "index-labels.npy"))
+    arrays = sum((folder / name).stat().st_size for name in ARRAYS)
     room = max(arrays, 2 * max(shard.bytes for shard in index.shards)) + 1
     cache = FileCache(tmp_path / "cache", room)
     used = load_index(store.url, cache)
@@ -237,6 +294,9 @@ def test_a_cache_full_of_shards_in_use_reads_on_by_ranges(folder: Path, store: W
     assert_same(got, joined(take(loader(str(folder)), 8)))
     for fd in held:
         os.close(fd)
+
+
+ARRAYS = ("index-samples.npy", "index-sizes.npy", "index-key-ends.npy", "index-keys.npy", "index-labels.npy")
 
 
 def remote_shard(index: ShardIndex, number: int) -> Wanted:

@@ -81,9 +81,9 @@ def test_only_so_many_captions_are_read(folder: Path, monkeypatch: pytest.Monkey
     reads: list[str] = []
     read = summary_module.ShardFiles.read
 
-    def noting(self: summary_module.ShardFiles, shard: str, offset: int, size: int) -> bytes:
+    def noting(self: summary_module.ShardFiles, shard: str, offset: int, buffer: memoryview) -> int:
         reads.append(shard)
-        return read(self, shard, offset, size)
+        return read(self, shard, offset, buffer)
 
     monkeypatch.setattr(summary_module.ShardFiles, "read", noting)
     monkeypatch.setattr(summary_module, "CAPTIONS_READ", 7)

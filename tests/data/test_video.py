@@ -439,10 +439,10 @@ def test_clips_serve_as_pictures(tmp_path: Path) -> None:
 
 def test_short_broken_and_changed_clips_are_substituted(tmp_path: Path) -> None:
     index = clips(tmp_path / "clips", [8, 12, 12, 5])
-    changed = index.samples[1]
+    changed = index.record(1).image
     shard = index.folder / index.shards[index.shard_of(1)].name
     with shard.open("r+b") as file:
-        file.seek(int(changed["image_offset"]) + 300)
+        file.seek(changed.offset + 300)
         file.write(b"\0\0\0\0")
     with pytest.warns(UserWarning) as warned:
         keys = {key for batch in take(loader(index, frames=8), 8) for key in batch.keys}

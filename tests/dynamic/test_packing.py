@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from dydit_scale.dynamic.packing import add_on_rows, chosen_rows, fold, shallow, slice_linear
+from dydit_scale.dynamic.packing import CutLinear, add_on_rows_, chosen_rows, fold, shallow
 
 
 def test_slices_are_rows_and_columns_and_views_where_they_can_be() -> None:
     linear = nn.Linear(6, 8)
     rows, cols = torch.tensor([1, 4, 5]), torch.tensor([2, 3, 4])
-    cut = slice_linear(linear, rows=rows, cols=cols)
+    cut = CutLinear([linear], rows=rows, cols=cols)
     assert torch.equal(cut.weight, linear.weight[rows][:, cols]) and torch.equal(cut.bias, linear.bias[rows])
     assert not cut.weight.requires_grad
-    run = slice_linear(linear, rows=torch.arange(2, 6))
+    run = CutLinear([linear], rows=torch.arange(2, 6))
     assert run.weight.untyped_storage().data_ptr() == linear.weight.untyped_storage().data_ptr()
-    assert slice_linear(linear, bias=False).bias is None
+    assert CutLinear([linear], bias=False).bias is None
 
 
 def test_a_timestep_dependent_layer_is_cut_at_its_timestep() -> None:
@@ -24,10 +24,10 @@ def test_a_timestep_dependent_layer_is_cut_at_its_timestep() -> None:
             return self.weight * t_emb.sum()
 
     layer, t_emb = Scaled(4, 4), torch.tensor([[1.0, 2.0]])
-    assert torch.equal(slice_linear(layer, rows=torch.tensor([0, 2]), t_emb=t_emb).weight, layer.weight[[0, 2]] * 3)
+    assert torch.equal(CutLinear([layer], rows=torch.tensor([0, 2]), t_emb=t_emb).weight, layer.weight[[0, 2]] * 3)
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(layer))
     folded = fold(net, t_emb)
-    assert folded[0] is net[0] and type(folded[1][0]) is nn.Linear and net[1][0] is layer
+    assert folded[0] is net[0] and type(folded[1][0]) is CutLinear and net[1][0] is layer
     assert torch.equal(folded[1][0].weight, layer.weight * 3)
     plain = nn.Sequential(nn.Linear(2, 2))
     assert fold(plain, t_emb) is plain
@@ -36,8 +36,8 @@ def test_a_timestep_dependent_layer_is_cut_at_its_timestep() -> None:
 def test_quantised_weights_are_refused() -> None:
     layer = nn.Linear(2, 2)
     layer.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="quantised weight cannot be sliced"):
-        slice_linear(layer)
+    with pytest.raises(ValueError, match="quantised in a way that peft does not know"):
+        CutLinear([layer])
 
 
 def test_shallow_clones_share_tensors_and_change_alone() -> None:
@@ -51,7 +51,9 @@ def test_work_lands_on_the_chosen_rows_with_their_samples_gate() -> None:
     keep = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     rows = chosen_rows(keep)
     assert rows.tolist() == [0, 2, 5]
-    out = add_on_rows(torch.zeros(2, 3, 1), rows, torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [100.0]]))
+    out = add_on_rows_(torch.zeros(2, 3, 1), rows, torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [100.0]]))
     assert out.squeeze(-1).tolist() == [[10.0, 0.0, 20.0], [0.0, 0.0, 300.0]]
     none = chosen_rows(torch.zeros(2, 3))
-    assert torch.equal(add_on_rows(torch.ones(2, 3, 1), none, torch.zeros(0, 1), torch.ones(2, 1)), torch.ones(2, 3, 1))
+    assert torch.equal(
+        add_on_rows_(torch.ones(2, 3, 1), none, torch.zeros(0, 1), torch.ones(2, 1)), torch.ones(2, 3, 1)
+    )

@@ -56,6 +56,20 @@ def test_sampling_prints_static_beside_dynamic(
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > Image.open(tmp_path / "out" / "00001.png").size[0] == 32
 
 
+def test_sampling_with_little_memory_and_fixed_numbers_of_tokens(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", str(folder / "dynamic"), "--prompt", "a red circle", "--steps", "2", "--out", str(tmp_path)]
+    assert main([*words, "--fixed-tokens"]) == 0
+    printed = capsys.readouterr().out
+    assert "sub-blocks for 2 steps" in printed and "share of the ideal" in printed
+    assert main([*words, "--pack-memory", "0"]) == 0  # every unit works in two steps: slices of the model itself
+    assert "0 MiB of copies" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert main([*words, "--execution", "cudagraphs"]) != 0
+        assert "expected a model on a CUDA device" in capsys.readouterr().err
+
+
 def test_sampling_at_another_size(folder: Path, tmp_path: Path) -> None:
     words = ["sample", str(folder / "dynamic"), "--prompt", "a red circle", "--steps", "2", "--out", str(tmp_path)]
     macs = []

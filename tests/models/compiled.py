@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dydit_scale.adapters.td_lora import add_td_lora
+from dydit_scale.sampling.execution import Execution
 from tests.adapters.tiny import flux_config, shake
 from tests.models.tiny import inputs, scramble, tiny_dynamic
 from tests.models.tiny_families import FAMILIES, Family
@@ -23,6 +24,25 @@ def check(family: Family) -> None:
     plan = model.pack(family.steps(0.5))
     assert plan.bytes > 0 and all(block._compiled_call_impl is None for block in plan.blocks[0])
     torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def check_execution(family: Family) -> None:
+    """Packed sub-networks share compiled code, and compute what they do op by op."""
+    model, times = scramble(family.make()), (0.9, 0.7, 0.5, 0.3)
+    runs = [family.x(t) for t in times]
+    plan = model.pack(family.steps(*times), kernel_layout=False)
+    expected = [model(**x).sample for x in runs]
+    torch._dynamo.reset()
+    compiled = 0
+    with Execution(model, "compile") as run:
+        for _ in range(2):
+            for x, out in zip(runs, expected, strict=True):
+                torch.testing.assert_close(model(**x).sample, out, atol=1e-5, rtol=1e-4)
+            assert compiled in (0, run.recompilations), "the second round compiles nothing"
+            compiled = run.recompilations
+        assert 0 < compiled < 2 * plan.distinct and run.warmup_seconds > 0
+    assert "forward" not in vars(model)
 
 
 def check_adapted(gate_scope: str) -> None:
@@ -46,6 +66,8 @@ if __name__ == "__main__":
     for each in FAMILIES:
         check(each)
         print(each.name)
+    check_execution(FAMILIES[1])
+    print("execution")
     for scope in ("layer", "network"):
         check_adapted(scope)
         print(f"td_lora {scope}")

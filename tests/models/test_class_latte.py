@@ -491,7 +491,8 @@ def test_the_chosen_attention_backend_is_used_packed_or_not(monkeypatch: pytest.
         used.append(backend)
         return dispatch_attention_fn(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr("dydit_scale.models.dit_blocks.dispatch_attention_fn", record)
+    for module in ("dit_blocks", "parts"):
+        monkeypatch.setattr(f"dydit_scale.models.{module}.dispatch_attention_fn", record)
     static, model, x = tiny_static(), scramble(tiny_dynamic()), inputs([500])
     for network in (static, model):
         network.set_attention_backend("_native_math")

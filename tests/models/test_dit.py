@@ -494,12 +494,13 @@ def test_the_chosen_attention_backend_is_used_and_stays(monkeypatch: pytest.Monk
     model = scramble(tiny_dynamic())
     model.set_attention_backend("_native_math")
     seen = []
-    from dydit_scale.models import dit_blocks
+    from dydit_scale.models import dit_blocks, parts
 
     dispatch = dit_blocks.dispatch_attention_fn
-    monkeypatch.setattr(
-        dit_blocks, "dispatch_attention_fn", lambda *a, backend, **k: (seen.append(backend), dispatch(*a, **k))[1]
-    )
+    for module in (dit_blocks, parts):
+        monkeypatch.setattr(
+            module, "dispatch_attention_fn", lambda *a, backend, **k: (seen.append(backend), dispatch(*a, **k))[1]
+        )
     model(**inputs([500]))
     model.pack(torch.tensor([500.0]))
     model(**inputs([500]))

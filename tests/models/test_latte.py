@@ -438,7 +438,7 @@ def test_ranking_puts_the_most_important_units_first() -> None:
 @torch.no_grad()
 def test_equal_sub_blocks_are_shared_and_memory_is_bounded() -> None:
     model, steps = tiny_dynamic(), torch.tensor([900.0, 600, 300])
-    plan = model.pack(steps)
+    plan = model.pack(steps, max_bytes=0)
     assert plan.distinct == LAYERS and plan.bytes == 0  # all open: views of the model's own weights
     scramble(model)
     assert model.pack(steps).bytes > 0
@@ -455,7 +455,8 @@ def test_the_chosen_attention_backend_is_used_packed_or_not(monkeypatch: pytest.
         used.append(backend)
         return dispatch_attention_fn(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr("dydit_scale.models.latte_blocks.dispatch_attention_fn", record)
+    for module in ("latte_blocks", "parts"):
+        monkeypatch.setattr(f"dydit_scale.models.{module}.dispatch_attention_fn", record)
     model = scramble(tiny_dynamic())
     model.set_attention_backend("_native_math")
     model(**inputs([500]))

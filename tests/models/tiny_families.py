@@ -55,9 +55,8 @@ each = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
 
 def counted(model: Any, part: str = "") -> Counter[int]:
-    """Calls of the first norm of each block, or of ``part``; packed blocks share the norm."""
+    """Calls of each block's token router, or of ``part``; packed blocks share the router."""
     calls: Counter[int] = Counter()
     for i, block in enumerate(model.dynamic_blocks()):
-        name = part or ("norm1" if hasattr(block, "norm1") else "norm")
-        block.get_submodule(name).register_forward_hook(lambda *_, i=i: calls.update([i]))
+        block.get_submodule(part or "dy_token").register_forward_hook(lambda *_, i=i: calls.update([i]))
     return calls

@@ -26,9 +26,9 @@ def _parts(worlds: Path, family: str) -> tuple[Recipe, ShardIndex]:
 
 
 def _without_captions(index: ShardIndex) -> ShardIndex:
-    samples = index.samples.copy()
-    samples["caption_offset"] = 0
-    return replace(index, samples=samples)
+    places = index.columns.places.copy()
+    places["caption_gap"] = 0
+    return replace(index, columns=index.columns._replace(places=places))
 
 
 @pytest.mark.parametrize("family", ["flux", "dit"])

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.objective import Objective
 from dydit_scale.train.recipe import Recipe
 from dydit_scale.workflows.encode import encode_data
+from tests.data.web_store import serve
 from tests.families.journey import FAMILIES, VIDEOS, prompt
 from tests.train.encoded_worlds import encode, encoded_recipe, spoil, write_vae, write_world
 
@@ -61,7 +63,7 @@ def batches(recipe: Recipe, count: int) -> list[Batch]:
 
 def objective_of(recipe: Recipe, *, text_encoders: bool) -> Objective:
     parts, index = build_parts(recipe, text_encoders=text_encoders), load_index(recipe.data.path)
-    encoded = {} if index.encoding is None else {0: EncodedInputs(index.folder, index.encoding)}
+    encoded = {} if index.encoding is None else {0: EncodedInputs(index.home, index.encoding)}
     return Objective(recipe, parts.network, parts.pipeline, parts.teacher, torch.device("cpu"), encoded)
 
 
@@ -76,6 +78,15 @@ def test_losses_are_those_of_the_pixels(worlds: Path, tmp_path: Path, family: st
     assert len(pixels) == len(encoded) and sum("loss" in record for record in pixels) == 3
     for ours, theirs in zip(encoded, pixels, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def test_losses_are_those_of_the_folder_when_it_is_in_a_store(worlds: Path, tmp_path: Path) -> None:
+    folder = world_of(worlds, "flux")
+    local = curve(encoded_recipe(folder, "flux", folder / "encoded", run=str(tmp_path / "local")))
+    with serve(folder) as store:
+        recipe = encoded_recipe(folder, "flux", folder / "encoded", run=str(tmp_path / "remote"))
+        remote = replace(recipe, data=replace(recipe.data, path=f"{store.url}/encoded", cache=str(tmp_path / "cache")))
+        assert curve(remote) == local
 
 
 def rectangles() -> Iterator[dict[str, bytes | str]]:
@@ -154,7 +165,7 @@ def test_half_the_bytes_are_close(worlds: Path, tmp_path: Path, dtype: str) -> N
     folder = world_of(worlds, "flux")
     half = encode(folder, "flux", tmp_path / "half", dtype=dtype).index
     whole = load_index(folder / "encoded")
-    sizes = [sum(index.samples["image_bytes"]) for index in (half, whole)]
+    sizes = [index.columns.places["image_bytes"].sum(dtype=int) for index in (half, whole)]
     assert 0.5 < sizes[0] / sizes[1] < 0.55 and half.digest != whole.digest
     recipes = [encoded_recipe(folder, "flux", path) for path in (folder / "shards", tmp_path / "half")]
     objectives = [objective_of(recipe, text_encoders=True) for recipe in recipes]

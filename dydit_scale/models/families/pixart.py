@@ -28,10 +28,9 @@ from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
-from dydit_scale.dynamic.masks import DynamicMasks, GateMode, GateNoise
+from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
 from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
-from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.encoders import PixelAutoencoder, small_text_encoders
 from dydit_scale.models.family import (
     Family,
@@ -189,8 +188,7 @@ class DyPixArtTransformer2DModel(DynamicModelMixin, PixArtTransformer2DModel, Pe
             state = (text, _text_bias(encoder_attention_mask, x.dtype), modulation)
             tokens: list[Tensor] = []
             for i, block in enumerate(blocks):
-                noise = gates.tokens[i] if isinstance(gates, GateNoise) else None
-                settings = (t_emb, BlockGates(*width.layer(i), noise, gates == "open"), collect)
+                settings = (t_emb, self._block_gates(i, step, width, gates), collect)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     out = self._gradient_checkpointing_func(block, x, *state, *settings)
                 else:

@@ -1,0 +1,181 @@
+"""Packed models while they sample: fixed numbers of tokens, shared scores, modulation ahead of its step, backends."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from dydit_scale.dynamic.capacity import TokenCapacity
+from dydit_scale.dynamic.masks import DynamicMasks
+from dydit_scale.models.ahead import AheadModulation
+from dydit_scale.sampling.execution import Execution
+from tests.models.tiny import scramble
+from tests.models.tiny_families import FAMILIES, STEPS, Family, each
+
+
+def masks_of(tokens: list[list[int]]) -> DynamicMasks:
+    """Masks of two layers and two samples, of 8 tokens of which so many are kept."""
+    kept = torch.tensor([[[float(i < n) for i in range(8)] for n in layer] for layer in tokens])
+    return DynamicMasks(torch.ones(2, 2, 3), torch.ones(2, 2, 3), kept)
+
+
+def test_capacity_is_the_mean_rounded_up_to_a_tile() -> None:
+    found = TokenCapacity.from_masks([9.0, 5.0, 9.0], [masks_of([[1, 2], [8, 8]]), masks_of([[0, 0], [4, 3]]),
+                                                       masks_of([[3, 4], [6, 8]])], multiple=2)  # fmt: skip
+    assert found.timesteps.tolist() == [9.0, 5.0]
+    assert found.counts.tolist() == [[4, 8], [2, 4]]  # means 2.5, 7.5; 0, 3.5; never nothing
+    assert found.at(torch.tensor([5.0, 9.0]), 2, 1e-5).tolist() == [[2, 4], [4, 8]]
+    with pytest.raises(ValueError, match="not calibrated at timestep 7; it knows 9, 5"):
+        found.at(torch.tensor([7.0]), 2, 1e-5)
+    with pytest.raises(ValueError, match="calibrated for 2 layers; the model has 3"):
+        found.at(torch.tensor([9.0]), 3, 1e-5)
+    with pytest.raises(ValueError, match="got 0 masks"):
+        TokenCapacity.from_masks([], [])
+
+
+@each
+@torch.no_grad()
+def test_a_capacity_fixes_how_many_tokens_work(family: Family) -> None:
+    model, times = scramble(family.make()), list(STEPS)
+    singles = [family.x(t) for t in times]
+    masked = [model(**x, collect=True) for x in singles]
+    kept = [out.masks.tokens for out in masked]
+    exact = TokenCapacity.from_masks(family.steps(*times).tolist(), [out.masks for out in masked], multiple=1)
+    model.pack(family.steps(*times), capacity=exact)
+    for x, out, tokens in zip(singles, masked, kept, strict=True):
+        if bool((tokens.sum(-1) > 0).all()):  # the same numbers of tokens, so the same tokens
+            torch.testing.assert_close(model(**x).sample, out.sample, atol=1e-5, rtol=1e-4)
+        found = model(**x, collect=True).masks.tokens.sum(-1)
+        assert torch.equal(found, tokens.sum(-1).clamp(min=1))
+    fixed = TokenCapacity(exact.timesteps, torch.full_like(exact.counts, 3))
+    model.pack(family.steps(*times), capacity=fixed)
+    assert bool((model(**family.x(times[0], times[0]), collect=True).masks.tokens.sum(-1) == 3).all())
+    everything = TokenCapacity(exact.timesteps, torch.full_like(exact.counts, 10_000))
+    model.pack(family.steps(*times), capacity=everything)
+    assert bool((model(**singles[0], collect=True).masks.tokens == 1).all())
+
+
+@each
+@torch.no_grad()
+def test_branches_of_guidance_share_their_scores_where_asked(family: Family) -> None:
+    model, x = scramble(family.make()), family.x(0.5, 0.5)
+    for share in (False, True):
+        model.pack(family.steps(0.5), share_scores=share)
+        first, second = model(**x, collect=True).masks.tokens.unbind(1)
+        assert torch.equal(first, second) is share
+
+
+@each
+@torch.no_grad()
+def test_an_unplanned_timestep_is_told_once(family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    model = scramble(family.make())
+    expected = model(**family.x(0.3)).sample
+    plan = model.pack(family.steps(0.5))
+    with caplog.at_level(logging.WARNING):
+        model(**family.x(0.5))
+        assert plan.missed is None and not caplog.records
+        for _ in range(2):
+            assert torch.equal(model(**family.x(0.3)).sample, expected)
+    assert plan.missed is not None and len(caplog.records) == 1
+    assert "is not among the 1 packed ones: it runs masked" in caplog.text
+
+
+CONDITIONS = {"dit": "class_labels", "latte-classes": "class_labels", "flux": "pooled_projections"}
+AHEAD = [family for family in FAMILIES if family.name in CONDITIONS]
+
+
+@pytest.mark.parametrize("family", AHEAD, ids=lambda f: f.name)
+@torch.no_grad()
+def test_modulation_is_computed_ahead_for_a_sampler_alone(family: Family) -> None:
+    model, times, name = scramble(family.make()), list(STEPS), CONDITIONS[family.name]
+    runs = [family.x(t) for t in times]
+    expected = [model(**x).sample for x in runs]
+    plan = model.pack(family.steps(*times))
+    layers = {id(layer): layer for block in plan.blocks[0] for layer in block.modulation}  # type: ignore[union-attr]
+    calls: list[int] = []
+    for layer in layers.values():
+        layer.register_forward_hook(lambda m, args, out: calls.append(len(out)))
+    for x, out in zip(runs, expected, strict=True):  # conditions of each call are new tensors: nothing is foreseen
+        torch.testing.assert_close(model(**x).sample, out, atol=1e-5, rtol=1e-4)
+    assert calls == [1] * (3 * len(layers))
+
+    calls.clear()
+    condition = runs[0][name]
+    for x, out in zip(runs, expected, strict=True):
+        torch.testing.assert_close(model(**{**x, name: condition}).sample, out, atol=1e-5, rtol=1e-4)
+    assert calls == [1] * len(layers) + [2] * len(layers)  # the second step computes the third's, too
+
+    condition += 1 if int(condition.flatten()[0]) == 0 else -1  # in place: other conditions
+    model.unpack()
+    changed = [model(**{**x, name: condition}).sample for x in runs]
+    assert not torch.allclose(changed[2], expected[2], atol=1e-3)
+    object.__setattr__(model, "_plan", plan)
+    for x, out in zip(runs, changed, strict=True):
+        torch.testing.assert_close(model(**{**x, name: condition}).sample, out, atol=1e-5, rtol=1e-4)
+
+
+def test_rounded_timesteps_are_foreseen_once_they_are_known() -> None:
+    layer = torch.nn.Linear(2, 4)
+    ahead = AheadModulation([[(layer,)]] * 3, torch.tensor([0.9, 0.5, 0.1]))
+    asked: list[float] = []
+
+    def embed(t: torch.Tensor) -> torch.Tensor:
+        asked.append(float(t[0]))
+        return t.float()[:, None].expand(-1, 2)
+
+    rounded = [torch.tensor([t]).bfloat16() for t in (0.9, 0.5, 0.1)]
+    for _ in range(2):  # two pictures
+        prompt = torch.zeros(1)
+        found = [ahead.at(s, t, (prompt,), embed(t), embed) for s, t in enumerate(rounded)]
+    assert found[0] is None and found[1] is not None and found[2] is not None
+    assert set(asked) == {float(t) for t in rounded}  # never the planned 0.9 or 0.1, which are not what came
+    torch.testing.assert_close(found[2][0], layer(torch.nn.functional.silu(embed(rounded[2]))))
+
+
+def test_steps_of_other_modulation_layers_are_left_alone() -> None:
+    layers = [[(torch.nn.Linear(4, 24),)] for _ in range(3)]  # TD-LoRA: another one at each step
+    ahead = AheadModulation(layers, torch.tensor([3.0, 2.0, 1.0]))
+    for step, t in enumerate((3.0, 2.0, 1.0)):
+        assert ahead.at(step, torch.tensor([t]), ("same",), torch.zeros(1, 4), lambda t: torch.zeros(1, 4)) is None
+
+
+def packed(**options: Any) -> Any:
+    model = scramble(FAMILIES[1].make())
+    model.pack(FAMILIES[1].steps(*STEPS), **options)
+    return model
+
+
+def test_backends_that_cannot_run_say_why() -> None:
+    model = packed()
+    with pytest.raises(ValueError, match="expected one of eager, compile, cudagraphs; got 'fast'"):
+        Execution(model, "fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cudagraphs: expected a model on a CUDA device; it is on cpu"):
+        Execution(model, "cudagraphs")
+    with pytest.raises(ValueError, match="pack with kernel_layout=False"):
+        Execution(model, "compile")
+    model.unpack()
+    with pytest.raises(ValueError, match="the model is not packed"):
+        Execution(model)
+
+
+@pytest.mark.gpu
+@each
+@torch.no_grad()
+def test_graphs_replay_what_ran_op_by_op(family: Family) -> None:
+    model = scramble(family.make()).cuda()
+
+    def on_gpu(x: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.cuda() if torch.is_tensor(value) else value for name, value in x.items()}
+
+    counts = torch.full((len(STEPS), len(model.dynamic_blocks())), 4)
+    model.pack(family.steps(*STEPS), capacity=TokenCapacity(family.steps(*STEPS), counts))
+    runs = [on_gpu(family.x(t, seed=s)) for s in (1, 2) for t in STEPS]
+    expected = [model(**x).sample for x in runs]
+    with Execution(model, "cudagraphs") as run:
+        found = [model(**x).sample for x in runs]
+        assert run.recompilations == len(STEPS)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
