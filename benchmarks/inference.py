@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 from benchmarks.inference_masks import drawn_shares
 from benchmarks.inference_page import write_page
-from benchmarks.inference_peers import counted_macs
-from benchmarks.inference_pending import Skipped
+from benchmarks.inference_peers import Skipped, counted_macs
 from benchmarks.inference_plan import FEW, ON_CPU, ON_GPU, Comparison, check, names, planned
 from benchmarks.inference_sizes import SIZES, Size
 from benchmarks.inference_variants import VARIANTS, Setting, Variant, build

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.inference_pending import Skipped
 from dydit_scale.dynamic.cost import ModelCost
+
+
+class Skipped(Exception):
+    """A variant that cannot be measured here, and why."""
 
 
 class CacheableDiT(DiTTransformer2DModel, CacheMixin):
@@ -69,10 +72,11 @@ def blocks_of(model: Any) -> list[Any]:
 
 @contextmanager
 def watched_blocks(model: Any) -> Iterator[list[int]]:
-    """The numbers of the blocks as they compute, seen by their first norms, which packed blocks share."""
+    """The numbers of the blocks as they compute, seen by a part of each: the token router, which packed blocks share,
+    or in a static model the first norm."""
     ran: list[int] = []
-    norms = [block.norm1 if hasattr(block, "norm1") else block.norm for block in blocks_of(model)]
-    hooks = [norm.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, norm in enumerate(norms)]
+    parts = [next(getattr(b, n) for n in ("dy_token", "norm1", "norm") if hasattr(b, n)) for b in blocks_of(model)]
+    hooks = [part.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, part in enumerate(parts)]
     try:
         yield ran
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.inference_masks import Shares, TokenThresholds, set_width
 from benchmarks.inference_peers import (
     EveryOther,
+    Skipped,
     cache_config,
     cacheable,
     counted_macs,
@@ -23,10 +24,11 @@ from benchmarks.inference_peers import (
     with_fixed_k,
     with_merged_tokens,
 )
-from benchmarks.inference_pending import Skipped, execution, token_capacity
 from benchmarks.inference_sizes import Size
+from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks
+from dydit_scale.sampling.execution import Execution
 
 VARIANTS = {
     "static": "static, diffusers' class",
@@ -232,14 +234,14 @@ def _of(name: str, routed: Routed, **others: Any) -> Variant:
 
 
 def _with_capacity(name: str, setting: Setting) -> Variant:
-    capacity = token_capacity()
     routed = setting.routed()
-    routed.model.pack(setting.timesteps, capacity=capacity.from_masks(setting.timesteps, routed.masks))
+    capacity = TokenCapacity.from_masks(setting.timesteps.tolist(), routed.masks)
+    routed.model.pack(setting.timesteps, capacity=capacity, kernel_layout=name != "compile")
     routed.collect(setting.inputs)
     if name == "capacity":
         return _of(name, routed)
-    running = setting.stack.enter_context(execution(routed.model, name))
-    return _of(name, routed, beside=f"static-{name}", execution=running)
+    execution = setting.stack.enter_context(Execution(routed.model, backend=name))
+    return _of(name, routed, beside=f"static-{name}", execution=execution)
 
 
 def _cached(name: str, setting: Setting, base: str, cache: Any) -> Variant:
