@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -144,8 +145,10 @@ class HookedModelMixin:
                     )
 
     def _pack_again(self) -> None:
-        if self._plan is not None:
-            self.pack(self._plan.table.timesteps)  # type: ignore[attr-defined]
+        if (plan := self._plan) is not None:
+            self.unpack()  # type: ignore[attr-defined]
+            gc.collect()  # hooks and their blocks refer to each other
+            object.__setattr__(self, "_plan", plan.again(self))
 
     def _refuse_packed(self, method: str, reason: str) -> None:
         if self._plan is not None:

@@ -126,6 +126,10 @@ class PackedPlan:
     """What is folded into the sub-blocks."""
     tokens: TokenPlan = TokenPlan()
     """How tokens are chosen."""
+    max_bytes: int | None = None
+    """The budget, and"""
+    storage: StorageOptions = StorageOptions()
+    """the ways that were asked for."""
     missed: float | None = None
     """The first timestep that came and was not planned, so that it ran masked."""
     ahead: AheadModulation | None = None
@@ -166,7 +170,15 @@ class PackedPlan:
             model.timestep_tolerance,
             AdapterState.of(model),  # type: ignore[arg-type]
             tokens,
+            max_bytes,
+            storage,
             ahead=_ahead(rows, table),
+        )
+
+    def again(self, model: DynamicModelMixin) -> PackedPlan:
+        """The plan anew, asked for alike."""
+        return self.build(
+            model, self.table.timesteps, max_bytes=self.max_bytes, storage=self.storage, tokens=self.tokens
         )
 
     def step_of(self, timestep: float) -> int | None:

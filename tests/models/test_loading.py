@@ -83,7 +83,7 @@ def test_a_folder_of_real_classes_is_encoded_trained_on_and_sampled(base: Path, 
     terms = objective.terms(network, inputs, positions, step=0)
     (terms.flow + terms.supervision + terms.ratio).mean().backward()
     optimizer.step()
-    assert all(bool(term.isfinite().all()) for term in terms) and float(terms.ratio.detach().max()) < 1
+    assert all(bool(term.isfinite().all()) for term in terms[:3]) and float(terms.ratio.detach().max()) < 1
     assert sum(not torch.equal(a, b) for a, b in zip(before, trainable, strict=True)) > 20
     assert all(p.grad is None for m in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2) for p in m.parameters())
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.masks import DynamicMasks
@@ -84,6 +85,24 @@ def test_an_unplanned_timestep_is_told_once(family: Family, caplog: pytest.LogCa
 
 
 CONDITIONS = {"dit": "class_labels", "latte-classes": "class_labels", "flux": "pooled_projections"}
+
+
+@torch.no_grad()
+def test_a_cache_keeps_how_it_was_packed() -> None:
+    family = next(family for family in FAMILIES if family.name == "dit")
+    model, steps = scramble(family.make()), family.steps(*STEPS)
+    counts = torch.full((len(STEPS), len(model.dynamic_blocks())), 3)
+    model.pack(steps, capacity=TokenCapacity(steps, counts), share_scores=True, weights="int8", max_bytes=10**7)
+    before = model._plan
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    model.disable_cache()
+    after = model._plan
+    assert after is not before and (after.tokens, after.storage, after.max_bytes, after.bytes) == (
+        before.tokens, before.storage, before.max_bytes, before.bytes
+    )  # fmt: skip
+    assert bool((model(**family.x(STEPS[0]), collect=True).masks.tokens.sum(-1) == 3).all())
+
+
 AHEAD = [family for family in FAMILIES if family.name in CONDITIONS]
 
 
