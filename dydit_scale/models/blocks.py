@@ -152,6 +152,10 @@ class PackedBlock(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             logits = self.dy_token(image, temb, text)
         if gates.share_scores:
+            if batch % 2:
+                raise ValueError(
+                    f"share_scores: expected the two branches of guidance as the halves of a batch; got {batch} samples"
+                )
             logits = logits.unflatten(0, (2, -1)).mean(0).repeat(2, 1)
         if gates.capacity is not None:
             k = min(gates.capacity, tokens)
