@@ -101,7 +101,7 @@ def test_a_cache_keeps_how_it_was_packed() -> None:
         before.tokens, before.storage, before.max_bytes, before.bytes
     )  # fmt: skip
     assert bool((model(**family.x(STEPS[0], STEPS[0]), collect=True).masks.tokens.sum(-1) == 3).all())
-    with pytest.raises(ValueError, match="share_scores: expected the two branches .* got 1 samples"):
+    with pytest.raises(ValueError, match=r"share_scores: expected the two branches .* got 1 samples"):
         model(**family.x(STEPS[0]))
 
 
