@@ -142,6 +142,6 @@ def _panel(axes: Any, result: Result, where: Row, rows: list[Row], places: int) 
 def _colour(variant: str) -> str:
     if variant.startswith("both-"):
         return CACHED
-    if variant in ("static", "open", "static-compile", "static-cudagraphs"):
+    if variant in ("static", "open", "open-packed", "static-compile", "static-cudagraphs"):
         return STATIC
     return PEERS if variant.startswith("static-") or variant in ("fixed-k", "tomesd") else OURS

@@ -33,6 +33,7 @@ from dydit_scale.sampling.execution import Execution
 VARIANTS = {
     "static": "static, diffusers' class",
     "open": "ours, all gates open",
+    "open-packed": "ours, all gates open, packed",
     "masked": "masked, as released",
     "width": "packed, width only",
     "tokens": "packed, tokens only",
@@ -53,7 +54,10 @@ VARIANTS = {
 }
 """What can be measured, and what tables call it."""
 COMPILED = ("static-compile", "compile", "static-cudagraphs", "cudagraphs")
-FEW_STEPS = ("static", "open", "both", "capacity", *COMPILED, "static-fbc", "both-fbc", "static-taylor", "both-taylor")
+FEW_STEPS = (
+    "static", "open", "open-packed", "both", "capacity", *COMPILED, "static-fbc", "both-fbc", "static-taylor",
+    "both-taylor",
+)  # fmt: skip
 """Of a four-step sampler. MagCache is not among them: it needs magnitudes that were measured on such a model."""
 Inputs = list[dict[str, Any]]
 
@@ -182,10 +186,11 @@ class Variant:
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Tensor:
-        """The forwards of all steps; the last one's sample."""
+        """The forwards of all steps; the last one's sample. Conditions are new tensors, as those of a new picture."""
+        new = {id(v): v.clone() for v in inputs[0].values() if isinstance(v, Tensor)}
         for step, x in enumerate(inputs):
             self.before(step)
-            latents, rest = x["hidden_states"], {k: v for k, v in x.items() if k != "hidden_states"}
+            latents, rest = x["hidden_states"], {k: new.get(id(v), v) for k, v in x.items() if k != "hidden_states"}
             with nullcontext() if self.cache is None else self.model.cache_context("cond", step_index=step):
                 out = self.model(latents, **rest, **self.options, return_dict=False)[0]  # tomesd reads the first one
         return out
@@ -202,6 +207,9 @@ def build(name: str, setting: Setting) -> Variant:
         return Variant(model=setting.static, **static)
     if name == "open":
         return Variant(model=setting.open_model, options={"gates": "open"}, **static)
+    if name == "open-packed":
+        model = setting.size.make_dynamic(setting.static, tokens=False)
+        return Variant(model=model, plan_bytes=model.pack(setting.timesteps).bytes, **static)
     if name in ("static-compile", "static-cudagraphs"):
         twin = twin_of(setting.static)
         twin.compile(dynamic=False, mode="reduce-overhead" if name == "static-cudagraphs" else None)

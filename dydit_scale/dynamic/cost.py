@@ -85,6 +85,7 @@ class ModelCost:
         """MACs that always run, and that follow heads, heads and tokens, groups, groups and tokens; brought to a device
         once."""
         if device not in self._on_device:
-            rows = ((b.fixed + b.router, b.heads, b.heads_tokens, b.groups, b.groups_tokens) for b in self.blocks)
-            self._on_device[device] = torch.tensor(list(rows), dtype=torch.double).T[..., None].to(device)
+            rows = [(b.fixed + b.router, b.heads, b.heads_tokens, b.groups, b.groups_tokens) for b in self.blocks]
+            table = torch.tensor(rows, dtype=torch.double).reshape(-1, 5)  # [layers, kinds], also without layers
+            self._on_device[device] = table.T[..., None].to(device)
         return self._on_device[device]
