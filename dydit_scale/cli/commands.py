@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dydit_scale.cli.ckpt import add_ckpt
 from dydit_scale.cli.data import add_data
+from dydit_scale.cli.plan import add_plan
 
 EXPORT_FORMATS = (
     "td-lora", "diffusers", "peft", "kohya", "comfyui", "lora-ranges", "lora-experts", "pipeline", "static",
@@ -194,6 +195,7 @@ Add = Callable[[argparse.ArgumentParser], None]
 COMMANDS: dict[str, tuple[Add, str]] = {
     "demo": (_demo, "adapt the small base, sample, export, verify and report, all in minutes on two CPU cores"),
     "data": (add_data, "make and index training data"),
+    "plan": (add_plan, "say whether a recipe fits a cluster, how fast it will be and what it takes; nothing is loaded"),
     "base": (_base, "write a small pipeline with random weights, to be trained on the built-in data"),
     "stop": (_stop, "ask a run to save its state and leave after its step; for people and for preStop hooks"),
     "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),

@@ -199,9 +199,7 @@ def _zero3(recipe: Recipe, own: Holdings, ranks: int) -> Layout:
     size = whole.all / own.numel
     most = settings["stage3_max_live_parameters"] + settings["stage3_prefetch_bucket_size"]
     gathered = min(whole.all - own.small, int(size * most)) if ranks > 1 else whole.all - own.small
-    return Layout(
-        kept=kept, host=host, gradients=lambda before, within: 0, gathered=lambda segment: gathered, step=0
-    )
+    return Layout(kept=kept, host=host, gradients=lambda before, within: 0, gathered=lambda segment: gathered, step=0)
 
 
 def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
@@ -221,15 +219,15 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
         host = {"weights": sharded, "gradients": part, **{n: kept.pop(n) for n in ("optimiser", "EMA")}}
         kept["weights"], part = own.buffers, 0
     flat = ranks > 1
-    largest = max((u.all for u in own.units), default=0)
 
     def gathered(segment: Segment) -> int:
-        unit = largest if segment.unit is None else own.units[segment.unit].all
+        number = segment.unit if segment.unit is not None else len(own.units) - 1 if segment.backward else None
+        unit = 0 if number is None else own.units[number].all
         if not recipe.engine.reshard:
             return whole.all + flat * unit
-        if not segment.backward:
+        if not segment.backward or number is None:
             return own.root.all + unit + flat * unit
-        before = own.units[max(0, segment.unit - 1)].all if segment.unit is not None else unit
+        before = own.units[max(0, number - 1)].all
         return own.root.all + unit + flat * (before + own.units[-1].all)
 
     def gradients(before: int, within: int) -> int:
@@ -239,9 +237,7 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
     def reducing(segment: Segment) -> int:
         return segment.gradients if segment.unit is not None else 0
 
-    return Layout(
-        kept=kept, host=host, gradients=gradients, gathered=gathered, reducing=reducing, step=part
-    )
+    return Layout(kept=kept, host=host, gradients=gradients, gathered=gathered, reducing=reducing, step=part)
 
 
 @dataclass(frozen=True, kw_only=True)

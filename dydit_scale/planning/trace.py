@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 
 from dydit_scale.dynamic.losses import cost_loss
 from dydit_scale.dynamic.masks import GateNoise
+from dydit_scale.models.encoders import posterior_of
 from dydit_scale.models.family import Prompts
 from dydit_scale.planning.allocations import Allocations, CudaAutocast
 from dydit_scale.planning.bases import Base
@@ -77,6 +77,32 @@ def trace_step(recipe: Recipe, base: Base, micro_batch: int, *, gpu: bool) -> li
     return _repeated(recorder.segments, planned.places)
 
 
+def trace_encoding(recipe: Recipe, base: Base, micro_batch: int, *, gpu: bool) -> int:
+    """Bytes that the autoencoder allocates at most while it encodes the pictures of a micro-batch."""
+    vae, data, high = base.make_vae().requires_grad_(False), recipe.data, 0
+
+    def grown(live: int) -> None:
+        nonlocal high
+        high = max(high, live)
+
+    allocations = Allocations(grown, lambda era, size: None)
+    side = data.image_size
+    for parameter in vae.parameters():
+        parameter.data = parameter.data.to(frozen_dtype(recipe))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        _without_contents(vae)
+        for parameter in vae.parameters():
+            allocations.ignore(parameter)
+        with allocations, CudaAutocast(gpu), _autocast(recipe):
+            posterior_of(vae, torch.empty(micro_batch * (data.frames + data.images_per_clip), 3, side, side))
+    return high
+
+
+def _autocast(recipe: Recipe) -> AbstractContextManager[Any]:
+    bf16 = recipe.engine.precision == "bf16"
+    return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+
+
 def _run(
     recipe: Recipe, planned: Planned, inputs: Inputs, micro_batch: int, recorder: _Recorder, casts: CudaAutocast
 ) -> None:
@@ -93,8 +119,7 @@ def _run(
     pipeline = stand_in(planned.base, network)
     objective = _Objective(recipe, network, pipeline, None, torch.device("cpu"))
     objective.teacher = planned.teacher
-    bf16 = recipe.engine.precision == "bf16"
-    with casts, torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+    with casts, _autocast(recipe):
         terms = objective.terms(network, inputs, torch.empty(micro_batch, device="meta"), 0)
         loss = terms.flow.mean() + terms.supervision.mean() + cost_loss(terms.ratio.mean(), 1.0)
         del terms
@@ -270,8 +295,3 @@ def _freed_together(segment: Segment, times: Sequence[int], parts: Sequence[int]
             sizes[parts[era]].append(segment.freed.get(era, 0))
         more += (repeats - 1) * sum(len(of_part) * min(of_part) for of_part in sizes.values())
     return more
-
-
-def scaled(recipe: Recipe, micro_batch: int) -> Recipe:
-    """The recipe with this many samples in a micro-batch of one rank."""
-    return replace(recipe, train=replace(recipe.train, batch_size=micro_batch, accumulation=1))

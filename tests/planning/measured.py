@@ -1,7 +1,7 @@
-"""What a training step allocates, measured: python -m tests.planning.measured OUT CASE..., as one of some ranks.
+"""What a training step allocates, measured: python -m tests.planning.measured OUT RECIPE, as one of some ranks.
 
-The bytes of all tensors that live when the step begins, and on top of them what the allocator's own record says that the
-step took at most. Resident memory would also count libraries, arenas and what other processes left.
+The bytes of all tensors that live when the step begins, and on top of them what the allocator's own record says that
+the step took at most. Resident memory would also count libraries and what malloc keeps.
 """
 
 from __future__ import annotations
