@@ -142,7 +142,8 @@ def _vae_config(name: str) -> Mapping[str, Any]:
 
 def _text_encoders(name: str) -> dict[str, int]:
     """Parameters of each, from its config.json."""
-    folder, found = Path(name), {}
+    folder = Path(name)
+    found: dict[str, int] = {}
     if not folder.is_dir():
         return found
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

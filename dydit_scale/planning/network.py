@@ -89,8 +89,8 @@ def _places(lengths: list[int], whole: list[int], period: int) -> Iterator[Place
 
 
 def stand_in(base: Base, network: Any) -> Any:
-    """What the family asks of a pipeline, around ``network``."""
-    pipeline = type(base.family.pipeline_class.__name__, (), {})()
-    pipeline.transformer, pipeline.vae_scale_factor = network, base.vae_scale_factor
-    pipeline.vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    """A pipeline of the family's class with what the family asks of it, around ``network``, and nothing else."""
+    pipeline = object.__new__(base.family.pipeline_class)
+    vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    vars(pipeline).update(transformer=network, vae_scale_factor=base.vae_scale_factor, vae=vae)
     return pipeline

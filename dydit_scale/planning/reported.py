@@ -80,7 +80,7 @@ FIGURES = (
     Reported(
         setup="all weights, bf16 with its moments", source="Hugging Face blog flux-qlora (estimate)", gigabytes=120,
         trained=(2, 2, 4),
-        note="missed: an estimate that names no setting; 8 bytes a parameter are ours, with moments in fp32 12 (144 GB)",
+        note="missed: an estimate that names no setting; ours has 8 bytes a parameter; with fp32 moments 12, 144 GB",
     ),
     Reported(
         setup="all weights, bf16, 8-bit Adam, embeddings cached, 1024²", source="sd-scripts issue 1517, A100 80 GB",

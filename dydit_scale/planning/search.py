@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -56,7 +56,7 @@ def _micro_batches(recipe: Recipe, cluster: Cluster) -> Iterator[int]:
 def _plans(planner: Planner, recipe: Recipe, cluster: Cluster) -> Iterator[Plan]:
     engines = _ENGINES if cluster.gpus > 1 else (("single", 0),)
     for name, stage in engines:
-        changes = {"engine__name": name, "engine__offload": "none", "engine__shard_ranks": None}
+        changes: dict[str, Any] = {"engine__name": name, "engine__offload": "none", "engine__shard_ranks": None}
         changes |= {"engine__zero_stage": stage or recipe.engine.zero_stage}
         if name != "zero":
             changes["engine__deepspeed"] = None
