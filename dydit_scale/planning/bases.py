@@ -157,5 +157,6 @@ def _text_encoders(name: str) -> dict[str, int]:
         config = AutoConfig.from_pretrained(folder / part)
         with init_empty_weights():
             encoder = classes[class_name](config)
+        encoder.tie_weights()  # empty weights are made one by one
         found[part] = sum(p.numel() for p in encoder.parameters())
     return found
