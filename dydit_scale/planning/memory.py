@@ -227,8 +227,9 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
             return whole.all + flat * unit
         if not segment.backward or number is None:
             return own.root.all + unit + flat * unit
-        before = own.units[max(0, number - 1)].all
-        return own.root.all + unit + flat * (before + own.units[-1].all)
+        ahead = own.units[max(0, number - 1)].all
+        reduced = own.units[number + 1].trainable if number + 1 < len(own.units) else 0
+        return own.root.all + unit + flat * (ahead + own.units[-1].all) + reduced
 
     def gradients(before: int, within: int) -> int:
         shard = part if recipe.train.accumulation > 1 else before // ranks * (not offloaded)
