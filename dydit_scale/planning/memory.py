@@ -206,8 +206,7 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
     """Each block is gathered into a flat buffer and copied out of it.
 
     In the forward the flat buffer of the last block stays; in the backward the next block is gathered beforehand. A
-    block's gradients are whole until its backward is over; then they lie in the buffer that is reduced, which the next
-    block still sees.
+    block's gradients are whole until its backward is over, and then for a moment in the buffer that is reduced, too.
     """
     ranks = recipe.engine.shard_ranks or world
     whole, part = own.whole, -(-own.whole.trainable // ranks)
@@ -228,8 +227,7 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
         if not segment.backward or number is None:
             return own.root.all + unit + flat * unit
         ahead = own.units[max(0, number - 1)].all
-        reduced = own.units[number + 1].trainable if number + 1 < len(own.units) else 0
-        return own.root.all + unit + flat * (ahead + own.units[-1].all) + reduced
+        return own.root.all + unit + flat * (ahead + own.units[-1].all)
 
     def gradients(before: int, within: int) -> int:
         shard = part if recipe.train.accumulation > 1 else before // ranks * (not offloaded)
