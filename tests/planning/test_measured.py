@@ -70,7 +70,7 @@ def recipe_file(world: Path, out: Path, changes: dict[str, Any]) -> Path:
     engine = changes["engine"]
     if engine["name"] == "zero":
         engine = engine | {"deepspeed": str(world / "deepspeed.json")}
-    train = {"steps": 2, "batch_size": 4, "ema": 0.9, "evaluate_every": 0, "evaluate_samples": 4, "save_every": 100}
+    train = {"steps": 5, "batch_size": 4, "ema": 0.9, "evaluate_every": 0, "evaluate_samples": 4, "save_every": 100}
     values = {
         "name": "measured",
         "run": str(out / "run"),
