@@ -206,8 +206,7 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
     """Each block is gathered into a flat buffer and copied out of it.
 
     In the forward the flat buffer of the last block stays; in the backward the next block is gathered beforehand. A
-    block's gradients are whole until its backward is over; then they lie in the buffer that is reduced, which the next
-    block still sees.
+    block's gradients are whole until its backward is over, and then for a moment in the buffer that is reduced, too.
     """
     ranks = recipe.engine.shard_ranks or world
     whole, part = own.whole, -(-own.whole.trainable // ranks)
@@ -227,8 +226,8 @@ def _fsdp(recipe: Recipe, own: Holdings, world: int) -> Layout:
             return whole.all + flat * unit
         if not segment.backward or number is None:
             return own.root.all + unit + flat * unit
-        before = own.units[max(0, number - 1)].all
-        return own.root.all + unit + flat * (before + own.units[-1].all)
+        ahead = own.units[max(0, number - 1)].all
+        return own.root.all + unit + flat * (ahead + own.units[-1].all)
 
     def gradients(before: int, within: int) -> int:
         shard = part if recipe.train.accumulation > 1 else before // ranks * (not offloaded)

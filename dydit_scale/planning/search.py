@@ -43,7 +43,7 @@ def search(planner: Planner, recipe: Recipe, cluster: Cluster, *, progress: bool
             if not fitting:
                 break
     bar.close()
-    return sorted(found, key=lambda c: (round(sum(c.plan.speed.seconds), 3), c.plan.needed))
+    return sorted(found, key=lambda c: (float(f"{sum(c.plan.speed.seconds):.3g}"), c.plan.needed))
 
 
 def _micro_batches(recipe: Recipe, cluster: Cluster) -> Iterator[int]:
