@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also one profiled run of each variant: a table "
+                        "of its operations, and a trace for chrome://tracing")  # fmt: skip
     parser.add_argument("--plot", nargs="*", type=Path, metavar="FILE", help="measure nothing; make the page of these")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page that --plot makes")
     args = parser.parse_args()
@@ -79,7 +81,7 @@ def main() -> None:
 def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None:
     """Measure them; the file is written after each."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("plot", "docs")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("plot", "docs", "out", "profile")}
     found: dict[str, Any] = {**machine(device), "device": device.type, "dtype": args.dtype, "settings": settings}
     found |= {"flops_checks": {}, "rows": [], "skipped": []}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None
         static = first.size.make_static(device, dtype)
         for comparison in (first, *others):
             wanted = names(args, few=comparison.few)
-            rows, skipped = compare(comparison.setting(static), wanted, args.repetitions, device)
+            rows, skipped = compare(comparison.setting(static), wanted, args.repetitions, device, args.profile)
             _free(device)
             where = comparison.described()
             found["rows"] += [{**where, **row} for row in rows]
@@ -103,7 +105,7 @@ def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None
 
 
 def compare(
-    setting: Setting, wanted: list[str], repetitions: int, device: torch.device
+    setting: Setting, wanted: list[str], repetitions: int, device: torch.device, profile: Path | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the variants, run in turn, and those that could not run."""
     title = f"{setting.size.name}, {len(setting.inputs[0]['hidden_states'])} samples"
@@ -127,6 +129,8 @@ def compare(
                 with variant.ready():
                     row["seconds"].append(timed(lambda v=variant: v.run(setting.inputs), device))
                 bar.update()
+    for variant in variants if profile is not None else ():
+        write_profile(profile / f"{setting.size.name}-{variant.name}", variant, setting, device)
     for variant, row in zip(variants, rows, strict=True):
         if variant.execution is not None:
             row |= {"recompilations": variant.execution.recompilations}
@@ -201,6 +205,19 @@ def flops_check(size: Size, device: torch.device, dtype: torch.dtype) -> float:
     agreement = counted / variant.macs
     assert abs(agreement - 1) < 0.01, f"{size.name}: torch counts {agreement:.4f} of the cost model's MACs"
     return agreement
+
+
+def write_profile(path: Path, variant: Variant, setting: Setting, device: torch.device) -> None:
+    """``path.txt``, the operations by their time, and ``path.json``, the trace of one run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found, variant.ready():
+        variant.run(setting.inputs)
+    order = f"self_{device.type}_time_total"
+    path.with_suffix(".txt").write_text(found.key_averages().table(sort_by=order, row_limit=40))
+    found.export_chrome_trace(str(path.with_suffix(".json")))
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.inference_masks import Shares, drawn_shares, mean_ratio, shares_of_run
 from benchmarks.inference_sizes import SIZES, Size
-from benchmarks.inference_variants import COMPILED, FEW_STEPS, VARIANTS, Setting
+from benchmarks.inference_variants import COMPILED, FEW_STEPS, ON_REQUEST, VARIANTS, Setting
 
 FEW = 4
 """Steps of a distilled model's sampler."""
@@ -101,7 +101,8 @@ def sized(size: Size, args: argparse.Namespace) -> Size:
 
 def names(args: argparse.Namespace, *, few: bool) -> list[str]:
     """The variants to measure; the static model and ours with open gates are always among them."""
-    wanted = args.variants or [v for v in VARIANTS if args.device == "cuda" or v not in COMPILED]
+    gpu_only = () if args.device == "cuda" else (*COMPILED, "fused")
+    wanted = args.variants or [v for v in VARIANTS if v not in (*gpu_only, *ON_REQUEST)]
     wanted = [v for v in wanted if v in FEW_STEPS] if few else wanted
     needed = {"static", "open", *(f"static-{v}" for v in ("compile", "cudagraphs") if v in wanted)}
     return [v for v in VARIANTS if v in needed or v in wanted]

@@ -39,6 +39,8 @@ VARIANTS = {
     "tokens": "packed, tokens only",
     "both": "packed, both",
     "capacity": "packed, both, fixed capacity",
+    "fused": "packed, both, fixed capacity, fused tokens",
+    "int8": "packed, both, int8 copies",
     "static-compile": "static, torch.compile",
     "compile": "packed, fixed capacity, torch.compile",
     "static-cudagraphs": "static, CUDA graphs",
@@ -54,6 +56,8 @@ VARIANTS = {
 }
 """What can be measured, and what tables call it."""
 COMPILED = ("static-compile", "compile", "static-cudagraphs", "cudagraphs")
+ON_REQUEST = ("int8",)
+"""Not for speed."""
 FEW_STEPS = (
     "static", "open", "open-packed", "both", "capacity", *COMPILED, "static-fbc", "both-fbc", "static-taylor",
     "both-taylor",
@@ -216,8 +220,12 @@ def build(name: str, setting: Setting) -> Variant:
         return Variant(model=twin, **static)
     if name in ("masked", "width", "tokens", "both"):
         return _routed(name, setting)
-    if name in ("capacity", "compile", "cudagraphs"):
+    if name in ("capacity", "fused", "compile", "cudagraphs"):
         return _with_capacity(name, setting)
+    if name == "int8":
+        routed = setting.routed()
+        routed.model.pack(setting.timesteps, weights="int8")
+        return _of(name, routed)
     if name == "fixed-k":
         return _counted(name, with_fixed_k(setting.static, setting.cost, setting.size.tokens, setting.target), setting)
     if name == "tomesd":
@@ -244,9 +252,13 @@ def _of(name: str, routed: Routed, **others: Any) -> Variant:
 def _with_capacity(name: str, setting: Setting) -> Variant:
     routed = setting.routed()
     capacity = TokenCapacity.from_masks(setting.timesteps.tolist(), routed.masks)
-    routed.model.pack(setting.timesteps, capacity=capacity, kernel_layout=name != "compile")
+    if name == "fused" and not next(routed.model.parameters()).is_cuda:
+        raise Skipped("the fused kernels need a CUDA device")
+    routed.model.pack(
+        setting.timesteps, capacity=capacity, kernel_layout=name != "compile", fused_tokens=name == "fused"
+    )
     routed.collect(setting.inputs)
-    if name == "capacity":
+    if name in ("capacity", "fused"):
         return _of(name, routed)
     execution = setting.stack.enter_context(Execution(routed.model, backend=name))
     return _of(name, routed, beside=f"static-{name}", execution=execution)

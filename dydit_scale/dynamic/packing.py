@@ -110,7 +110,7 @@ class CutLinear(nn.Linear):
         t_emb: Float[Tensor, "1 dim"] | None = None,
         bias: bool = True,
     ) -> None:
-        weights = [_cut(effective_weight(layer, t_emb).detach(), rows, cols) for layer in layers]
+        weights = [_own(_cut(effective_weight(layer, t_emb).detach(), rows, cols), layer) for layer in layers]
         biases = [getattr(layer, "bias", None) if bias else None for layer in layers]
         weight = _alternating(weights, run)
         with torch.device("meta"):
@@ -178,6 +178,12 @@ class LowRankLinear(nn.Module):
         return self.base(x).add_(F.linear(F.linear(x, self.down), self.up))
 
 
+def _own(cut: Tensor, layer: nn.Module) -> Tensor:
+    """The cut without the rest of a tensor that was made for it (an adapter folded in), which a view would keep."""
+    is_the_layers = cut.untyped_storage().data_ptr() in {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    return cut if is_the_layers or cut.untyped_storage().nbytes() == cut.nbytes else cut.clone()
+
+
 def _cut(x: Tensor, rows: Int64[Tensor, " n"] | None, cols: Int64[Tensor, " m"] | None) -> Tensor:
     x = x if rows is None else _take(x, rows, 0)
     return x if cols is None else _take(x, cols, 1)
@@ -243,6 +249,18 @@ def members_of(units: Int64[Tensor, " active"], unit_of: Int64[Tensor, " members
     """The heads or channels of the given units of equal size, unit by unit in the order given, ascending within."""
     by_unit = unit_of.argsort(stable=True).unflatten(0, (int(unit_of.max()) + 1, -1))
     return by_unit[units.to(unit_of.device)].flatten()
+
+
+def fold_lasting(module: M, skipped: set[int]) -> M:
+    """The module with the LoRAs inside, but for those of the layers with the ``skipped`` ids, in plain layers: they are
+    the same at all timesteps. TD-LoRA stays."""
+    if id(module) in skipped or hasattr(module, "weight_at"):
+        return module
+    if is_adapted(module):
+        return CutLinear([module])  # type: ignore[return-value]
+    folded = {name: fold_lasting(child, skipped) for name, child in module.named_children()}
+    changes = {name: new for name, new in folded.items() if new is not module.get_submodule(name)}
+    return shallow(module, **changes) if changes else module
 
 
 def channels_of(heads: Int64[Tensor, " active"], head_dim: int) -> Int64[Tensor, " channels"]:

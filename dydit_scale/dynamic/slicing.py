@@ -1,6 +1,6 @@
 """Linear layers that compute on a part of their rows or columns, with the gradient of the whole weight.
 
-For training, where ``packing.slice_linear`` is for inference: a layer is cut anew in each forward, and inside its own
+For training, where ``packing.CutLinear`` is for inference: a layer is cut anew in each forward, and inside its own
 call, so that engines which gather weights for a block (FSDP2) or for a layer (ZeRO-3) have them there. The backward
 cuts again instead of keeping the slice, which would outlive the gathered weight, and sharding would save nothing.
 """

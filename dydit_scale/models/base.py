@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, ClassVar, TypeVar
 
@@ -55,7 +56,8 @@ class DynamicModelMixin(HookedModelMixin):
     timestep_state: TimestepState
     _plan: PackedPlan | None = None
     _fixed_step: int | None = None
-    """The planned step of all forwards for now, whatever their timesteps: nothing is read from the device."""
+    _values: list[float]
+    """The timesteps of the forward under way, where it is packed; read from the device once."""
 
     def _init_dynamic(self, *, layers: int, dim: int, heads: int) -> None:
         """Called last in ``__init__``: everything at the root that is dynamic."""
@@ -224,29 +226,52 @@ class DynamicModelMixin(HookedModelMixin):
         """Which units work at each of the timesteps."""
         return StepTable.build(self, timesteps)
 
-    def _planned_steps(self, timestep: Float[Tensor, " batch"]) -> dict[int | None, list[int]]:
-        """Which rows of the batch go to which planned step (None: to the masked model); empty without a plan, or
-        where adapters have changed since it was made."""
+    def _planned_steps(self, timestep: Float[Tensor, " batch"], gates: GateMode) -> dict[int | None, list[int]]:
+        """Which rows of the batch go to which planned step (None: to the masked model); empty where nothing is packed,
+        or not for these gates, or adapters have changed since."""
         rows: dict[int | None, list[int]] = {}
         if self._fixed_step is not None:
             return {self._fixed_step: list(range(len(timestep)))}
-        if self._plan is not None and not self._plan.adapters.still_holds(self):  # type: ignore[arg-type]
+        if gates != "threshold" or self._plan is None:
+            return rows
+        if torch.is_grad_enabled():
+            self._fell_back("gradients are recorded; sample under torch.no_grad()")
+            return rows
+        if not self._plan.adapters.still_holds(self):  # type: ignore[arg-type]
             logger.warning("adapters have changed since pack: the packed sub-networks are dropped; pack again")
             self.unpack()
-        if self._plan is not None:
-            for row, t in enumerate(timestep.tolist()):
-                rows.setdefault(self._plan.step_of(t), []).append(row)
-            if None in rows and self._plan.missed is None:
-                object.__setattr__(self._plan, "missed", float(timestep[rows[None][0]]))
-                logger.warning(
-                    "timestep %g is not among the %d packed ones: it runs masked, at the static model's cost; pack the "
-                    "timesteps of this sampler (sampler_timesteps)",
-                    self._plan.missed,
-                    len(self._plan.table.timesteps),
-                )
+            return rows
+        values = timestep.tolist()
+        object.__setattr__(self, "_values", values)
+        for row, t in enumerate(values):
+            rows.setdefault(self._plan.step_of(t), []).append(row)
+        if None in rows:
+            self._fell_back(
+                f"timestep {values[rows[None][0]]:g} is not among the {len(self._plan.table.timesteps)} packed ones; "
+                "pack the timesteps of this sampler (sampler_timesteps)"
+            )
         if len(rows) > 1 and self.is_cache_enabled:  # type: ignore[attr-defined]
-            raise ValueError(f"a cache needs one timestep in a batch of packed sampling; got {timestep.tolist()}")
+            raise ValueError(f"a cache needs one timestep in a batch of packed sampling; got {values}")
+        if len(rows) > 1 and self._plan.tokens.share_scores:
+            raise ValueError(f"share_scores: the branches of guidance have one timestep; got {values}")
         return rows
+
+    def _fell_back(self, reason: str) -> None:
+        """Tell, once for each plan, that a forward runs masked."""
+        assert self._plan is not None, "only a packed model falls back"
+        if self._plan.run.fallback is None:
+            self._plan.run.fallback = reason
+            logger.warning("a forward runs masked, at the static model's cost: %s", reason)
+
+    @contextmanager
+    def at_planned_step(self, step: int) -> Iterator[None]:
+        """Inside, all forwards run the sub-networks of one planned step, whatever their timestep; nothing is read from
+        the device."""
+        object.__setattr__(self, "_fixed_step", step)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_fixed_step", None)
 
     def _network_at(
         self, step: int | None, timestep: Float[Tensor, " batch"], gates: GateMode
@@ -284,7 +309,10 @@ class DynamicModelMixin(HookedModelMixin):
         """Each block's modulation at a planned step, where it is computed ahead (see ``AheadModulation``)."""
         if self._plan is None or self._plan.ahead is None or step is None or self._fixed_step is not None:
             return None
-        return self._plan.ahead.at(step, timestep, conditions, temb, embed)
+        values = self._values
+        if any(value != values[0] for value in values):
+            return None
+        return self._plan.ahead.at(step, values[0], timestep, conditions, temb, embed)
 
     def _masks(self, step: int | None, width: WidthMasks, tokens: Float[Tensor, "layers batch tokens"]) -> DynamicMasks:
         """All masks of a forward, ones where nothing is dynamic."""

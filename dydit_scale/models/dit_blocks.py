@@ -222,8 +222,10 @@ class PackedDiTBlock(PackedBlock):
         return (self.norm1.linear,)
 
     def _attention(
-        self, x: Float[Tensor, "batch tokens dim"], frames: int = 1, temporal: bool = False, **ignored: Any
+        self, x: Float[Tensor, "batch tokens dim"], frames: int = 1, temporal: bool = False, **others: Any
     ) -> Float[Tensor, "batch tokens dim"]:
+        if others:
+            raise ValueError(f"cross_attention_kwargs: packed blocks take none but 'scale'; got {', '.join(others)}")
         qkv = self.attn1.project(x)
         if frames == 1 and not temporal:
             return self.attn1.project_out(self.attn1.attend(*qkv))

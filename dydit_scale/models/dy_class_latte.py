@@ -177,7 +177,7 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
         """
         self._check_processors()
         axis = self._frame_axis(hidden_states, timestep, class_labels, drop_labels, images)
-        steps = self._planned_steps(timestep.float()) if gates == "threshold" and not torch.is_grad_enabled() else {}
+        steps = self._planned_steps(timestep.float(), gates)
         if len(steps) > 1:
             rows = list(steps.values())
             parts = [

@@ -189,8 +189,8 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
     the released DyFLUX (``"attn_out+mlp"``). The router reads the block's input.
     """
 
-    out_attn: nn.Linear
-    out_mlp: nn.Linear
+    out_attn: nn.Module  # of a block cut for training (sliced): the two parts of proj_out
+    out_mlp: nn.Module
     proj_mlp: nn.Linear
     proj_out: nn.Linear
     act_mlp: nn.Module

@@ -117,6 +117,9 @@ def _attend(
     rotary: tuple[Tensor, Tensor] | None,
     options: dict[str, Any] | None,
 ) -> Float[Tensor, "batch tokens channels"]:
+    if others := set(options or {}) - {"attention_mask"}:
+        got = ", ".join(sorted(others))
+        raise ValueError(f"joint_attention_kwargs: packed blocks take 'attention_mask'; got {got}")
     query, key, value = qkv
     if rotary is not None:
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -15,10 +17,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.kernel_layout import KernelLinear, has_kernel_layout
-from dydit_scale.dynamic.packing import effective_weight, members_of
+from dydit_scale.dynamic.packing import effective_weight, is_adapted, members_of
 from dydit_scale.dynamic.weight_only import Kind, is_plain
 from dydit_scale.models.parts import MLPPart, Part, Source, with_experts
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells what a container may use."""
 Storage = Literal["own", "shared", "in place"]
 """``own``: each distinct part has its weights, fused and, on a CPU, in its kernel's layout. ``shared``: one copy of all
 units that ever work, in an order in which most parts are runs of it, hence views. ``in place``: slices of the model's
@@ -52,10 +56,17 @@ class PartStore:
         self.order = _order(masks) if masks is not None else None
         self.storage: Storage = "in place"
         self.weights, self.fused_tokens = weights, fused_tokens
-        weight = effective_weight(source.layers[0], None)
+        self.layers: list[Any] = [getattr(layer, "layer", layer) for layer in source.layers]
+        """What is cut; their adapters and columns included."""
+        bases: list[Any] = [
+            layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in self.layers
+        ]
+        is_quantised = any(not is_plain(getattr(m, "weight", None)) for m in bases)
+        weight = effective_weight(source.layers[0], None) if is_quantised else bases[0].weight
         self.device, self.itemsize = weight.device, weight.itemsize
         self.has_kernel_layout = kernel_layout and not weights and has_kernel_layout(weight.device, weight.dtype)
-        self.is_quantised = any(not is_plain(getattr(m, "weight", None)) for m in _bases(source))
+        self.is_made = is_quantised or any(map(is_adapted, self.layers))
+        """Whether the weights that are cut are made for it: dequantised, or with adapters folded in."""
         self.folded = False
         """Whether TD-LoRA's experts are folded into weights of each step's own."""
         self.has_experts = any(hasattr(getattr(m, "layer", m), "low_rank_at") for m in source.layers)
@@ -67,11 +78,11 @@ class PartStore:
         """Memory of the copies."""
         if self.weights and storage != "own":
             return sys.maxsize // 2**20  # never chosen
-        unit = self.source.unit_bytes() // (self.itemsize if self.weights else 1)
+        unit = self.source.unit_bytes(1 if self.weights else self.itemsize)
         if folded:
             return sum(unit * int(mask.sum()) for mask in self._steps())
         sizes = {key: unit * int(mask.sum()) for key, mask in self._distinct().items()}
-        if storage == "own":
+        if storage == "own" or (storage == "shared" and self.order is None):
             return sum(sizes.values())
         if storage == "shared" and self.order is not None:
             alone = sum(sizes[key] for key, mask in self.patterns.items() if _run(mask, self.order) is None)
@@ -88,7 +99,7 @@ class PartStore:
         return torch.ones(int(self.source.unit_of.max()) + 1, dtype=torch.bool)
 
     def _lies_in_place(self, key: bytes) -> bool:
-        if self.is_quantised:
+        if self.is_made:
             return False
         if not self.patterns or bool(self.patterns[key].all()):
             return True
@@ -126,9 +137,9 @@ class PartStore:
         whole = not self.patterns or bool(self.patterns[key].all())
         units = None if whole else self._ascending(key)
         part = self.source.part(units, fused=self.storage != "in place", t_emb=t_emb)
-        if self.weights:
+        if self.weights and (units is None or len(units)):
             part = part.compressed(self.weights)
-        elif self.storage == "own" and self.has_kernel_layout:
+        elif self.storage == "own" and self.has_kernel_layout and (units is None or len(units)):
             part = part.in_kernel_layout()
         return self._with_kernels(part)
 
@@ -172,24 +183,27 @@ def allot(stores: Sequence[PartStore], max_bytes: int | None) -> None:
 
 def _half_of_free_memory(stores: Sequence[PartStore]) -> int:
     if (device := stores[0].device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 2
-
-
-def _bases(source: Source) -> list[nn.Module]:
-    layers: list[Any] = [getattr(layer, "layer", layer) for layer in source.layers]
-    return [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # a container without a limit says "max"
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return max(0, free) // 2
 
 
 def _order(masks: Bool[Tensor, "steps units"]) -> Int64[Tensor, " used"]:
     """The units that ever work, those that work most first, those of equal history together."""
     used = masks.any(0).nonzero().squeeze(1).tolist()
-    return torch.tensor(sorted(used, key=lambda unit: (-int(masks[:, unit].sum()), masks[:, unit].tolist(), unit)))
+    by_history = sorted(used, key=lambda unit: (-int(masks[:, unit].sum()), masks[:, unit].tolist(), unit))
+    return torch.tensor(by_history, dtype=torch.long)
 
 
 def _run(mask: Bool[Tensor, " units"], order: Int64[Tensor, " used"]) -> tuple[int, int] | None:
     """(first, last + 1) of the working units in that order, if nothing lies between them that does not work."""
     places = mask[order].nonzero().squeeze(1)
+    if not len(places):
+        return None
     first, last = int(places[0]), int(places[-1])
     return (first, last + 1) if last - first + 1 == len(places) else None
 

@@ -20,7 +20,6 @@ from dydit_scale.dynamic.fused_tokens import mlp_on_rows
 from dydit_scale.dynamic.kernel_layout import KernelLinear, without_weight
 from dydit_scale.dynamic.packing import (
     CutLinear,
-    LinearColumns,
     LowRankLinear,
     add_on_rows_,
     at_rows,
@@ -79,9 +78,9 @@ class AttentionSource:
         """What is cut."""
         return [m for s in self.streams for m in (s.query, s.key, s.value, s.out) if m is not None]
 
-    def unit_bytes(self) -> int:
-        """Memory of one unit's weights."""
-        return _bytes(self.layers, len(self.unit_of) * self.head_dim) // (int(self.unit_of.max()) + 1)
+    def unit_bytes(self, itemsize: int) -> int:
+        """Memory of one unit's weights of so many bytes each."""
+        return itemsize * _weights(self.layers, len(self.unit_of) * self.head_dim) // (int(self.unit_of.max()) + 1)
 
 
 class _CutStream(nn.Module):
@@ -192,9 +191,9 @@ class MLPSource:
         """What is cut."""
         return [self.up, self.down]
 
-    def unit_bytes(self) -> int:
-        """Memory of one unit's weights."""
-        return _bytes(self.layers, len(self.unit_of)) // (int(self.unit_of.max()) + 1)
+    def unit_bytes(self, itemsize: int) -> int:
+        """Memory of one unit's weights of so many bytes each."""
+        return itemsize * _weights(self.layers, len(self.unit_of)) // (int(self.unit_of.max()) + 1)
 
 
 class MLPPart(nn.Module):
@@ -315,8 +314,9 @@ def mlp_on_tokens_(
     scale: Float[Tensor, "batch dim"],
     gate: Float[Tensor, "batch dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
-    """``x`` with its modulated and gated MLP added in place, on the chosen rows of the flattened tokens (None: on
-    all); tokens that skip it are not normalised either."""
+    """``x``, which may be written over, with its modulated and gated MLP added on the chosen rows of the flattened
+    tokens (None: on all). Tokens that skip it are not normalised either, but before the fused kernels, which read
+    all."""
     if rows is None:
         return x.addcmul_(gate[:, None], mlp(modulated(norm, x, shift, scale)))
     if getattr(mlp, "fuses", False):
@@ -327,12 +327,7 @@ def mlp_on_tokens_(
     return add_on_rows_(x, rows, mlp(chosen), gate)
 
 
-def _bytes(layers: list[nn.Module], members: int) -> int:
-    """Memory of the weights of layers that all have ``members`` rows or columns."""
-    return sum(members * (m.in_features + m.out_features - members) * _itemsize(m) for m in layers)  # type: ignore
-
-
-def _itemsize(layer: Any) -> int:
-    layer = layer.layer if isinstance(layer, LinearColumns) else layer
-    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    return layer.weight.element_size() if layer.weight.is_floating_point() else 2  # as dequantised
+def _weights(layers: list[nn.Module], members: int) -> int:
+    """How many weights layers have that all have ``members`` rows or columns."""
+    sizes: list[Any] = layers
+    return sum(members * (layer.in_features + layer.out_features - members) for layer in sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.masks import WidthMasks
-from dydit_scale.dynamic.packing import is_adapted
+from dydit_scale.dynamic.packing import fold_lasting, is_adapted
 from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.models.ahead import AheadModulation
 from dydit_scale.models.hooks import copy_hooks
@@ -20,6 +20,10 @@ from dydit_scale.models.parts import AttentionSource, Source
 
 if TYPE_CHECKING:
     from dydit_scale.models.base import DynamicModelMixin
+
+
+SLACK = 2**20
+"""What biases and scales may take beyond a budget for weights."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,14 @@ class TokenPlan:
     """The branches of guidance, the two halves of a batch, skip the same tokens."""
 
 
+@dataclass
+class RunState:
+    """What happened since the plan was made."""
+
+    fallback: str | None = None
+    """Why a forward ran masked, if one did."""
+
+
 @dataclass(frozen=True)
 class PackedPlan:
     """For each step, one sub-block per layer."""
@@ -130,8 +142,7 @@ class PackedPlan:
     """The budget, and"""
     storage: StorageOptions = StorageOptions()
     """the ways that were asked for."""
-    missed: float | None = None
-    """The first timestep that came and was not planned, so that it ran masked."""
+    run: RunState = field(default_factory=RunState)
     ahead: AheadModulation | None = None
     """The modulations of coming steps, for models whose blocks have layers for them."""
 
@@ -162,11 +173,18 @@ class PackedPlan:
         columns = [_sub_blocks(block, parts, table) for block, parts in zip(blocks, stores, strict=True)]
         rows = tuple(zip(*columns, strict=True))
         distinct = {id(block): block for row in rows for block in row}
+        copied = copied_bytes(distinct.values(), own)
+        if max_bytes is not None and copied > max_bytes + SLACK:
+            raise ValueError(
+                f"pack: adapters folded into other layers than attentions and MLPs bring the copies to "
+                f"{copied / 2**20:.0f} MiB, more than max_bytes = {max_bytes / 2**20:.0f} MiB; raise it, or take "
+                "the adapter off those layers"
+            )
         return cls(
             table,
             rows,
             len(distinct),
-            copied_bytes(distinct.values(), own),
+            copied,
             model.timestep_tolerance,
             AdapterState.of(model),  # type: ignore[arg-type]
             tokens,
@@ -201,8 +219,9 @@ def _masks_of(table: StepTable, layer: int, source: Source) -> Bool[Tensor, "ste
 
 def _sub_blocks(block: Any, stores: dict[str, PartStore], table: StepTable) -> list[nn.Module]:
     """The block's sub-block for each step; those of equal parts are one."""
-    cut_layers = {id(layer) for store in stores.values() for layer in store.source.layers}
+    cut_layers = {id(layer) for store in stores.values() for layer in store.layers}
     others = [m for m in block.modules() if hasattr(m, "weight_at") and id(m) not in cut_layers]
+    block = fold_lasting(block, cut_layers)
     made: dict[tuple, nn.Module] = {}
     column = []
     for step in range(len(table.timesteps)):

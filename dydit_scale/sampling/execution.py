@@ -1,7 +1,9 @@
-"""How a packed model's steps are launched: op by op, compiled, or as one CUDA graph for each step."""
+"""How a packed model's steps are launched: op by op, compiled, or as CUDA graphs."""
 
 from __future__ import annotations
 
+import inspect
+import logging
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -9,11 +11,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dydit_scale.dynamic.kernel_layout import KernelLinear
 
+logger = logging.getLogger(__name__)
+
 RECOMPILE_LIMIT = 64
 """Codes of one function, after which torch runs it op by op and says so."""
+GRAPH_LIMIT = 256
+"""Graphs, after which further steps run op by op."""
 Backend = Literal["eager", "compile", "cudagraphs"]
 
 
@@ -21,8 +28,9 @@ class Execution(AbstractContextManager["Execution"]):
     """Inside the ``with``, forwards of a packed model run by ``backend``.
 
     ``compile``: compiled code for each class of packed block, with the widths as variables, so that sub-networks share
-    it. ``cudagraphs``: each step is captured when it first comes, for each shape of inputs, and replayed from then on;
-    all graphs share one pool of memory.
+    it. ``cudagraphs``: each distinct sub-network is captured when it first comes, for each shape of inputs, and
+    replayed from then on; all graphs share one pool of memory and their inputs. The step is found by the timestep,
+    which is read from the device once a forward. A model that is packed again inside is followed.
 
     Raises:
         ValueError: the model is not packed, or the backend cannot run it: the compiler needs plain weights
@@ -33,49 +41,86 @@ class Execution(AbstractContextManager["Execution"]):
     def __init__(self, model: Any, backend: Backend = "eager") -> None:
         if backend not in get_args(Backend):
             raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}; got {backend!r}")
-        if model._plan is None:
-            raise ValueError("execution: the model is not packed; call pack(model, timesteps) first")
         self.model, self.backend = model, backend
-        if backend == "cudagraphs":
-            _check_graphs(model)
-        if backend == "compile" and any(isinstance(m, KernelLinear) for b in self._sub_blocks() for m in b.modules()):
-            raise ValueError(
-                "compile: the packed weights are in a layout of the CPU's kernels, which the compiler cannot read; "
-                "pack with kernel_layout=False"
-            )
+        self._check()
         self.warmup_seconds = 0.0
         """Spent on first calls: compilation and capture."""
         self.recompilations = 0
         """Codes compiled or graphs captured."""
+        self._plan: Any = None
+        self._inside = self._full = False
         self._graphs: dict[tuple, _Graph] = {}
+        self._inputs: dict[tuple, list[Any]] = {}
         self._pool: Any = None
 
-    def __enter__(self) -> Execution:
-        if self.backend == "compile":
-            for block in self._sub_blocks():
-                block.compile(dynamic=True)
-            self._config = torch._dynamo.config.patch(
-                force_parameter_static_shapes=False, capture_dynamic_output_shape_ops=True, recompile_limit=64
+    def _check(self) -> None:
+        if self.model._plan is None:
+            raise ValueError("execution: the model is not packed; call pack(model, timesteps) first")
+        if self.backend == "cudagraphs":
+            _check_graphs(self.model)
+        blocks = self._sub_blocks()
+        if self.backend == "compile" and any(isinstance(m, KernelLinear) for b in blocks for m in b.modules()):
+            raise ValueError(
+                "compile: the packed weights are in a layout of the CPU's kernels, which the compiler cannot read; "
+                "pack with kernel_layout=False"
             )
+
+    def __enter__(self) -> Execution:
+        if self.backend == "eager":
+            return self
+        if self.backend == "compile":
+            settings: dict[str, Any] = {
+                "force_parameter_static_shapes": False,
+                "capture_dynamic_output_shape_ops": True,
+            }
+            self._config = torch._dynamo.config.patch(**settings, recompile_limit=RECOMPILE_LIMIT)
             self._config.__enter__()
-        if self.backend != "eager":
-            self._plain = self.model.forward
-            self.model.forward = self._replayed if self.backend == "cudagraphs" else self._counted
+        self._plain, self._before = self.model.forward, vars(self.model).get("forward")
+        self._signature = inspect.signature(self._plain)
+        self.model.forward = self._forward
+        self._follow()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.backend == "eager":
+            return
+        if self._before is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._before
         if self.backend == "compile":
             self._config.__exit__(kind, error, trace)
-            for block in self._sub_blocks():
+            for block in self._sub_blocks() if self.model._plan is not None else []:
                 block._compiled_call_impl = None
-        if self.backend != "eager":
-            del self.model.forward
         self._graphs.clear()
+        self._inputs.clear()
 
     def _sub_blocks(self) -> list[Any]:
         return list({id(block): block for row in self.model._plan.blocks for block in row}.values())
+
+    def _follow(self) -> None:
+        """Serve the model's plan of now."""
+        if self.model._plan is self._plan:
+            return
+        self._check()
+        self._plan = self.model._plan
+        self._graphs.clear()
+        if self.backend == "compile":
+            for block in self._sub_blocks():
+                block.compile(dynamic=True)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self.model._plan is None:  # the parts of a batch of several timesteps; or it was unpacked
+            return self._plain(*args, **kwargs)
+        self._inside = True
+        try:
+            self._follow()
+            run = self._replayed if self.backend == "cudagraphs" else self._counted
+            return run(*args, **kwargs)
+        finally:
+            self._inside = False
 
     def _counted(self, *args: Any, **kwargs: Any) -> Any:
         before, start = _graph_count(), time.perf_counter()
@@ -86,45 +131,60 @@ class Execution(AbstractContextManager["Execution"]):
         return out
 
     def _replayed(self, *args: Any, **kwargs: Any) -> Any:
-        steps = self.model._planned_steps(kwargs["timestep"].float())
-        if torch.is_grad_enabled() or len(steps) != 1 or None in steps or kwargs.get("collect"):
+        given = self._signature.bind(*args, **kwargs).arguments
+        steps = self.model._planned_steps(given["timestep"].float(), given.get("gates", "threshold"))
+        leaves, form = pytree.tree_flatten(given)
+        plain = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in leaves)
+        if len(steps) != 1 or None in steps or given.get("collect") or not plain:
             return self._plain(*args, **kwargs)
         (step,) = steps
-        key = (step, *(_signature(x) for x in args), *((name, _signature(x)) for name, x in sorted(kwargs.items())))
+        shapes = (form, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        counts = self._plan.tokens.counts
+        key = (*map(id, self._plan.blocks[step]), *(counts[step] if counts else ()), shapes)
         if key not in self._graphs:
-            start = time.perf_counter()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = _Graph(self.model, self._plain, step, args, kwargs, self._pool)
-            self.recompilations += 1
-            self.warmup_seconds += time.perf_counter() - start
-        return self._graphs[key].replay(args, kwargs)
+            if len(self._graphs) >= GRAPH_LIMIT:
+                if not self._full:
+                    logger.warning("more than %d graphs: further ones run op by op", GRAPH_LIMIT)
+                self._full = True
+                return self._plain(*args, **kwargs)
+            self._graphs[key] = self._captured(step, shapes, leaves, form)
+        return self._graphs[key].replay(leaves)
+
+    def _captured(self, step: int, shapes: tuple, leaves: list[Any], form: Any) -> _Graph:
+        start = time.perf_counter()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        inputs = self._inputs.setdefault(shapes, [x.clone() if isinstance(x, Tensor) else x for x in leaves])
+        arguments = pytree.tree_unflatten(inputs, form)
+        with torch.cuda.device(next(self.model.parameters()).device), self.model.at_planned_step(step):
+            graph = _Graph(lambda: self._plain(**arguments), inputs, leaves, self._pool)
+        self.recompilations += 1
+        self.warmup_seconds += time.perf_counter() - start
+        return graph
 
 
 class _Graph:
-    """One step, captured for one shape of inputs."""
+    """One sub-network, captured for one shape of inputs."""
 
-    def __init__(self, model: Any, forward: Any, step: int, args: tuple, kwargs: dict[str, Any], pool: Any) -> None:
-        self.args = tuple(_buffer(x) for x in args)
-        self.kwargs = {name: _buffer(x) for name, x in kwargs.items()}
-        self.graph = torch.cuda.CUDAGraph()
-        object.__setattr__(model, "_fixed_step", step)
-        try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # libraries choose their algorithms outside the capture
-                    forward(*self.args, **self.kwargs)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.out = forward(*self.args, **self.kwargs)
-        finally:
-            object.__setattr__(model, "_fixed_step", None)
+    def __init__(self, forward: Any, inputs: list[Any], first: list[Any], pool: Any) -> None:
+        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
+        self._fill(first)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries choose their algorithms outside the capture
+                forward()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.out = forward()
 
-    def replay(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The result for new inputs, in memory of its own: the next graph writes over the pool."""
-        for ours, theirs in zip((*self.args, *self.kwargs.values()), (*args, *kwargs.values()), strict=True):
+    def _fill(self, leaves: list[Any]) -> None:
+        for ours, theirs in zip(self.inputs, leaves, strict=True):
             if isinstance(ours, Tensor):
                 ours.copy_(theirs)
+
+    def replay(self, leaves: list[Any]) -> Any:
+        """The result for new inputs, in memory of its own: the next graph writes over the pool."""
+        self._fill(leaves)
         self.graph.replay()
         if isinstance(self.out, tuple):
             return tuple(x.clone() for x in self.out)
@@ -142,14 +202,6 @@ def _check_graphs(model: Any) -> None:
             "cudagraphs: tokens above a threshold are counted at run time; pack with "
             "capacity=TokenCapacity.from_masks(...)"
         )
-
-
-def _signature(x: Any) -> Any:
-    return (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x)
-
-
-def _buffer(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _graph_count() -> int:

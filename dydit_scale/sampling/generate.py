@@ -103,7 +103,9 @@ def recorded(transformer: Any) -> Iterator[Recording]:
 def calibrated_capacity(
     pipe: Any, prompts: Sequence[str], config: SampleConfig, *, multiple: int = 64
 ) -> TokenCapacity:
-    """How many tokens each layer keeps at each step of the sampler, from drawing these prompts once, unpacked."""
+    """How many tokens each layer keeps at each step of the sampler above its thresholds, from drawing these prompts
+    once; the model is unpacked first."""
+    pipe.transformer.unpack()
     with recorded(pipe.transformer) as recording:
         generate(pipe, prompts, config, progress="counting tokens")
     return TokenCapacity.from_masks(recording.timesteps, recording.masks, multiple=multiple)

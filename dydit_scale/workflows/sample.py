@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,12 @@ def sample_run(
             pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
             rows = [generate(static, prompts, settings, progress="static")]
             report = measure(run, list(prompts)[: settings.batch], settings)
+            report = replace(report, execution=packing.execution)
         print(report.table())
         if execution.recompilations:
             print(f"{packing.execution}: {execution.recompilations} made in {execution.warmup_seconds:.1f} s, once")
-        if plan.missed is not None:
-            print(f"timestep {plan.missed:g} was not packed: its forwards ran masked, at the static model's cost")
+        if plan.run.fallback is not None:
+            print(f"some forwards ran masked, at the static model's cost: {plan.run.fallback}")
     out.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([*rows, pictures])
     columns = len(pictures) if rows else min(8, len(pictures))

@@ -251,7 +251,7 @@ def test_packed_is_the_masked_model_with_the_adapter_in_its_slices(case: Case) -
     network.pack(case.schedule())
     torch.testing.assert_close(case(model, TIMES[:1]), before, rtol=1e-4, atol=2e-5)
     packed = network._plan
-    assert packed is not None and packed.missed is None
+    assert packed is not None and packed.run.fallback is None
     without = case(tiny_models.scramble(case.make()), TIMES[:1])
     with model.disable_adapter():
         torch.testing.assert_close(case(model, TIMES[:1]), without, rtol=1e-4, atol=2e-5)

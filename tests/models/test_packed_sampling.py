@@ -46,11 +46,14 @@ def test_a_capacity_fixes_how_many_tokens_work(family: Family) -> None:
     kept = [out.masks.tokens for out in masked]
     exact = TokenCapacity.from_masks(family.steps(*times).tolist(), [out.masks for out in masked], multiple=1)
     model.pack(family.steps(*times), capacity=exact)
+    compared = 0
     for x, out, tokens in zip(singles, masked, kept, strict=True):
         if bool((tokens.sum(-1) > 0).all()):  # the same numbers of tokens, so the same tokens
+            compared += 1
             torch.testing.assert_close(model(**x).sample, out.sample, atol=1e-5, rtol=1e-4)
         found = model(**x, collect=True).masks.tokens.sum(-1)
         assert torch.equal(found, tokens.sum(-1).clamp(min=1))
+    assert compared >= 1
     fixed = TokenCapacity(exact.timesteps, torch.full_like(exact.counts, 3))
     model.pack(family.steps(*times), capacity=fixed)
     assert bool((model(**family.x(times[0], times[0]), collect=True).masks.tokens.sum(-1) == 3).all())
@@ -77,11 +80,11 @@ def test_an_unplanned_timestep_is_told_once(family: Family, caplog: pytest.LogCa
     plan = model.pack(family.steps(0.5))
     with caplog.at_level(logging.WARNING):
         model(**family.x(0.5))
-        assert plan.missed is None and not caplog.records
+        assert plan.run.fallback is None and not caplog.records
         for _ in range(2):
             assert torch.equal(model(**family.x(0.3)).sample, expected)
-    assert plan.missed is not None and len(caplog.records) == 1
-    assert "is not among the 1 packed ones: it runs masked" in caplog.text
+    assert plan.run.fallback is not None and len(caplog.records) == 1
+    assert "is not among the 1 packed ones" in caplog.text
 
 
 CONDITIONS = {"dit": "class_labels", "latte-classes": "class_labels", "flux": "pooled_projections"}
@@ -150,17 +153,72 @@ def test_rounded_timesteps_are_foreseen_once_they_are_known() -> None:
     rounded = [torch.tensor([t]).bfloat16() for t in (0.9, 0.5, 0.1)]
     for _ in range(2):  # two pictures
         prompt = torch.zeros(1)
-        found = [ahead.at(s, t, (prompt,), embed(t), embed) for s, t in enumerate(rounded)]
+        found = [ahead.at(s, float(t), t, (prompt,), embed(t), embed) for s, t in enumerate(rounded)]
     assert found[0] is None and found[1] is not None and found[2] is not None
     assert set(asked) == {float(t) for t in rounded}  # never the planned 0.9 or 0.1, which are not what came
     torch.testing.assert_close(found[2][0], layer(torch.nn.functional.silu(embed(rounded[2]))))
+
+
+def test_what_was_foreseen_for_another_timestep_is_not_used() -> None:
+    layer = torch.nn.Linear(2, 4)
+    ahead = AheadModulation([[(layer,)]] * 3, torch.tensor([0.9, 0.5, 0.1]))
+    prompt = torch.zeros(1)
+
+    def embed(t: torch.Tensor) -> torch.Tensor:
+        return t[:, None].expand(-1, 2)
+
+    def at(step: int, value: float) -> Any:
+        t = torch.tensor([value])
+        return ahead.at(step, value, t, (prompt,), embed(t), embed)
+
+    assert at(0, 0.9) is None
+    found = at(1, 0.501)  # near enough to run the step's sub-network
+    torch.testing.assert_close(found[0], layer(torch.nn.functional.silu(torch.full((1, 2), 0.501))))
+    assert at(1, 0.502) is None and at(2, 0.1001) is None
+    prompt = torch.zeros(1)  # the next picture
+    assert at(0, 0.9) is None and at(1, 0.501) is not None and at(2, 0.1001) is not None
+
+
+@pytest.mark.parametrize("family", AHEAD, ids=lambda f: f.name)
+def test_inference_mode_computes_the_same(family: Family) -> None:
+    model = scramble(family.make())
+    expected = [model(**family.x(t)).sample.detach() for t in STEPS]
+    model.pack(family.steps(*STEPS))
+    with torch.inference_mode():
+        condition = family.x(STEPS[0])[CONDITIONS[family.name]]
+        for t, out in zip(STEPS, expected, strict=True):
+            packed = model(**{**family.x(t), CONDITIONS[family.name]: condition}).sample
+            torch.testing.assert_close(packed, out, atol=1e-5, rtol=1e-4)
 
 
 def test_steps_of_other_modulation_layers_are_left_alone() -> None:
     layers = [[(torch.nn.Linear(4, 24),)] for _ in range(3)]  # TD-LoRA: another one at each step
     ahead = AheadModulation(layers, torch.tensor([3.0, 2.0, 1.0]))
     for step, t in enumerate((3.0, 2.0, 1.0)):
-        assert ahead.at(step, torch.tensor([t]), ("same",), torch.zeros(1, 4), lambda t: torch.zeros(1, 4)) is None
+        found = ahead.at(step, t, torch.tensor([t]), ("same",), torch.zeros(1, 4), lambda t: torch.zeros(1, 4))
+        assert found is None
+
+
+@each
+def test_recorded_gradients_run_masked_and_say_so(family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = scramble(family.make()), family.x(0.5)
+    expected = model(**x).sample
+    plan = model.pack(family.steps(0.5))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(model(**x).sample, expected) and expected.requires_grad
+        model(**x)
+    assert plan.run.fallback is not None and "gradients are recorded" in plan.run.fallback
+    assert len(caplog.records) == 1
+
+
+@torch.no_grad()
+def test_packed_blocks_refuse_what_they_would_not_follow() -> None:
+    for family in FAMILIES[:2]:
+        model = scramble(family.make())
+        model.pack(family.steps(0.5))
+        name = "joint_attention_kwargs" if family.name == "flux" else "cross_attention_kwargs"
+        with pytest.raises(ValueError, match=f"{name}: packed blocks take .*got surprise"):
+            model(**family.x(0.5), **{name: {"surprise": 1}})
 
 
 def packed(**options: Any) -> Any:

@@ -188,3 +188,50 @@ def test_the_kernels_plain_path_computes_what_gather_and_scatter_do(family: Fami
     parts = [m for row in plan.blocks for block in row for m in block.modules() if isinstance(m, MLPPart)]
     assert parts and all(part.fuses for part in parts)
     torch.testing.assert_close(model(**x).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+@each
+@torch.no_grad()
+def test_a_budget_holds_for_what_is_really_copied(family: Family) -> None:
+    for settings in ({}, {"heads": False}, {"mlp": False}):
+        model = scramble(family.make(**settings))
+        least = model.pack(family.steps(*STEPS), max_bytes=10**9).bytes
+        assert least > 0
+        for budget in (0, least // 4, least // 2, least):
+            try:
+                plan = model.pack(family.steps(*STEPS), max_bytes=budget)
+            except ValueError as error:
+                assert "beside the model at the least" in str(error)
+                continue
+            assert plan.bytes <= budget + part_bytes_of_biases(plan), (settings, budget)
+    whole = family.make(heads=False, mlp=False)
+    assert whole.pack(family.steps(*STEPS), max_bytes=0).bytes == 0
+
+
+def part_bytes_of_biases(plan: Any) -> int:
+    parts = [m for row in plan.blocks for block in row for m in block.modules() if isinstance(m, Part)]
+    biases = [b for part in parts for name, b in part.named_parameters() if name.endswith("bias")]
+    return sum(b.nbytes for b in {id(b): b for b in biases}.values())
+
+
+@torch.no_grad()
+def test_folded_loras_are_counted_and_keep_nothing_else_alive() -> None:
+    model: Any = add_td_lora(scramble(tiny_dynamic()), flux_config())
+    store = PartStore(model.dynamic_blocks()[0].pack_sources()["ff"], None)
+    assert store.is_made and store.bytes_as("in place") > 0
+    linear = nn.Linear(4, 8)
+    linear.weight_at = lambda t: linear.weight + 1  # type: ignore[assignment, operator]
+    cut = CutLinear([linear], rows=torch.arange(2, 4), t_emb=torch.zeros(1, 1))
+    assert cut.weight.untyped_storage().nbytes() == cut.weight.nbytes
+
+
+@pytest.mark.parametrize("storage", ["own", "shared", "in place"])
+@torch.no_grad()
+def test_an_mlp_may_have_nothing_to_do(storage: Any) -> None:
+    mlp, rows, x = source(), masks("0000", "0110"), torch.randn(2, 7, 5)
+    store = PartStore(mlp, rows)
+    store.storage = storage
+    torch.testing.assert_close(store.at(0, torch.zeros(1, 1))(x), masked(mlp, rows[0], x))
+    never = PartStore(mlp, masks("0000"))
+    allot([never], None)
+    torch.testing.assert_close(never.at(0, torch.zeros(1, 1))(x), mlp.down.bias.expand_as(x))
