@@ -63,8 +63,10 @@ def test_sampling_with_little_memory_and_fixed_numbers_of_tokens(
     assert main([*words, "--fixed-tokens"]) == 0
     printed = capsys.readouterr().out
     assert "sub-blocks for 2 steps" in printed and "share of the ideal" in printed
-    assert main([*words, "--pack-memory", "0"]) == 0  # every unit works in two steps: slices of the model itself
-    assert "0 MiB of copies" in capsys.readouterr().out
+    assert main([*words, "--pack-memory", "0.01"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--pack-memory", "0"]) != 0  # its adapters have to be folded in
+    assert "beside the model at the least, more than max_bytes" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main([*words, "--execution", "cudagraphs"]) != 0
         assert "expected a model on a CUDA device" in capsys.readouterr().err
