@@ -13,7 +13,6 @@ from dydit_scale.cluster.pod import (
     NEVER_AGAIN,
     OUTSIDE,
     SET_ACTIONS,
-    Manifest,
     disruption_rule,
     exit_rule,
     scrape_notes,
@@ -383,7 +382,10 @@ def _network(work: Workload) -> Iterator[Finding]:
     yield rules in ([NAME_SERVICE], [NAME_SERVICE, OUTSIDE]), "NetworkPolicy: egress: expected ports 53 and at most 443"
     ports = [p.get("containerPort") for p in maps(work.container.get("ports")) if p.get("name") == "metrics"]
     open_to = [rule for rule in maps(policy.get("ingress")) if "ports" in rule]
-    yield open_to == [*map(scrape_rule, ports)], "NetworkPolicy: ingress: expected the port called metrics, if there is one"
+    yield (
+        open_to == [*map(scrape_rule, ports)],
+        "NetworkPolicy: ingress: expected the port called metrics, if there is one",
+    )
     notes = mapping(at(work.pod, "metadata", "annotations"))
     told = {key: text for key, text in notes.items() if str(key).startswith("prometheus.io/")}
     expected = scrape_notes(ports[0]) if ports else {}

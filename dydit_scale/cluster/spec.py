@@ -48,7 +48,11 @@ class ClusterSpec:
     memory_gib: int = _option(0, "memory of a node, GiB (default: 96 for each GPU)", ("slurm", *KUBERNETES))
     shm_gib: int = _option(0, "of the memory: /dev/shm, GiB (default: 8 for each GPU)", KUBERNETES)
     disk_gib: int = _option(200, "disk of a node for /tmp, caches and logs, GiB", KUBERNETES)
-    hours: int = _option(168, "after which the job is ended; of a JobSet each attempt, on Slurm each turn in the queue", ("slurm", *KUBERNETES))
+    hours: int = _option(
+        168,
+        "after which the job is ended; of a JobSet each attempt, on Slurm each turn in the queue",
+        ("slurm", *KUBERNETES),
+    )
     restarts: int = _option(10, "restarts after failures; stops and disruptions do not count", ("slurm", *KUBERNETES))
     queue: str = _option("", "Kueue's local queue; Slurm's partition", ("slurm", *KUBERNETES))
     priority: str = _option("", "PriorityClass; Slurm's quality of service", ("slurm", *KUBERNETES))
@@ -61,7 +65,9 @@ class ClusterSpec:
     secret: tuple[tuple[str, str], ...] = _option(
         _NO_PAIRS, "a variable from a key of a secret; may be repeated", KUBERNETES, "NAME=SECRET/KEY"
     )
-    rdma: str = _option("", "resource of the RDMA device plugin, e.g. rdma/ib; containerd needs LimitMEMLOCK=infinity", KUBERNETES)
+    rdma: str = _option(
+        "", "resource of the RDMA device plugin, e.g. rdma/ib; containerd needs LimitMEMLOCK=infinity", KUBERNETES
+    )
     node_selector: tuple[tuple[str, str], ...] = _option(
         _NO_PAIRS, "label of the nodes; may be repeated", KUBERNETES, placeholder="KEY=VALUE"
     )

@@ -34,6 +34,7 @@ SBATCH = {
 """Options that are known."""
 TRAP = r"^trap '(?!.*\bkill\b).*dydit stop .*' USR1 TERM$"
 
+
 @dataclass(frozen=True, kw_only=True)
 class Findings:
     """What came of it."""

@@ -172,7 +172,11 @@ JOB_ENV = [e["name"] for e in at(job(), *BOX, "env")]
             "of the run that preStop stops",
         ),
         ((*BOX, "volumeMounts", 3, "readOnly"), False, "volumeMounts: expected the folders of the recipe"),
-        ((*BOX, "args", 7), "--shutdown-timeout=60", "--shutdown-timeout=60: expected limits.checkpoint and the larger"),
+        (
+            (*BOX, "args", 7),
+            "--shutdown-timeout=60",
+            "--shutdown-timeout=60: expected limits.checkpoint and the larger",
+        ),
         (
             (3, "spec", "podFailurePolicy", "rules", 0, "onExitCodes", "values"),
             [64],
@@ -277,7 +281,7 @@ def test_broken_scripts_are_found(path: Path, monkeypatch: pytest.MonkeyPatch) -
             ("PET_NNODES=4", "PET_NNODES=3"),
             ("gpus-per-node=8", "gpus-per-node=4"),
             ("dydit stop", "dydit ls"),
-            ("' USR1 TERM", "; kill -TERM \"$step\"' USR1 TERM"),
+            ("' USR1 TERM", '; kill -TERM "$step"\' USR1 TERM'),
         ]
     assert list(check_script(text)) == []
     for old, new in changes:
