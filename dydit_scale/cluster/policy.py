@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from dydit_scale.cluster.command import CACHE, HEALTH_MARGIN, WORKDIR
 from dydit_scale.cluster.pod import (
@@ -380,7 +381,7 @@ def _network(work: Workload) -> Iterator[Finding]:
         )
     rules = [rule for rule in maps(policy.get("egress")) if "ports" in rule]
     yield rules in ([NAME_SERVICE], [NAME_SERVICE, OUTSIDE]), "NetworkPolicy: egress: expected ports 53 and at most 443"
-    ports = [p.get("containerPort") for p in maps(work.container.get("ports")) if p.get("name") == "metrics"]
+    ports: list[Any] = [p.get("containerPort") for p in maps(work.container.get("ports")) if p.get("name") == "metrics"]
     open_to = [rule for rule in maps(policy.get("ingress")) if "ports" in rule]
     yield (
         open_to == [*map(scrape_rule, ports)],

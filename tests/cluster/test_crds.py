@@ -94,8 +94,5 @@ def test_words_are_those_of_the_definitions() -> None:
             for end in WORDS:
                 if path.endswith(f".{end}"):
                     found.setdefault(end, set()).add(choices)
-    assert set(found) == {
-        "failurePolicy.rules.action", "failurePolicy.rules.onJobFailureReasons", "failurePolicy.restartStrategy",
-        "successPolicy.operator",
-    }  # fmt: skip
+    assert set(found) == {"failurePolicy.rules.action", "failurePolicy.restartStrategy", "successPolicy.operator"}
     assert found == {end: {frozenset(WORDS[end])} for end in found}
