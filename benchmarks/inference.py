@@ -81,7 +81,8 @@ def main() -> None:
 def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None:
     """Measure them; the file is written after each."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("plot", "docs", "out", "profile")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("plot", "docs", "out", "profile", "masks")}
+    settings["masks"] = None if args.masks is None else str(args.masks)
     found: dict[str, Any] = {**machine(device), "device": device.type, "dtype": args.dtype, "settings": settings}
     found |= {"flops_checks": {}, "rows": [], "skipped": []}
     args.out.mkdir(parents=True, exist_ok=True)
