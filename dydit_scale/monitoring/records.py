@@ -32,7 +32,7 @@ def last_record(path: Path) -> dict[str, Any] | None:
             lines = file.read().split(b"\n")
     except OSError:
         return None
-    return next((record for line in reversed(lines) if (record := _record(line)) is not None), None)
+    return next((record for line in reversed(lines) if (record := parse_record(line)) is not None), None)
 
 
 def read_about(run: Path) -> dict[str, Any]:
@@ -64,11 +64,11 @@ class Follow:
         except OSError:
             return []
         self._at += len(whole) + len(newline)
-        return [record for line in whole.split(b"\n") if (record := _record(line)) is not None]
+        return [record for line in whole.split(b"\n") if (record := parse_record(line)) is not None]
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """None for an empty line, and one cut short by a kill."""
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None for an empty line, and one cut short by a kill."""
     try:
         found = json.loads(line)
     except ValueError:

@@ -12,7 +12,10 @@ from typing import IO, Any, Protocol
 from tqdm import tqdm
 
 from dydit_scale.checkpoint.writer import SaveReport
-from dydit_scale.monitoring.records import METRICS_FILE, rank_file, read_metrics
+from dydit_scale.monitoring.records import METRICS_FILE, parse_record, rank_file
+
+ASKED_FOR = ("seconds", "grad_norm", "mse_eval")
+"""What a resumed run asks for of its earlier records: times of steps, whether they counted, and evaluations."""
 
 
 class Listener(Protocol):
@@ -81,7 +84,7 @@ class Metrics:
     ) -> None:
         """
         Args:
-            kept: the records of the steps before ``first_step``, as ``records_before`` returns them.
+            kept: of the records of the steps before ``first_step``, as ``records_before`` returns them.
             listeners: makes them, given what tells people.
         """
         self.evaluated = any("mse_eval" in record for record in kept if record["step"] == first_step - 1)
@@ -167,11 +170,37 @@ class RankLog:
             listener.close()
 
 
-def records_before(run: Path, step: int) -> list[dict[str, Any]]:
-    """The records of the steps before ``step``; the others, which a resumed run will write again, are dropped."""
-    path = run / METRICS_FILE
-    kept = [record for record in read_metrics(path) if record["step"] < step]
+def records_before(run: Path, step: int, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
+    """Of the records of the steps before ``step`` what a resumed run asks for (``ASKED_FOR``).
+
+    The others, which it will write again, are removed from the file, as is a line that a kill cut short. If the disk
+    refuses, that is told, and they stay.
+    """
+    path, all_stay = run / METRICS_FILE, True
     draft = path.with_name(f".{path.name}")
-    draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    draft.replace(path)
+    kept: list[dict[str, Any]] = []
+    try:
+        for _, record in _stay(path, step):
+            if record is None:
+                all_stay = False
+            elif found := {key: record[key] for key in ASKED_FOR if key in record}:
+                kept.append({"step": record["step"], **found})
+        if not all_stay:
+            with draft.open("wb") as file:
+                file.writelines(line for line, record in _stay(path, step) if record is not None)
+            draft.replace(path)
+    except FileNotFoundError:
+        pass  # nothing was written yet
+    except OSError as error:
+        say(f"warning: {path}: records of steps from {step} on cannot be removed: {error}; training goes on")
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
     return kept
+
+
+def _stay(path: Path, step: int) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a file with its record; None for those that do not count any more."""
+    with path.open("rb") as file:
+        for line in file:
+            record = parse_record(line) if line.endswith(b"\n") else None
+            yield line, record if record is not None and record["step"] < step else None

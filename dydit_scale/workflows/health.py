@@ -35,8 +35,9 @@ def health_of(run: Path, *, max_age: float) -> Health:
     """Whether the run in a folder is alive and makes progress.
 
     It is not if nothing trains there, its last attempt ended in an error, or ``max_age`` seconds passed without a sign
-    of life of one of its processes or, once it trains, without a step, an evaluation or a save. A run that is done, or
-    was stopped as asked, is healthy. Set ``max_age`` above the recipe's ``limits``: what hangs is the watchdog's.
+    of life of one of its processes or, after the first step of its attempt, without a step, an evaluation or a save. A
+    run that is done, or was stopped as asked, is healthy. Set ``max_age`` above the recipe's ``limits`` but ``setup``,
+    which the first step belongs to: what hangs is the watchdog's.
 
     Raises ValueError unless ``max_age`` is positive.
     """
@@ -50,11 +51,12 @@ def health_of(run: Path, *, max_age: float) -> Health:
     now, ages = ages_of(run)
     newest = last_record(run / METRICS_FILE)
     step = None if newest is None else newest.get("step")
+    stepped = trains and step is not None and step >= about.get("first_step", 0)
     if holder.ended is not None:
         return Health(holder.ended in WELL_ENDED, f"ended ({holder.ended})", ages, step)
     if ages["heartbeat"] > max_age:
         return Health(False, f"no sign of life of {holder} for more than {max_age:g} s", ages, step)
-    if trains and ages["step"] > max_age:
+    if stepped and ages["step"] > max_age:
         return Health(False, f"no step, evaluation or save for more than {max_age:g} s", ages, step)
     if trains and (silent := sorted(_silent_ranks(run, now - max_age, about["ranks"]))):
         return Health(False, f"no sign of life of rank {silent[0]} for more than {max_age:g} s", ages, step)

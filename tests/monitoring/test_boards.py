@@ -140,7 +140,7 @@ def test_alerts_say_which_run_and_how_bad() -> None:
         assert "{{ $labels.run }}" in rule["annotations"]["summary"]
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Prometheus)")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, e.g. of Debian's package prometheus")
 def test_alerts_fire_when_they_should() -> None:
     done = subprocess.run(
         ["promtool", "test", "rules", "alerts_test.yaml"], cwd=FOLDER, capture_output=True, text=True, check=False

@@ -13,10 +13,10 @@ from dydit_scale.checkpoint.store import load_checkpoint
 from dydit_scale.dynamic.masks import GateNoise, WidthMasks
 from dydit_scale.models.dit import DyDiTTransformer2DModel
 from dydit_scale.models.flux import DyFluxTransformer2DModel
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
 from dydit_scale.train.frozen import LEVELS, WidthTable, decides_width, even_numbers
 from dydit_scale.train.loop import train
-from dydit_scale.train.metrics import read_metrics
 from dydit_scale.train.recipe import Recipe, load_recipe
 from dydit_scale.workflows.runs import load_run
 from tests.models import tiny, tiny_dit

@@ -46,3 +46,34 @@ def test_a_resumed_run_forgets_what_it_will_write_again(tmp_path: Path) -> None:
         again.close()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_stays_stays_byte_for_byte_and_little_is_kept_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 0, "seconds": 2.0, "grad_norm": 1.0, "routers":  {"heads": [1]}}\n{"step": 0, "mse_eval": 0.1}\n'
+    whole += '{"step": 0, "checkpoint_step": 1}\n'
+    path.write_text(whole)
+    unchanged = path.stat().st_ino
+    kept = [{"step": 0, "seconds": 2.0, "grad_norm": 1.0}, {"step": 0, "mse_eval": 0.1}]
+    assert records_before(tmp_path, 1) == kept and path.stat().st_ino == unchanged
+    path.write_text(whole + '{"step": 1, "seconds": 1.0}\n{"step": 0, "seco')
+    assert records_before(tmp_path, 1) == kept and path.read_text() == whole
+    path.write_text(whole + '{"step": 0, "mse_eval": 0.2}')  # its end may be missing
+    assert records_before(tmp_path, 1) == kept and path.read_text() == whole
+
+
+def test_a_disk_that_refuses_to_forget_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, said = started(tmp_path), []
+    for step in range(3):
+        first.step({"step": step, "seconds": 1.0, "grad_norm": 1.0, **STEP})
+    first.close()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        assert [record["step"] for record in records_before(tmp_path, 2, said.append)] == [0, 1]
+    assert len(said) == 1 and "records of steps from 2 on cannot be removed: [Errno 28]" in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert records_before(tmp_path / "none", 2, said.append) == [] and len(said) == 1

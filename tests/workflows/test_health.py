@@ -15,11 +15,11 @@ from dydit_scale.train.attempt import ATTEMPT_FILE, Attempt, take_folder
 from dydit_scale.workflows.health import health_of
 
 
-def attempt_in(run: Path, *, trains: bool = True, ranks: int = 2) -> Attempt:
+def attempt_in(run: Path, *, trains: bool = True, ranks: int = 2, first_step: int = 0) -> Attempt:
     attempt = take_folder(run, wait=0)
     if trains:
         (run / METRICS_FILE).write_text('{"step": 6, "loss": 1}\n')
-        (run / RUN_FILE).write_text(json.dumps({"token": attempt.token, "ranks": ranks}))
+        (run / RUN_FILE).write_text(json.dumps({"token": attempt.token, "ranks": ranks, "first_step": first_step}))
         for rank in range(ranks + 1):  # the last is of an earlier attempt, on more ranks
             rank_file(run, rank).parent.mkdir(exist_ok=True)
             rank_file(run, rank).write_text("")
@@ -69,6 +69,20 @@ def test_set_up_needs_signs_of_life_alone(tmp_path: Path) -> None:
     (tmp_path / ATTEMPT_FILE).unlink()
     attempt_in(tmp_path, trains=False)  # the next attempt, which has not written yet
     assert health_of(tmp_path, max_age=100)[:2] == (True, "being set up")
+    age(tmp_path / ATTEMPT_FILE, 200)
+    assert not health_of(tmp_path, max_age=100).healthy
+
+
+def test_the_first_step_belongs_to_the_set_up(tmp_path: Path) -> None:
+    """It may compile for longer than any other; the watchdog has its own limit for it."""
+    attempt_in(tmp_path, first_step=7)  # resumed: the newest record is of step 6
+    for path in (tmp_path / METRICS_FILE, tmp_path / RUN_FILE):
+        age(path, 300)
+    assert health_of(tmp_path, max_age=100)[:2] == (True, "training")
+    for step, healthy in ((7, False), (6, True)):
+        (tmp_path / METRICS_FILE).write_text(f'{{"step": {step}, "loss": 1}}\n')
+        age(tmp_path / METRICS_FILE, 300)
+        assert health_of(tmp_path, max_age=100).healthy == healthy
     age(tmp_path / ATTEMPT_FILE, 200)
     assert not health_of(tmp_path, max_age=100).healthy
 
