@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fills a folder with all that an installation without internet needs, pinned by constraints.txt.
+# Fills a folder with all that an installation without internet needs, pinned by constraints.txt and built: only wheels.
 #
 #   cluster/wheelhouse.sh OUT [PACKAGE ...]       # on a machine with internet, of the cluster's system and Python
 #   cluster/wheelhouse.sh --dry-run OUT           # only say what would be run
@@ -20,8 +20,10 @@ torch=${TORCH:-torch==2.13.0}
 run mkdir -p "$out"
 # the wheel of torch decides on what it needs in turn; $torch may end in an index of its own
 # shellcheck disable=SC2086
-run "$python" -m pip download --dest "$out" --no-deps $torch
-run "$python" -m pip download --dest "$out" --find-links "$out" -c "$root/constraints.txt" "${torch%% *}" setuptools "$root" "$@"
-run "$python" -m pip wheel --wheel-dir "$out" --find-links "$out" --no-deps "$root"
+run "$python" -m pip wheel --wheel-dir "$out" --no-deps $torch
+run "$python" -m pip wheel --wheel-dir "$out" --find-links "$out" -c "$root/constraints.txt" "${torch%% *}" setuptools "$root" "$@"
 run cp "$root/constraints.txt" "$out/constraints.txt"
-echo "on the cluster: pip install --no-index --find-links $out -c $out/constraints.txt dydit_scale"
+# what the cluster will do, from these wheels alone: nothing is missing, and nothing must be built there
+run "$python" -m pip install --dry-run --quiet --ignore-installed --no-index --only-binary :all: --find-links "$out" \
+    -c "$out/constraints.txt" dydit_scale "$@"
+echo "on the cluster: pip install --no-index --only-binary :all: --find-links $out -c $out/constraints.txt dydit_scale"

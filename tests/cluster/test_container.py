@@ -128,8 +128,10 @@ def test_the_wheelhouse_says_what_it_would_do(tmp_path: Path) -> None:
     command = ["bash", str(script), "--dry-run", "out", "s3fs"]
     said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = said.stdout.splitlines()
-    assert lines[1] == "py -m pip download --dest out --no-deps torch==9 --index-url https://example.com"
+    assert lines[1] == "py -m pip wheel --wheel-dir out --no-deps torch==9 --index-url https://example.com"
+    assert lines[2].startswith("py -m pip wheel") and "download" not in said.stdout, "an sdist cannot be built offline"
     assert f"-c {ROOT}/constraints.txt torch==9 setuptools {ROOT} s3fs" in lines[2]
-    assert lines[-1].endswith("pip install --no-index --find-links out -c out/constraints.txt dydit_scale")
+    assert "--dry-run" in lines[4] and "--no-index --only-binary :all: --find-links out" in lines[4]
+    assert lines[-1].endswith("--no-index --only-binary :all: --find-links out -c out/constraints.txt dydit_scale")
     assert list(tmp_path.iterdir()) == []
     assert subprocess.run(["bash", str(script)], capture_output=True, check=False).returncode
