@@ -17,6 +17,6 @@ node-1 slots=8
 node-2 slots=8
 node-3 slots=8
 HOSTS
-exec python -m dydit_scale.cluster.supervise --grace=2400 -- \
+exec python -m dydit_scale.cluster.supervise --grace=3600 -- \
     deepspeed --no_ssh --hostfile="$hostfile" --node_rank="$node" --master_addr=node-0 --master_port=29500 \
     --module dydit_scale.train recipes/flux/dev_td_lora.yaml --resume

@@ -15,6 +15,6 @@ export PET_NPROC_PER_NODE=8
 export PET_MASTER_PORT=29500
 export PET_MASTER_ADDR=node-0
 export PET_NODE_RANK=$node
-exec python -m dydit_scale.cluster.supervise --grace=2400 -- \
-    torchrun --max-restarts=0 --shutdown-timeout=2400 --rdzv-conf=timeout=3600 \
+exec python -m dydit_scale.cluster.supervise --grace=3600 -- \
+    torchrun --max-restarts=0 --shutdown-timeout=3600 --rdzv-conf=timeout=3600 \
     -m dydit_scale.train recipes/flux/dev_td_lora.yaml --resume

@@ -17,6 +17,8 @@ from dydit_scale.train.recipe import Recipe, load_recipe
 
 PORT = 29500
 """Where rank 0's launcher waits for the others."""
+TRAINER_PORT = 29400
+"""The same in a TrainJob: Kubeflow Trainer sets and opens it."""
 RECIPE_FILE = "/etc/dydit/recipe.yaml"
 """The recipe in a pod."""
 WORKDIR = "/workspace"
@@ -37,7 +39,7 @@ class Times:
     save: int
     """A checkpoint at most; the watchdog ends what takes longer."""
     shutdown: int
-    """The step under way and a save: what ranks have after they were asked to stop."""
+    """The step or evaluation under way and a save: what ranks have after they were asked to stop."""
     grace: int
     """What a pod or job has from the same moment until it is killed."""
     health: int
@@ -47,7 +49,7 @@ class Times:
     def of(limits: LimitsConfig) -> Times:
         """Those that follow from a recipe's limits."""
         save = math.ceil(limits.checkpoint)
-        shutdown = math.ceil(limits.step) + save
+        shutdown = math.ceil(max(limits.step, limits.evaluation)) + save
         return Times(
             setup=math.ceil(limits.setup), save=save, shutdown=shutdown, grace=shutdown + 120,
             health=math.ceil(limits.collective) + HEALTH_MARGIN,
@@ -76,12 +78,15 @@ class Job:
     @property
     def metrics_port(self) -> int:
         """Where a node tells its metrics; 0 if it does not."""
-        return int(getattr(getattr(self.recipe, "monitor", None), "prometheus_port", 0))
+        return self.recipe.monitor.prometheus_port
 
     @property
     def reaches_out(self) -> bool:
         """Whether pods need more than one another and the name service."""
-        return self.spec.https or any(is_url(path) for path in data_paths(self.recipe))
+        sinks = set(self.recipe.monitor.sinks) - {"tensorboard"}
+        if dict(self.spec.env).get("WANDB_MODE") == "offline":
+            sinks -= {"wandb"}
+        return self.spec.https or bool(sinks) or any(is_url(path) for path in data_paths(self.recipe))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -134,9 +139,11 @@ class Job:
         """What passes a request to stop on to the ranks and leaves with their exit code."""
         return ["python", "-m", "dydit_scale.cluster.supervise", f"--grace={self.times.shutdown}", "--"]
 
-    @property
     def folders(self) -> dict[str, bool]:
-        """Folders of the claim that the recipe reads, and whether it writes there, by their names under WORKDIR."""
+        """Folders of the claim that the recipe reads, and whether it writes there, by their names under WORKDIR.
+
+        Raises ValueError for a path that no folder of the claim can hold.
+        """
         found = {_first(self.recipe.run, "run"): True}
         paths = [("model.base", self.recipe.model.base), ("engine.deepspeed", self.recipe.engine.deepspeed or "")]
         paths += [("data.path", path) for path in data_paths(self.recipe) if not is_url(path)]
@@ -162,7 +169,7 @@ def make_job(path: str, overrides: Sequence[str], spec: ClusterSpec) -> Job:
     )  # fmt: skip
     check_fit(recipe, spec)
     if spec.target in KUBERNETES:
-        assert job.folders
+        job.folders()
     return job
 
 
@@ -176,6 +183,14 @@ def check_fit(recipe: Recipe, spec: ClusterSpec) -> None:
     if spec.target == "deepspeed" and engine != "zero":
         raise ValueError(f"--target deepspeed: expected engine.name=zero; got {engine}. torchrun starts every engine")
     check_batch(recipe, World(world_size=spec.world_size))
+    if (port := recipe.monitor.prometheus_port) in (PORT, TRAINER_PORT):
+        raise ValueError(f"monitor.prometheus_port {port}: there the launchers meet; choose another, e.g. 9464")
+    grace = Times.of(recipe.limits).grace
+    if spec.target in ("slurm", *KUBERNETES) and spec.hours * 3600 <= grace:
+        raise ValueError(
+            f"--hours {spec.hours}: expected more than {grace} s, which an orderly end may take; lower limits.step, "
+            "limits.evaluation and limits.checkpoint, or raise --hours"
+        )
     if spec.target in KUBERNETES and recipe.data.cache.startswith(CACHE) and recipe.data.cache_gib > spec.cache_gib:
         raise ValueError(
             f"data.cache_gib {recipe.data.cache_gib:g}: the node's cache holds {spec.cache_gib} GiB; set it lower, or "

@@ -7,6 +7,7 @@ from dydit_scale.cluster.pod import (
     CONTAINER,
     KEEP_FINISHED,
     NEVER_AGAIN,
+    SET_ACTIONS,
     Manifest,
     disruption_rule,
     environment,
@@ -70,13 +71,11 @@ def render_jobset(job: Job) -> list[Manifest]:
 def render_trainjob(job: Job) -> list[Manifest]:
     """A TrainJob of Kubeflow Trainer and the runtime that it refers to; the operator injects where ranks meet."""
     template = pod_template(job, subdomain=None, container={"name": CONTAINER, **fixed_part(job)})
+    name = f"{job.spec.namespace}-{job.name}"  # a runtime lies in no namespace
     runtime = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "ClusterTrainingRuntime",
-        "metadata": {
-            "name": f"{job.spec.namespace}-{job.name}",
-            "labels": labels(job) | {"trainer.kubeflow.org/framework": "torch"},
-        },
+        "metadata": {"name": name, "labels": labels(job) | {"trainer.kubeflow.org/framework": "torch"}},
         "spec": {
             "mlPolicy": {"numNodes": job.spec.nodes, "torch": {}},
             "template": {"spec": _set_spec(job, template, nodes=None)},
@@ -85,11 +84,7 @@ def render_trainjob(job: Job) -> list[Manifest]:
     spec = {
         **suspended(job),
         "activeDeadlineSeconds": job.spec.hours * 3600,
-        "runtimeRef": {
-            "apiGroup": "trainer.kubeflow.org",
-            "kind": "ClusterTrainingRuntime",
-            "name": f"{job.spec.namespace}-{job.name}",
-        },
+        "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": name},
         "trainer": {
             **main_part(job),
             "env": environment(job),
@@ -108,7 +103,8 @@ def _container(job: Job, first: str) -> Manifest:
 
 
 def _set_spec(job: Job, template: Manifest, *, nodes: int | None) -> Manifest:
-    """Of a JobSet; without ``nodes`` and a deadline, which a TrainJob sets."""
+    """Of a JobSet. In a runtime ``nodes`` is None: a TrainJob sets them, and a deadline; and it would be started again
+    once its finished JobSet had been removed."""
     size = {} if nodes is None else {"completions": nodes, "parallelism": nodes}
     deadline = {} if nodes is None else {"activeDeadlineSeconds": job.spec.hours * 3600}
     rules = [exit_rule("FailJob", NEVER_AGAIN), exit_rule("FailJob", [int(Exit.STOPPED)]), disruption_rule("FailJob")]
@@ -123,9 +119,9 @@ def _set_spec(job: Job, template: Manifest, *, nodes: int | None) -> Manifest:
     }
     # by this label the trainer finds the job whose container and size it sets
     meta = {"metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}} if nodes is None else {}
-    again = "RestartJobSetAndIgnoreMaxRestarts"
+    kept = {} if nodes is None else {"ttlSecondsAfterFinished": KEEP_FINISHED}
     return {
-        "ttlSecondsAfterFinished": KEEP_FINISHED,
+        **kept,
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
         "successPolicy": {"operator": "All"},
         "failurePolicy": {
@@ -133,9 +129,10 @@ def _set_spec(job: Job, template: Manifest, *, nodes: int | None) -> Manifest:
             "restartStrategy": "BlockingRecreate",
             "rules": [
                 # the words of Kubernetes' Job controller
-                _set_rule("neverAgain", "FailJobSet", f"exit code ({'|'.join(map(str, NEVER_AGAIN))}) "),
-                _set_rule("stopped", again, f"exit code {int(Exit.STOPPED)} "),
-                _set_rule("disrupted", again, "condition DisruptionTarget "),
+                _set_rule("neverAgain", f"exit code ({'|'.join(map(str, NEVER_AGAIN))}) "),
+                _set_rule("stopped", f"exit code {int(Exit.STOPPED)} "),
+                _set_rule("disrupted", "condition DisruptionTarget "),
+                {"name": "tooLong", "action": SET_ACTIONS["tooLong"], "onJobFailureReasons": ["DeadlineExceeded"]},
             ],
         },
         "replicatedJobs": [
@@ -148,6 +145,6 @@ def _set_spec(job: Job, template: Manifest, *, nodes: int | None) -> Manifest:
     }
 
 
-def _set_rule(name: str, action: str, message: str) -> Manifest:
+def _set_rule(name: str, message: str) -> Manifest:
     reasons = {"onJobFailureReasons": ["PodFailurePolicy"], "onJobFailureMessagePatterns": [message]}
-    return {"name": name, "action": action, **reasons}
+    return {"name": name, "action": SET_ACTIONS[name], **reasons}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dydit_scale.cluster.command import CACHE, PORT, RECIPE_FILE, WORKDIR, Job
+from dydit_scale.cluster.command import CACHE, HEALTH_MARGIN, PORT, RECIPE_FILE, WORKDIR, Job
 from dydit_scale.cluster.spec import TMP_GIB
 from dydit_scale.train.exits import Exit
 
@@ -15,11 +15,19 @@ INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 NEVER_AGAIN = [int(Exit.BAD_CONFIG), int(Exit.BAD_DATA), int(Exit.NOT_FINITE)]
 """Exit codes after which a restart would fail again."""
 KEEP_FINISHED = 7 * 24 * 3600
-"""Seconds for which a finished job can be looked at."""
+"""Seconds for which a finished Job or JobSet can be looked at."""
 PROBE_PERIOD = 60
 """Seconds between two probes, and what one may take."""
+AGAIN = "RestartJobSetAndIgnoreMaxRestarts"
+SET_ACTIONS = {"neverAgain": "FailJobSet", "tooLong": "FailJobSet", "stopped": AGAIN, "disrupted": AGAIN}
+"""What a JobSet does by its failure rules; it restarts, and counts, after other failures."""
 
 Manifest = dict[str, Any]
+
+NAME_SERVICE: Manifest = {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
+"""An egress rule: anywhere, for a name service on the node itself is no pod that could be selected."""
+OUTSIDE: Manifest = {"ports": [{"port": 443, "protocol": "TCP"}]}
+"""An egress rule: HTTPS anywhere."""
 
 
 def labels(job: Job) -> dict[str, str]:
@@ -40,11 +48,9 @@ def suspended(job: Job) -> Manifest:
 
 def pod_template(job: Job, *, subdomain: str | None, container: Manifest) -> Manifest:
     """A node's pod around its training container."""
-    port = str(job.metrics_port)
-    scrape = {"prometheus.io/scrape": "true", "prometheus.io/port": port, "prometheus.io/path": "/metrics"}
     meta: Manifest = {"labels": labels(job)}
     if job.metrics_port:
-        meta["annotations"] = scrape
+        meta["annotations"] = scrape_notes(job.metrics_port)
     spec: Manifest = {"restartPolicy": "Never"}
     if subdomain:
         spec["subdomain"] = subdomain
@@ -84,26 +90,27 @@ def main_part(job: Job) -> Manifest:
 
 def fixed_part(job: Job) -> Manifest:
     """The rest of it: ports, probes, its end, what it may do and what it sees."""
-    capabilities: Manifest = {"drop": ["ALL"]}
-    if job.spec.rdma:
-        capabilities["add"] = ["IPC_LOCK"]
-    ports: list[Manifest] = [{"name": "rendezvous", "containerPort": PORT}]
+    ports: list[Manifest] = []
+    if job.spec.target != "trainjob":  # the operator adds its own
+        ports.append({"name": "rendezvous", "containerPort": PORT})
     if job.metrics_port:
         ports.append({"name": "metrics", "containerPort": job.metrics_port})
     run, times = f"{WORKDIR}/{job.recipe.run}", job.times  # whole: where probes start is not said everywhere
     health = {"exec": {"command": ["dydit", "health", run, "--max-age", str(times.health)]}}
-    period = {"periodSeconds": PROBE_PERIOD, "timeoutSeconds": PROBE_PERIOD}
+    # as long as nodes may wait for one another, while the folder tells of an attempt that has ended
+    patience = -(-(times.setup + HEALTH_MARGIN) // PROBE_PERIOD)
+    probe = health | {"periodSeconds": PROBE_PERIOD, "timeoutSeconds": PROBE_PERIOD, "failureThreshold": patience}
     stop = ["dydit", "stop", run, "--wait", "--timeout", str(times.shutdown)]
     return {
         "workingDir": WORKDIR,
-        "ports": ports,
-        "startupProbe": health | period | {"failureThreshold": -(-times.health // PROBE_PERIOD)},
-        "livenessProbe": health | period | {"failureThreshold": 3},
+        **({"ports": ports} if ports else {}),
+        "startupProbe": probe,
+        "livenessProbe": probe,
         "lifecycle": {"preStop": {"exec": {"command": stop}}},
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
-            "capabilities": capabilities,
+            "capabilities": {"drop": ["ALL"]},
         },
         "volumeMounts": _mounts(job),
     }
@@ -135,6 +142,16 @@ def meeting(job: Job, first: str) -> list[Manifest]:
     return [*({"name": name, "value": value} for name, value in same.items()), own]
 
 
+def scrape_notes(port: int) -> Manifest:
+    """Annotations of a pod by which Prometheus finds its endpoint."""
+    return {"prometheus.io/scrape": "true", "prometheus.io/port": str(port), "prometheus.io/path": "/metrics"}
+
+
+def scrape_rule(port: int) -> Manifest:
+    """An ingress rule: pods of all namespaces may read the endpoint."""
+    return {"from": [{"namespaceSelector": {}}], "ports": [{"port": port, "protocol": "TCP"}]}
+
+
 def exit_rule(action: str, codes: list[int]) -> Manifest:
     """A rule of a podFailurePolicy on the exit codes of the training container."""
     return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": codes}}
@@ -159,14 +176,12 @@ def network_policy(job: Job) -> Manifest:
     """The pods reach one another and the name service, and port 443 if the job has business outside; nobody reaches
     them, but for the metrics."""
     own = {"podSelector": {"matchLabels": labels(job)}}
-    anywhere: Manifest = {"namespaceSelector": {}}
-    dns = [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
     ingress: list[Manifest] = [{"from": [own]}]
     if job.metrics_port:
-        ingress.append({"from": [anywhere], "ports": [{"port": job.metrics_port, "protocol": "TCP"}]})
-    egress: list[Manifest] = [{"to": [own]}, {"to": [anywhere], "ports": dns}]
+        ingress.append(scrape_rule(job.metrics_port))
+    egress: list[Manifest] = [{"to": [own]}, NAME_SERVICE]
     if job.reaches_out:
-        egress.append({"ports": [{"port": 443, "protocol": "TCP"}]})
+        egress.append(OUTSIDE)
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -194,7 +209,7 @@ def _volumes(job: Job) -> list[Manifest]:
 def _mounts(job: Job) -> list[Manifest]:
     folders = [
         {"name": "claim", "mountPath": f"{WORKDIR}/{name}", "subPath": name, **({} if writes else {"readOnly": True})}
-        for name, writes in job.folders.items()
+        for name, writes in job.folders().items()
     ]
     return [
         {"name": "recipe", "mountPath": RECIPE_FILE.rpartition("/")[0], "readOnly": True},

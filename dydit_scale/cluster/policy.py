@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from dydit_scale.cluster.command import CACHE, HEALTH_MARGIN, WORKDIR
-from dydit_scale.cluster.pod import CONTAINER, INDEX, NEVER_AGAIN, Manifest, disruption_rule, exit_rule
+from dydit_scale.cluster.pod import (
+    CONTAINER,
+    INDEX,
+    NAME_SERVICE,
+    NEVER_AGAIN,
+    OUTSIDE,
+    SET_ACTIONS,
+    disruption_rule,
+    exit_rule,
+    scrape_notes,
+    scrape_rule,
+)  # fmt: skip
+from dydit_scale.cluster.spec import LONGEST_NAME, is_name
 from dydit_scale.cluster.workload import (
     STARTED,
     Workload,
@@ -62,10 +75,7 @@ def _names(work: Workload) -> Iterator[Finding]:
     names = [(one.get("kind"), at(one, "metadata", "name")) for one in work.documents]
     yield len(set(map(str, names))) == len(names), "metadata.name: two documents of one kind have the same"
     yield all(word(name) for _, name in names), "metadata.name: a document has none"
-    yield (
-        bool(re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", work.name)),
-        "metadata.name: expected 40 characters, a-z, 0-9 and -",
-    )
+    yield is_name(work.name), f"metadata.name: expected {LONGEST_NAME} characters at most, a-z, 0-9 and -"
 
 
 def _launch(work: Workload) -> Iterator[Finding]:
@@ -110,6 +120,7 @@ def _meeting(work: Workload) -> Iterator[Finding]:
         yield str(ranks) == gpus, "numProcPerNode: expected as many ranks as GPUs"
         known = any(name.startswith("PET_") for name in env)
         yield not known, "env: PET_ variables are injected by the operator"
+        yield "rendezvous" not in ports, "ports: rendezvous is the operator's to add, and has another number"
         ref, meta = at(work.top, "spec", "runtimeRef"), at(work.runtime, "metadata")
         same = at(ref, "name") == at(meta, "name") != {} and at(ref, "kind") == work.runtime.get("kind")
         yield (
@@ -151,7 +162,7 @@ def _meeting(work: Workload) -> Iterator[Finding]:
             if e.get("name") == "PET_NODE_RANK"
         ]
         yield own == [INDEX], "env PET_NODE_RANK: expected the index of the pod in the job"
-    yield 1024 <= number(ports.get("rendezvous")) < 65536, "ports: expected one called rendezvous"
+        yield 1024 <= number(ports.get("rendezvous")) < 65536, "ports: expected one called rendezvous"
     if work.kind == "Job":
         service = work.of_kind("Service")
         subdomain = at(work.pod, "spec", "subdomain")
@@ -184,8 +195,7 @@ def _resources(work: Workload) -> Iterator[Finding]:
     yield requests == limits, "resources: expected requests equal to limits"
     for name in RESOURCES:
         yield amount(limits.get(name)) > 0, f"resources: expected a quoted quantity of {name}"
-    extra = sorted(set(limits) - set(RESOURCES))
-    for name in extra:
+    for name in sorted(set(limits) - set(RESOURCES)):
         yield amount(limits[name]) > 0 and "/" in name, f"resources: {name}: expected a device with a quoted count"
     taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     yield (
@@ -197,10 +207,7 @@ def _resources(work: Workload) -> Iterator[Finding]:
         chosen = at(near, "podAffinityTerm", "labelSelector", "matchLabels")
         yield _selects(chosen, work), "affinity: does not select the pods of this job"
     added = at(work.container, "securityContext", "capabilities", "add")
-    yield (
-        (added == ["IPC_LOCK"]) == bool(extra) and (not added or bool(extra)),
-        "capabilities: IPC_LOCK and an RDMA device go together",
-    )
+    yield not added, "capabilities: expected none to be added; an ordinary user would not have them"
 
 
 def _disk(work: Workload) -> Iterator[Finding]:
@@ -276,10 +283,16 @@ def _endings(work: Workload) -> Iterator[Finding]:
     yield right, "preStop: expected dydit stop RUN --wait --timeout SECONDS"
     wait = int(stop[5]) if right and str(stop[5]).isdigit() else None
     yield wait is not None and wait == shutdown, "preStop: expected the timeout of --shutdown-timeout"
-    kept = number(work.job_spec.get("ttlSecondsAfterFinished", work.set_spec.get("ttlSecondsAfterFinished")))
-    yield kept > 0, "expected ttlSecondsAfterFinished"
+    kept = number(at(work.top, "spec", "ttlSecondsAfterFinished"))
+    inner = [place for place in (work.set_spec, work.job_spec) if place is not at(work.top, "spec")]
+    yield work.kind == "TrainJob" or kept > 0, "expected ttlSecondsAfterFinished"
+    yield (
+        not any("ttlSecondsAfterFinished" in place for place in inner),
+        "ttlSecondsAfterFinished: only of a Job or JobSet itself; what is removed below it would be started again",
+    )
     place = work.top.get("spec") if work.kind == "TrainJob" else work.job_spec
-    yield number(at(place, "activeDeadlineSeconds")) > 0, "expected activeDeadlineSeconds"
+    deadline = number(at(place, "activeDeadlineSeconds"))
+    yield deadline > grace, "activeDeadlineSeconds: expected more than terminationGracePeriodSeconds"
 
 
 def _probes(work: Workload) -> Iterator[Finding]:
@@ -297,11 +310,9 @@ def _probes(work: Workload) -> Iterator[Finding]:
         )
         fits = 1 <= number(at(probe, "timeoutSeconds")) <= number(at(probe, "periodSeconds"))
         yield fits, f"{name}: expected a timeoutSeconds within periodSeconds"
-        yield number(at(probe, "failureThreshold")) >= 1, f"{name}: expected a failureThreshold"
-        if name == "startupProbe" and right:
-            patience = number(at(probe, "failureThreshold")) * number(at(probe, "periodSeconds"))
-            setup = work.option("rdzv-conf") or 0
-            yield patience >= setup + HEALTH_MARGIN, "startupProbe: gives up before the run's set-up may be over"
+        patience = number(at(probe, "failureThreshold")) * number(at(probe, "periodSeconds"))
+        setup = work.option("rdzv-conf") or 0
+        yield patience >= setup + HEALTH_MARGIN, f"{name}: gives up before the run's set-up may be over"
 
 
 def _failures(work: Workload) -> Iterator[Finding]:
@@ -328,12 +339,10 @@ def _failures(work: Workload) -> Iterator[Finding]:
         "restartStrategy: expected BlockingRecreate: never two writers",
     )
     yield number(failure.get("maxRestarts")) >= 0, "expected maxRestarts"
-    again = "RestartJobSetAndIgnoreMaxRestarts"
-    meant = {"neverAgain": "FailJobSet", "stopped": again, "disrupted": again}
     given = {str(rule.get("name")): rule for rule in maps(failure.get("rules"))}
     yield (
-        {k: r.get("action") for k, r in given.items()} == meant,
-        f"failurePolicy: expected the rules {', '.join(meant)}",
+        {k: r.get("action") for k, r in given.items()} == SET_ACTIONS,
+        f"failurePolicy: expected the rules {', '.join(SET_ACTIONS)}",
     )
     said = {
         "neverAgain": [f"Container {CONTAINER} for pod a/b failed with exit code {c} matching" for c in NEVER_AGAIN],
@@ -341,10 +350,11 @@ def _failures(work: Workload) -> Iterator[Finding]:
         "disrupted": ["Pod a/b has condition DisruptionTarget matching"],
     }
     for name, rule in given.items():
-        yield (
-            rule.get("onJobFailureReasons") == ["PodFailurePolicy"],
-            f"rule {name}: expected the reason PodFailurePolicy",
-        )
+        reason = "DeadlineExceeded" if name == "tooLong" else "PodFailurePolicy"
+        yield rule.get("onJobFailureReasons") == [reason], f"rule {name}: expected the reason {reason}"
+        if name == "tooLong":
+            yield "onJobFailureMessagePatterns" not in rule, f"rule {name}: expected no pattern"
+            continue
         patterns = [str(p) for p in listed(rule.get("onJobFailureMessagePatterns"))]
         for other, texts in said.items():
             for text in texts:
@@ -370,21 +380,17 @@ def _network(work: Workload) -> Iterator[Finding]:
             f"NetworkPolicy: {way}: expected the own pods, on every port, and no others",
         )
     rules = [rule for rule in maps(policy.get("egress")) if "ports" in rule]
-    names = [rule for rule in rules if _ports(rule) == [(53, "UDP"), (53, "TCP")]]
-    service: list[list[Manifest]] = [[{"namespaceSelector": {}}]]
-    yield [at(r, "to") for r in names] == service, "NetworkPolicy: egress: expected the name service"
-    rest = [_ports(rule) for rule in rules if rule not in names]
-    yield rest in ([], [[(443, "TCP")]]), "NetworkPolicy: egress: expected nothing but port 443 besides"
-    metrics = [p.get("containerPort") for p in maps(work.container.get("ports")) if p.get("name") == "metrics"]
+    yield rules in ([NAME_SERVICE], [NAME_SERVICE, OUTSIDE]), "NetworkPolicy: egress: expected ports 53 and at most 443"
+    ports: list[Any] = [p.get("containerPort") for p in maps(work.container.get("ports")) if p.get("name") == "metrics"]
+    open_to = [rule for rule in maps(policy.get("ingress")) if "ports" in rule]
+    yield (
+        open_to == [*map(scrape_rule, ports)],
+        "NetworkPolicy: ingress: expected the port called metrics, if there is one",
+    )
     notes = mapping(at(work.pod, "metadata", "annotations"))
-    open_to = [p.get("port") for rule in maps(policy.get("ingress")) for p in maps(rule.get("ports"))]
-    yield open_to == metrics, "NetworkPolicy: ingress: expected the port called metrics, if there is one"
-    told = [notes[k] for k in ("prometheus.io/port",) if k in notes]
-    yield told == [str(port) for port in metrics], "annotations: expected prometheus.io/port of the port called metrics"
-
-
-def _ports(rule: Manifest) -> list[tuple[object, object]]:
-    return [(port.get("port"), port.get("protocol")) for port in maps(rule.get("ports"))]
+    told = {key: text for key, text in notes.items() if str(key).startswith("prometheus.io/")}
+    expected = scrape_notes(ports[0]) if ports else {}
+    yield told == expected, f"annotations: expected {expected or 'none of prometheus.io without a port called metrics'}"
 
 
 def _queue(work: Workload) -> Iterator[Finding]:

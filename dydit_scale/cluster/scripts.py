@@ -32,7 +32,6 @@ def render_slurm(job: Job) -> str:
     settings |= {"partition": spec.queue} if spec.queue else {}
     settings |= {"qos": spec.priority} if spec.priority else {}
     head = [f"#SBATCH --{name}={value}" for name, value in settings.items()] + ["#SBATCH --requeue"]
-    again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {spec.restarts} ]'
     never = "|".join(map(str, NEVER_AGAIN))
     rank = 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"'
     return _lines(
@@ -41,7 +40,9 @@ def render_slurm(job: Job) -> str:
         "",
         "# Asked by Slurm, before the time limit or a preemption: save, leave, and go on later.",
         "asked=0",
-        f"trap 'asked=1; dydit stop {run}; kill -TERM \"$step\"' USR1 TERM",
+        "# Nothing for srun, which answers a SIGTERM by killing all tasks.",
+        f"trap {shlex.quote(f'asked=1; dydit stop {run}')} USR1 TERM",
+        f'failures="{job.name}-$SLURM_JOB_ID.failures"',
         "",
         *_exports(job.environment | job.rendezvous),
         'PET_MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -52,15 +53,17 @@ def render_slurm(job: Job) -> str:
         )
         + " &",
         "step=$!",
-        "code=0",
-        "# a signal ends wait, not the step",
-        'while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done',
+        "# a signal ends wait, not the step; the last wait has the step's own code",
+        'while kill -0 "$step" 2>/dev/null; do wait "$step"; done',
+        'wait "$step"',
+        "code=$?",
         "",
         'case "$code" in',
         "    0) exit 0 ;;",
         f'    {never}) exit "$code" ;;  # a restart would fail again',
         f'    {int(Exit.STOPPED)}) [ "$asked" = 1 ] || exit "$code" ;;  # stopped by a person',
-        f'    *) {again} || exit "$code" ;;',
+        '    *) echo "$code" >> "$failures"',
+        f'       [ "$(wc -l < "$failures")" -le {spec.restarts} ] || exit "$code" ;;',
         "esac",
         'scontrol requeue "$SLURM_JOB_ID"',
     )

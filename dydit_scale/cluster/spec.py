@@ -48,7 +48,11 @@ class ClusterSpec:
     memory_gib: int = _option(0, "memory of a node, GiB (default: 96 for each GPU)", ("slurm", *KUBERNETES))
     shm_gib: int = _option(0, "of the memory: /dev/shm, GiB (default: 8 for each GPU)", KUBERNETES)
     disk_gib: int = _option(200, "disk of a node for /tmp, caches and logs, GiB", KUBERNETES)
-    hours: int = _option(168, "after which the job is ended", ("slurm", *KUBERNETES))
+    hours: int = _option(
+        168,
+        "after which the job is ended; of a JobSet each attempt, on Slurm each turn in the queue",
+        ("slurm", *KUBERNETES),
+    )
     restarts: int = _option(10, "restarts after failures; stops and disruptions do not count", ("slurm", *KUBERNETES))
     queue: str = _option("", "Kueue's local queue; Slurm's partition", ("slurm", *KUBERNETES))
     priority: str = _option("", "PriorityClass; Slurm's quality of service", ("slurm", *KUBERNETES))
@@ -61,7 +65,9 @@ class ClusterSpec:
     secret: tuple[tuple[str, str], ...] = _option(
         _NO_PAIRS, "a variable from a key of a secret; may be repeated", KUBERNETES, "NAME=SECRET/KEY"
     )
-    rdma: str = _option("", "resource of the RDMA device plugin, e.g. rdma/ib; adds IPC_LOCK", KUBERNETES)
+    rdma: str = _option(
+        "", "resource of the RDMA device plugin, e.g. rdma/ib; containerd needs LimitMEMLOCK=infinity", KUBERNETES
+    )
     node_selector: tuple[tuple[str, str], ...] = _option(
         _NO_PAIRS, "label of the nodes; may be repeated", KUBERNETES, placeholder="KEY=VALUE"
     )
@@ -110,7 +116,7 @@ class ClusterSpec:
             object.__setattr__(self, "interface", "eth0")
 
     def _check_words(self) -> None:
-        if self.name and not (_LABEL.fullmatch(self.name) and len(self.name) <= LONGEST_NAME):
+        if self.name and not is_name(self.name):
             raise ValueError(
                 f"--name: expected a-z, 0-9 and -, from a letter on, {LONGEST_NAME} at most; got {self.name!r}"
             )
@@ -157,6 +163,11 @@ class ClusterSpec:
         for name, place in self.secret:
             if not _SECRET.fullmatch(place):
                 raise ValueError(f"--secret {name}: expected SECRET/KEY; got {place!r}")
+
+
+def is_name(text: str) -> bool:
+    """Whether a job may be called so."""
+    return bool(_LABEL.fullmatch(text)) and len(text) <= LONGEST_NAME
 
 
 def options() -> tuple[Field[Any], ...]:

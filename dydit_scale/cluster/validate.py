@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,12 +25,14 @@ from dydit_scale.cluster.workload import Workload, at, listed, maps, named, numb
 from dydit_scale.train.exits import Exit
 from dydit_scale.train.recipe import Recipe, load_recipe
 
+ENDS = "limits.checkpoint and the larger of limits.step and limits.evaluation"
 SBATCH = {
     "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "signal", "open-mode",
     "output", "partition", "qos", "requeue", "account", "constraint", "exclusive", "reservation", "mail-type",
     "mail-user",
 }  # fmt: skip
 """Options that are known."""
+TRAP = r"^trap '(?!.*\bkill\b).*dydit stop .*' USR1 TERM$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +121,13 @@ def _check_against(work: Workload, recipe: Recipe) -> Iterator[str]:
     gpus = str(at(work.container, "resources", "limits", "nvidia.com/gpu"))
     if not (number(nodes) >= 1 and gpus.isdigit() and int(gpus) >= 1):
         return  # told elsewhere
-    spec = ClusterSpec(target="torchrun", nodes=int(number(nodes)), gpus=int(gpus))
+    mode = work.env.get("WANDB_MODE")
+    env = (("WANDB_MODE", mode),) if isinstance(mode, str) else ()
+    spec = ClusterSpec(target="torchrun", nodes=int(number(nodes)), gpus=int(gpus), env=env)
     try:
         check_fit(recipe, spec)
         job = Job(spec=spec, recipe=recipe, path="", text="", overrides=(), times=Times.of(recipe.limits))
-        folders = job.folders
+        folders = job.folders()
     except ValueError as error:
         yield f"recipe: {error}"
         return
@@ -132,7 +137,7 @@ def _check_against(work: Workload, recipe: Recipe) -> Iterator[str]:
     if not grace > times.save + 60:
         yield f"terminationGracePeriodSeconds {grace}: expected more than limits.checkpoint ({times.save} s) and 60 s"
     if not shutdown >= times.shutdown:
-        yield f"--shutdown-timeout={shutdown}: expected limits.step and limits.checkpoint, {times.shutdown} s, or more"
+        yield f"--shutdown-timeout={shutdown}: expected {ENDS}, {times.shutdown} s, or more"
     if not (work.option("rdzv-conf") or 0) >= times.setup:
         yield f"--rdzv-conf: expected timeout={times.setup} (limits.setup) or more"
     for name in ("startupProbe", "livenessProbe"):
@@ -159,7 +164,7 @@ def _check_against(work: Workload, recipe: Recipe) -> Iterator[str]:
     ] * bool(port):
         yield f"ports: expected one called metrics, {port}" if port else "ports: metrics, but the recipe tells none"
     if job.reaches_out and not any(p.get("port") == 443 for p in _egress(work)):
-        yield "NetworkPolicy: egress: expected port 443, for the data are a URL"
+        yield "NetworkPolicy: egress: expected port 443, for data of a URL, W&B or MLflow"
     if work.env.get("HF_HUB_OFFLINE") != "1" and not any(p.get("port") == 443 for p in _egress(work)):
         yield "env: expected HF_HUB_OFFLINE=1, for the hub cannot be reached"
     if recipe.data.cache and not recipe.data.cache.startswith((CACHE, "/tmp")):
@@ -187,14 +192,14 @@ def check_script(text: str) -> Iterator[str]:
     if "dydit_scale.cluster.supervise" not in words:
         yield "expected python -m dydit_scale.cluster.supervise before the launcher, which passes signals on"
     try:
-        recipe = load_recipe(found[1], found[2].replace("'", "").split())
+        recipe = load_recipe(found[1], shlex.split(found[2]))
     except ValueError as error:
         yield str(error)
         return
     times, numbers = Times.of(recipe.limits), dict(re.findall(r"--(grace|shutdown-timeout)=(\d+)", command))
     for name in ("grace", *(["shutdown-timeout"] if "torchrun" in words else [])):
         if int(numbers.get(name, 0)) < times.shutdown:
-            yield f"--{name}: expected limits.step and limits.checkpoint, {times.shutdown} s, or more"
+            yield f"--{name}: expected {ENDS}, {times.shutdown} s, or more"
     if "torchrun" in words:
         for name in ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_MASTER_ADDR", "PET_MASTER_PORT", "PET_NODE_RANK"):
             if not re.search(rf"(^|\s|'){name}=", text, re.MULTILINE):
@@ -226,7 +231,7 @@ def _check_slurm(text: str, times: Times) -> Iterator[str]:
     if given.get("ntasks-per-node") != "1":
         yield "--ntasks-per-node: expected 1, a launcher for each node"
     for what, pattern in (
-        ("a trap that stops the run", r"^trap '.*dydit stop .*' USR1 TERM$"),
+        ("a trap that stops the run, and no signal to srun, which would kill it", TRAP),
         (
             "no restart after exit codes " + ", ".join(map(str, NEVER_AGAIN)),
             rf"^\s*{'.'.join(map(str, NEVER_AGAIN))}\) exit",

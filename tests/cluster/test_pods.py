@@ -21,9 +21,9 @@ from dydit_scale.cluster.render import render
 from dydit_scale.cluster.spec import ClusterSpec
 from dydit_scale.cluster.validate import check_documents
 from dydit_scale.cluster.workload import Workload, at, read_workload
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.train.attempt import read_holder
 from dydit_scale.train.exits import Exit
-from dydit_scale.train.metrics import read_metrics
 from tests.faults.nodes import CABLE, Nodes, why_not
 from tests.faults.processes import wait_until
 from tests.parallel.launch import child_environment, free_port

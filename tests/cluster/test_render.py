@@ -10,12 +10,15 @@ import pytest
 import yaml
 
 from dydit_scale.cli.main import main
-from dydit_scale.cluster.command import Times, make_job
-from dydit_scale.cluster.kubernetes import render_job
+from dydit_scale.cluster.command import Times
+from dydit_scale.cluster.pod import OUTSIDE
 from dydit_scale.cluster.render import render, to_yaml
 from dydit_scale.cluster.spec import KUBERNETES, TARGETS, ClusterSpec, words
 from dydit_scale.cluster.validate import check_documents, check_script
+from dydit_scale.cluster.workload import Workload, at, read_workload
 from dydit_scale.parallel.watchdog import LimitsConfig
+from dydit_scale.train.attempt import take_folder
+from dydit_scale.workflows.health import health_of
 from tests.cluster.golden import ROOT, command_of, golden_files
 
 FLUX = "recipes/flux/dev_td_lora.yaml"
@@ -61,7 +64,7 @@ OPTIONS: list[dict[str, object]] = [
     {"queue": "gpus"},
     {"priority": "training"},
     {"name": "another", "env": (("NCCL_IB_HCA", "mlx5"),)},
-    {"hours": 1, "restarts": 0, "cpus": 8, "memory_gib": 100, "nodes": 1},
+    {"hours": 2, "restarts": 0, "cpus": 8, "memory_gib": 100, "nodes": 1},
     {"rdma": "rdma/ib", "interface": "net1"},
     {"object_store": "s3://bucket/shards", "secret": (("AWS_ACCESS_KEY_ID", "store/id"),)},
     {"namespace": "research", "topology": "topology.kubernetes.io/zone", "node_selector": (("pool", "h100"),)},
@@ -89,17 +92,53 @@ def test_every_option_is_tried() -> None:
     assert {field.name for field in dataclasses.fields(ClusterSpec)} - tried == {"target"}
 
 
-def test_metrics_are_open_to_those_who_scrape() -> None:
-    job = make_job(FLUX, [], spec("job"))
+@pytest.mark.parametrize("target", KUBERNETES)
+def test_metrics_are_open_to_those_who_scrape(target: str) -> None:
+    text = render(FLUX, ["monitor.prometheus_port=9464"], spec(target, nodes=4))
+    documents = list(yaml.safe_load_all(text))
+    assert list(check_documents(documents)) == []
+    assert text.count("9464") == 5  # in the head, the arguments, the ports, the annotations and the NetworkPolicy
+    policy = next(one for one in documents if one["kind"] == "NetworkPolicy")
+    del policy["spec"]["ingress"][1]["from"]
+    assert any("the port called metrics" in text for text in check_documents(documents))
 
-    class Told(type(job)):  # type: ignore[misc]
-        metrics_port = 9464
 
-    told = Told(**{field.name: getattr(job, field.name) for field in dataclasses.fields(job)})
-    text = to_yaml(render_job(told))
-    assert text.count("9464") == 3  # port, annotation, NetworkPolicy
-    problems = list(check_documents(list(yaml.safe_load_all(text))))
-    assert problems in ([], ["ports: metrics, but the recipe tells none"])
+@pytest.mark.parametrize(
+    ("sinks", "env", "opened"),
+    [
+        ("[tensorboard]", (), False),
+        ("[wandb]", (), True),
+        ("[tensorboard,mlflow]", (), True),
+        ("[wandb]", (("WANDB_MODE", "offline"),), False),
+        ("[wandb,mlflow]", (("WANDB_MODE", "offline"),), True),
+    ],
+)
+def test_sinks_elsewhere_open_port_443(sinks: str, env: tuple[tuple[str, str], ...], opened: bool) -> None:
+    documents = list(yaml.safe_load_all(render(FLUX, [f"monitor.sinks={sinks}"], spec("jobset", nodes=4, env=env))))
+    assert list(check_documents(documents)) == []
+    egress = at(next(one for one in documents if one["kind"] == "NetworkPolicy"), "spec", "egress")
+    assert (OUTSIDE in egress) == opened
+    if opened:
+        egress.remove(OUTSIDE)
+        assert any("expected port 443, for data of a URL, W&B or MLflow" in text for text in check_documents(documents))
+
+
+def test_a_pod_that_waits_outlives_the_attempt_before(tmp_path: Path) -> None:
+    """The first pod of a Job to be made anew starts while others still hold on to the attempt that failed."""
+    work = read_workload(list(yaml.safe_load_all(render(FLUX, [], spec("job", nodes=4)))))
+    assert isinstance(work, Workload)
+    probes = [work.container[name] for name in ("startupProbe", "livenessProbe")]
+    words = [at(probe, "exec", "command") for probe in probes]
+    assert words[0] == words[1] and words[0][:2] == ["dydit", "health"]
+    age = float(words[0][words[0].index("--max-age") + 1])
+    before = take_folder(tmp_path, wait=0)
+    assert health_of(tmp_path, max_age=age).healthy, "the startup probe is done"
+    before.end("RuntimeError")
+    assert not health_of(tmp_path, max_age=age).healthy, "each liveness probe fails, until the nodes have met"
+    for probe in probes:
+        assert probe["failureThreshold"] * probe["periodSeconds"] > LimitsConfig().setup == work.option("rdzv-conf")
+    take_folder(tmp_path, wait=0)
+    assert health_of(tmp_path, max_age=age).healthy
 
 
 def test_ends_leave_room_for_what_lies_inside() -> None:
@@ -107,9 +146,11 @@ def test_ends_leave_room_for_what_lies_inside() -> None:
         LimitsConfig(),
         LimitsConfig(checkpoint=1, step=1, setup=1, evaluation=1),
         LimitsConfig(step=1.5),
+        LimitsConfig(step=4000, evaluation=10),
     ):
         times = Times.of(limits)
         assert times.save < times.shutdown < times.grace and times.save + 60 < times.grace
+        assert times.shutdown >= max(limits.step, limits.evaluation) + limits.checkpoint
         assert times.health > limits.collective
 
 
@@ -137,6 +178,10 @@ def test_a_command_line_says_only_what_is_new() -> None:
         ("slurm", {"image": IMAGE}, [], "--image is for job, jobset, trainjob; the target is slurm"),
         ("torchrun", {"nodes": 2, "hosts": "a"}, [], "--hosts names 1 machines, --nodes is 2"),
         ("torchrun", {"nodes": 0}, [], "--nodes: expected 1 or more"),
+        ("job", {"hours": 1}, [], "--hours 1: expected more than 3720 s"),
+        ("slurm", {"hours": 2}, ["limits.checkpoint=7200"], "--hours 2: expected more than 9120 s"),
+        ("job", {}, ["monitor.prometheus_port=29500"], "monitor.prometheus_port 29500: there the launchers meet"),
+        ("trainjob", {}, ["monitor.prometheus_port=29400"], "monitor.prometheus_port 29400: there the launchers meet"),
         ("nomad", {}, [], "--target: expected one of deepspeed"),
         ("slurm", {"nodes": 3}, [], "train.batch_size 64: not divisible by 24 ranks"),
         ("slurm", {}, ["engine.name=single"], "engine.name is single, one process"),
@@ -169,3 +214,9 @@ def test_the_command_line_writes_and_refuses(tmp_path: Path, capsys: pytest.Capt
     assert main(["cluster", "validate", str(out)]) == 64
     out.write_text("")
     assert main(["cluster", "validate", str(out)]) == 1
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t not in KUBERNETES])
+def test_a_script_keeps_words_with_spaces_together(target: str) -> None:
+    text = render(FLUX, ["train.sample_prompts=[a red fox, an owl]", "name=it's"], spec(target))
+    assert list(check_script(text)) == []

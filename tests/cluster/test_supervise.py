@@ -59,28 +59,38 @@ def test_what_forbids_a_restart_is_said_first(tmp_path: Path, monkeypatch: pytes
 
 
 STEP = """#!/usr/bin/env bash
-trap 'exit 75' TERM
+# srun answers a SIGTERM by killing all tasks; the ranks leave with 75 when they see the stop file
+trap 'kill -KILL $$' TERM
 echo "srun $*" >> calls
-for _ in $(seq {tenths}); do sleep 0.1; done
+for _ in $(seq {tenths}); do
+    if [ -e stop ]; then exit 75; fi
+    sleep 0.1
+done
 exit {code}
+"""
+# Slower than the ranks, so that they have left while the script is still in its trap.
+STOP = """#!/usr/bin/env bash
+echo "dydit $*" >> calls
+touch stop
+sleep 1
 """
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "asked", "status", "again"),
+    ("code", "failures", "asked", "status", "again"),
     [
         (0, 0, False, 0, False),
         (64, 0, False, 64, False),
         (71, 0, False, 71, False),
         (75, 0, False, 75, False),  # dydit stop by a person
-        (0, 0, True, 0, True),  # the time limit comes
+        (0, 10, True, 0, True),  # the time limit comes; that is no failure
         (1, 9, False, 0, True),
         (1, 10, False, 1, False),
         (137, 0, False, 0, True),
     ],
 )
 def test_a_batch_script_goes_back_into_the_queue_when_that_helps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, restarts: int, asked: bool, status: int, again: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, failures: int, asked: bool, status: int, again: bool
 ) -> None:
     """srun, scontrol and dydit are stand-ins that note their words."""
     monkeypatch.chdir(ROOT)
@@ -89,13 +99,15 @@ def test_a_batch_script_goes_back_into_the_queue_when_that_helps(
     stand_ins = {
         "srun": STEP.format(tenths=300 if asked else 1, code=code),
         "scontrol": '#!/usr/bin/env bash\necho "scontrol $*" >> calls\n[ "$1" = requeue ] || echo node7\n',
-        "dydit": '#!/usr/bin/env bash\necho "dydit $*" >> calls\n',
+        "dydit": STOP,
         "job": text,
     }
     for name, script in stand_ins.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_RESTART_COUNT": str(restarts)}
+    counted = tmp_path / "flux-dev-td-lora-17.failures"
+    counted.write_text("1\n" * failures)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     environment |= {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[7-10]"}
     job = subprocess.Popen(["bash", "job"], env=environment, cwd=tmp_path)
     calls = tmp_path / "calls"
@@ -107,4 +119,6 @@ def test_a_batch_script_goes_back_into_the_queue_when_that_helps(
     said = calls.read_text()
     assert ("scontrol requeue 17" in said) == again
     assert ("dydit stop runs/flux/dev_td_lora" in said) == asked
-    assert "dydit_scale.cluster.supervise --grace=2400 -- torchrun" in said
+    failed = code not in (0, 64, 71, 75)
+    assert len(counted.read_text().splitlines()) == failures + failed
+    assert "dydit_scale.cluster.supervise --grace=3600 -- torchrun" in said

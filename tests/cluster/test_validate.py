@@ -154,7 +154,7 @@ JOB_ENV = [e["name"] for e in at(job(), *BOX, "env")]
         ((*BOX, "image"), "registry.example.com/dydit_scale:1.0", "image: expected a digest"),
         ((*BOX, "resources", "limits", "nvidia.com/gpu"), 8, "expected requests equal to limits"),
         ((*BOX, "resources", "requests", "cpu"), "1", "expected requests equal to limits"),
-        ((*BOX, "securityContext", "capabilities", "add"), ["IPC_LOCK"], "IPC_LOCK and an RDMA device go together"),
+        ((*BOX, "securityContext", "capabilities", "add"), ["IPC_LOCK"], "expected none to be added"),
         ((*BOX, "securityContext", "privileged"), True, "no privileged container"),
         ((*POD, "hostNetwork"), True, "expected no hostNetwork"),
         ((*POD, "terminationGracePeriodSeconds"), 1800, "expected less than terminationGracePeriodSeconds"),
@@ -163,14 +163,20 @@ JOB_ENV = [e["name"] for e in at(job(), *BOX, "env")]
         ((*POD, "volumes", 2, "emptyDir", "sizeLimit"), "800Gi", "sizeLimit below the memory limit"),
         ((*POD, "volumes", 4, "emptyDir", "sizeLimit"), "900Gi", "within ephemeral-storage"),
         ((*BOX, "livenessProbe", "exec", "command", 4), "600", "the watchdog must come first"),
-        ((*BOX, "startupProbe", "failureThreshold"), 5, "gives up before"),
+        ((*BOX, "startupProbe", "failureThreshold"), 5, "startupProbe: gives up before"),
+        ((*BOX, "livenessProbe", "failureThreshold"), 3, "livenessProbe: gives up before"),
+        ((3, "spec", "activeDeadlineSeconds"), 3600, "more than terminationGracePeriodSeconds"),
         (
             (*BOX, "lifecycle", "preStop", "exec", "command", 2),
             "/workspace/runs/other",
             "of the run that preStop stops",
         ),
         ((*BOX, "volumeMounts", 3, "readOnly"), False, "volumeMounts: expected the folders of the recipe"),
-        ((*BOX, "args", 7), "--shutdown-timeout=60", "--shutdown-timeout=60: expected limits.step"),
+        (
+            (*BOX, "args", 7),
+            "--shutdown-timeout=60",
+            "--shutdown-timeout=60: expected limits.checkpoint and the larger",
+        ),
         (
             (3, "spec", "podFailurePolicy", "rules", 0, "onExitCodes", "values"),
             [64],
@@ -201,6 +207,8 @@ def test_ranks_times_nodes_and_times_are_those_of_the_recipe() -> None:
 
 def test_a_trainjob_and_its_runtime_must_agree() -> None:
     runtime: Path_ = (2, "spec", "template", "spec")
+    inner: Path_ = (*runtime, "replicatedJobs", 0, "template", "spec")
+    box: Path_ = (*inner, "template", "spec", "containers", 0)
     for place, value, text in (
         ((3, "spec", "runtimeRef", "name"), "other", "expected the ClusterTrainingRuntime of this file"),
         ((3, "spec", "trainer", "numNodes"), 3, "numNodes: TrainJob and runtime differ"),
@@ -209,6 +217,10 @@ def test_a_trainjob_and_its_runtime_must_agree() -> None:
         ((*runtime, "failurePolicy", "restartStrategy"), "Recreate", "never two writers"),
         ((*runtime, "failurePolicy", "rules", 0, "onJobFailureMessagePatterns"), ["exit code 6"], "rule neverAgain"),
         ((*runtime, "failurePolicy", "rules", 1, "onJobFailureMessagePatterns"), ["("], "rule stopped"),
+        ((*runtime, "failurePolicy", "rules", 3, "onJobFailureReasons"), ["PodFailurePolicy"], "DeadlineExceeded"),
+        ((*runtime, "ttlSecondsAfterFinished"), 600, "would be started again"),
+        ((*inner, "ttlSecondsAfterFinished"), 600, "would be started again"),
+        ((*box, "ports"), [{"name": "rendezvous", "containerPort": 29500}], "rendezvous is the operator's to add"),
     ):
         wrong = changed(trainjob(), place, lambda parent, key, value=value: parent.__setitem__(key, value))
         assert any(text in problem for problem in check_documents(wrong)), dotted(place)
@@ -248,18 +260,18 @@ def test_broken_scripts_are_found(path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = path.read_text()
     changes = [
         ("--resume", "--resum"),
-        ("--grace=2400", "--grace=24"),
+        ("--grace=3600", "--grace=24"),
         ("dydit_scale.cluster.supervise", "dydit_scale.supervise"),
         ("recipes/flux/dev_td_lora.yaml --resume", "recipes/flux/none.yaml --resume"),
     ]
     if "torchrun" in text:
-        changes += [("--max-restarts=0", "--max-restarts=1"), ("--shutdown-timeout=2400", "--shutdown-timeout=30")]
+        changes += [("--max-restarts=0", "--max-restarts=1"), ("--shutdown-timeout=3600", "--shutdown-timeout=30")]
         changes += [(f"{name}=", f"X{name}=") for name in ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR")]
     if "#SBATCH" in text:
         options = sorted({line.split("=")[0] for line in text.splitlines() if line.startswith("#SBATCH")})
         changes += [(option, option + "x") for option in options]
         changes += [
-            ("@2520", "@100"),
+            ("@3720", "@100"),
             ("USR1@", "@"),
             ("esac", "esa"),
             ("scontrol requeue", "scontrol"),
@@ -269,6 +281,7 @@ def test_broken_scripts_are_found(path: Path, monkeypatch: pytest.MonkeyPatch) -
             ("PET_NNODES=4", "PET_NNODES=3"),
             ("gpus-per-node=8", "gpus-per-node=4"),
             ("dydit stop", "dydit ls"),
+            ("' USR1 TERM", '; kill -TERM "$step"\' USR1 TERM'),
         ]
     assert list(check_script(text)) == []
     for old, new in changes:
