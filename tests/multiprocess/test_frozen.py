@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dydit_scale.checkpoint.store import load_checkpoint
+from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import ONE_PROCESS
-from dydit_scale.train.metrics import read_metrics
 from tests.families.journey import write_world
 from tests.multiprocess import frozen
 from tests.multiprocess.matrix import run_folder
