@@ -43,10 +43,21 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3": (2, {"engine": {"name": "zero", "zero_stage": 3}}),
     "fsdp": (2, {"engine": {"name": "fsdp"}}),
     "fsdp-full": (2, {"engine": {"name": "fsdp"}, "train": {"gradient_checkpointing": "full"}}),
+    "zero1-alone": (1, {"engine": {"name": "zero", "zero_stage": 1}}),
+    "zero3-alone": (1, {"engine": {"name": "zero", "zero_stage": 3}}),
     "fsdp-kept": (2, {"engine": {"name": "fsdp", "reshard": False}}),
     "ddp-td-lora": (2, {"engine": {"name": "ddp"}, "adapter": {"kind": "td_lora", "rank": 8},
                         "supervision": {"kind": "distill"}}),
     "zero2-complete": (2, {"engine": {"name": "zero", "zero_stage": 2}, "supervision": {"kind": "complete"}}),
+    "ddp-accumulation": (2, {"engine": {"name": "ddp"}, "train": {"accumulation": 2}}),
+    "zero1-accumulation": (2, {"engine": {"name": "zero", "zero_stage": 1}, "train": {"accumulation": 2}}),
+    "zero2-accumulation": (2, {"engine": {"name": "zero", "zero_stage": 2}, "train": {"accumulation": 2}}),
+    "zero3-accumulation": (2, {"engine": {"name": "zero", "zero_stage": 3}, "train": {"accumulation": 2}}),
+    "fsdp-accumulation": (2, {"engine": {"name": "fsdp"}, "train": {"accumulation": 2}}),
+    "zero2-offload": (2, {"engine": {"name": "zero", "zero_stage": 2, "offload": "optimizer"}}),
+    "zero3-offload": (2, {"engine": {"name": "zero", "zero_stage": 3, "offload": "optimizer"}}),
+    "zero3-offloaded": (2, {"engine": {"name": "zero", "zero_stage": 3, "offload": "parameters"}}),
+    "fsdp-offloaded": (2, {"engine": {"name": "fsdp", "offload": "parameters"}}),
 }  # fmt: skip
 
 
@@ -89,7 +100,9 @@ def predicted(recipe: Recipe, ranks: int) -> int:
     base = find_base(recipe.model.base)
     own = holdings(recipe, Planned.build(recipe, base), encoded=False)
     micro = recipe.train.batch_size // ranks // recipe.train.accumulation
-    return find_peak(trace_step(recipe, base, micro, gpu=False), layout(recipe, own, ranks)).total
+    how = layout(recipe, own, ranks)
+    peak = find_peak(trace_step(recipe, base, micro, gpu=False), how).total
+    return peak + sum(how.host.values())  # without a GPU what is offloaded lies in the same memory
 
 
 def measured(recipe: Path, out: Path, ranks: int) -> int:
