@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-
 from dydit_scale.parallel.deepspeed_config import deepspeed_config
 from dydit_scale.parallel.world import World
 from dydit_scale.planning.network import Planned

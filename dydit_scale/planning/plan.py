@@ -234,8 +234,9 @@ def parse_memory(text: str) -> int:
 
 
 def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other values, by dotted name with ``__`` for the dot."""
+    """The recipe with other values, by dotted name with ``__`` for the dot; those of a part are checked together."""
+    parts: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         part, _, key = name.partition("__")
-        recipe = replace(recipe, **{part: replace(getattr(recipe, part), **{key: value})})
-    return recipe
+        parts.setdefault(part, {})[key] = value
+    return replace(recipe, **{part: replace(getattr(recipe, part), **values) for part, values in parts.items()})

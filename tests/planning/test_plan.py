@@ -214,6 +214,13 @@ def test_one_gpu_may_offload(world: Path, planner: Planner) -> None:
     assert less.fitting and fast > found.fitting[0].plan.speed.seconds[0] and slow > fast
 
 
+def test_search_starts_from_any_engine(world: Path, planner: Planner) -> None:
+    """Values that hold for one engine alone do not stand in the way of the others."""
+    recipe = load_recipe(world, ["engine.name=zero", "engine.zero_stage=3", "engine.offload=parameters"])
+    found = search(planner, recipe, cluster(2), progress=False)
+    assert {choice.plan.recipe.engine.name for choice in found.fitting} == {"ddp", "zero", "fsdp"}
+
+
 def test_encoders_are_part_of_the_work(world: Path, planner: Planner) -> None:
     recipe, place = load_recipe(world), cluster(1)
     pixels, encoded = (Planner(planner.base, encoded=e).plan(recipe, place) for e in (False, True))

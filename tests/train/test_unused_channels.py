@@ -70,7 +70,7 @@ def test_the_second_half_counts_nowhere(world: Path, kind: str) -> None:
 
 
 def test_other_numbers_of_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected an output of 4 channels .* or 8 .* got 12"):
+    with pytest.raises(ValueError, match=r"expected an output of 4 channels .* or 8 .* got 12"):
         FlowProcess().answer(torch.zeros(1, 12, 2, 2), torch.zeros(1, 4, 2, 2))
 
 
