@@ -136,7 +136,7 @@ class Planner:
         host = dict(how.host)
         if recipe.train.async_save:
             host["staged checkpoint"] = stored // (1 if recipe.engine.name in ("single", "ddp") else cluster.gpus)
-        encoders = 0.0 if encoded else encoding_macs(recipe, self.base, self._picture_macs(recipe.data.image_size))
+        encoders = 0.0 if encoded else encoding_macs(recipe, planned, self._picture_macs(recipe.data.image_size))
         of_sample = work(recipe, planned, encoders)
         return Plan(
             recipe=recipe,

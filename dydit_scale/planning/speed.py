@@ -130,7 +130,7 @@ def picture_macs(base: Base, side: int) -> float:
     return counter.get_total_flops() / 2
 
 
-def encoding_macs(recipe: Recipe, base: Base, picture: float) -> float:
+def encoding_macs(recipe: Recipe, planned: Planned, picture: float) -> float:
     """Of a sample: ``picture`` for each of its pictures, and for each caption all parameters of the text encoders at
     every token.
 
@@ -138,7 +138,8 @@ def encoding_macs(recipe: Recipe, base: Base, picture: float) -> float:
     are 3 %, and attention 2 %.
     """
     images = recipe.data.images_per_clip
-    text = base.family.text_shapes(base.config, recipe.model.text_tokens).get("text", (0,))
+    base, config = planned.base, planned.network.config
+    text = base.family.text_shapes(config, recipe.model.text_tokens).get("text", (0,))
     captions = (1 + images) * (2 if recipe.supervision.guidance > 1 else 1)
     return (recipe.data.frames + images) * picture + captions * text[0] * sum(base.text_encoders.values())
 

@@ -54,10 +54,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2-accumulation": (2, {"engine": {"name": "zero", "zero_stage": 2}, "train": {"accumulation": 2}}),
     "zero3-accumulation": (2, {"engine": {"name": "zero", "zero_stage": 3}, "train": {"accumulation": 2}}),
     "fsdp-accumulation": (2, {"engine": {"name": "fsdp"}, "train": {"accumulation": 2}}),
-    "zero2-offload": (2, {"engine": {"name": "zero", "zero_stage": 2, "offload": "optimizer"}}),
-    "zero3-offload": (2, {"engine": {"name": "zero", "zero_stage": 3, "offload": "optimizer"}}),
-    "zero3-offloaded": (2, {"engine": {"name": "zero", "zero_stage": 3, "offload": "parameters"}}),
-    "fsdp-offloaded": (2, {"engine": {"name": "fsdp", "offload": "parameters"}}),
+    "zero2-offload": (1, {"engine": {"name": "zero", "zero_stage": 2, "offload": "optimizer"}}),
+    "zero3-offload": (1, {"engine": {"name": "zero", "zero_stage": 3, "offload": "optimizer"}}),
+    "zero3-offloaded": (1, {"engine": {"name": "zero", "zero_stage": 3, "offload": "parameters"}}),
+    "fsdp-offloaded": (1, {"engine": {"name": "fsdp", "offload": "parameters"}}),
 }  # fmt: skip
 
 
