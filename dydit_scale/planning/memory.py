@@ -201,7 +201,7 @@ def _zero3(recipe: Recipe, own: Holdings, ranks: int) -> Layout:
         host["weights"], kept["weights"] = kept["weights"] - own.small - own.buffers, own.small + own.buffers
     size = whole.all / own.numel
     most = settings["stage3_max_live_parameters"] + settings["stage3_prefetch_bucket_size"]
-    gathered = min(whole.all - own.small, int(size * most)) if ranks > 1 else whole.all - own.small
+    gathered = min(whole.all - own.small, int(size * most))
     return Layout(kept=kept, host=host, gradients=lambda before, within: 0, gathered=lambda segment: gathered, step=0)
 
 
