@@ -12,7 +12,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe, such as train.batch_size=32")
     cluster = parser.add_argument_group("the cluster")
     cluster.add_argument("--gpus", type=int, default=1, help="over all nodes")
-    cluster.add_argument("--nodes", type=int, default=1)
+    cluster.add_argument("--nodes", type=int, help="default: as many as hold at most 8 GPUs each")
     cluster.add_argument(
         "--gpu", default="h100", help="a100, h100 (default), h200, b200, ...: what follows, by its name"
     )

@@ -28,6 +28,9 @@ class Process(Protocol):
     def timestep(self, level: Tensor) -> Tensor:
         """The level as the transformer takes it."""
 
+    def answer(self, output: Tensor, x0: Tensor) -> Tensor:
+        """What of the transformer's output is learnt and distilled."""
+
     def loss(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
         """What each sample adds to the loss in training."""
 
@@ -65,6 +68,21 @@ class FlowProcess:
         """s, or 1 - s for models that count from noise."""
         return 1 - level if self.data_last else level
 
+    def answer(self, output: Tensor, x0: Tensor) -> Tensor:
+        """The velocity: the first half where there are twice the channels, of which SiT leaves the others unused.
+
+        Raises ValueError if there are neither the channels of ``x0`` nor twice as many.
+        """
+        found, channels = output.shape[1], x0.shape[1]
+        if found == channels:
+            return output
+        if found != 2 * channels:
+            raise ValueError(
+                f"FlowProcess.answer: expected an output of {channels} channels (velocity) or {2 * channels} (and as "
+                f"many that are not used); got {found}"
+            )
+        return output[:, :channels]
+
     def loss(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
         """Mean squared error of the velocity."""
         target = velocity(x0, noise)
@@ -95,6 +113,10 @@ class DDPMProcess:
     def timestep(self, level: Tensor) -> Tensor:
         """The level itself."""
         return level
+
+    def answer(self, output: Tensor, x0: Tensor) -> Tensor:
+        """All of it: noise, and the variance where there is one."""
+        return output
 
     def loss(self, answer: Tensor, x0: Tensor, noise: Tensor, level: Tensor) -> Float[Tensor, " batch"]:
         """The hybrid loss."""

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from dydit_scale.parallel.deepspeed_config import deepspeed_config
 from dydit_scale.parallel.world import World
 from dydit_scale.planning.network import Planned
@@ -62,11 +60,11 @@ class Holdings:
 
 
 def holdings(recipe: Recipe, planned: Planned, *, encoded: bool) -> Holdings:
-    """Of the whole network; ``encoded`` data need no autoencoder and text encoders on the device."""
+    """Of the whole network; ``encoded`` data need no autoencoder and text encoders, if no samples are drawn."""
     network, base = planned.network, planned.base
     parameters = list(network.parameters())
     threshold = _zero_settings(recipe)["stage3_param_persistence_threshold"]
-    size = 2 if frozen_dtype(recipe) is torch.bfloat16 else 4
+    around = base.vae_parameters + sum(base.text_encoders.values())
     return Holdings(
         whole=_weights(parameters),
         units=tuple(_weights(unit.parameters()) for unit in shard_units(network)),
@@ -75,8 +73,13 @@ def holdings(recipe: Recipe, planned: Planned, *, encoded: bool) -> Holdings:
         largest=max(p.nbytes for p in parameters if p.requires_grad),
         buffers=sum(b.nbytes for b in network.buffers()),
         teacher=0 if planned.teacher is None else sum(p.nbytes for p in planned.teacher.parameters()),
-        encoders=0 if encoded else size * (base.vae_parameters + sum(base.text_encoders.values())),
+        encoders=around * frozen_dtype(recipe).itemsize if uses_encoders(recipe, encoded=encoded) else 0,
     )
+
+
+def uses_encoders(recipe: Recipe, *, encoded: bool) -> bool:
+    """Whether autoencoder and text encoders are on the device: for pixels and captions, or to draw samples."""
+    return not encoded or (bool(recipe.train.sample_prompts) and recipe.train.sample_every > 0)
 
 
 def _weights(parameters: Any) -> Weights:
@@ -198,7 +201,7 @@ def _zero3(recipe: Recipe, own: Holdings, ranks: int) -> Layout:
         host["weights"], kept["weights"] = kept["weights"] - own.small - own.buffers, own.small + own.buffers
     size = whole.all / own.numel
     most = settings["stage3_max_live_parameters"] + settings["stage3_prefetch_bucket_size"]
-    gathered = min(whole.all - own.small, int(size * most)) if ranks > 1 else whole.all - own.small
+    gathered = min(whole.all - own.small, int(size * most))
     return Layout(kept=kept, host=host, gradients=lambda before, within: 0, gathered=lambda segment: gathered, step=0)
 
 

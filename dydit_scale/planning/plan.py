@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from dydit_scale.data.buckets import bucket_counts
 from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
 from dydit_scale.parallel.world import World
 from dydit_scale.planning.bases import Base, find_base
-from dydit_scale.planning.memory import GIB, Peak, find_peak, holdings, layout, slack
+from dydit_scale.planning.memory import GIB, Holdings, Peak, find_peak, holdings, layout, slack, uses_encoders
 from dydit_scale.planning.network import Planned
-from dydit_scale.planning.speed import Cluster, Speed, Work, speed, traffic, work
+from dydit_scale.planning.speed import Cluster, Speed, Work, encoding_macs, picture_macs, speed, traffic, work
 from dydit_scale.planning.trace import Segment, trace_encoding, trace_step
+from dydit_scale.train.build import frozen_dtype
 from dydit_scale.train.checks import check_batch
 from dydit_scale.train.recipe import Recipe
 
@@ -34,6 +36,8 @@ class Plan:
     """Bytes that a GPU gives to no tensor."""
     host: dict[str, int]
     """Bytes of the machine's memory for one rank, by name."""
+    loading: int
+    """Bytes of the machine's memory that one rank takes while it builds the network, before anything is sharded."""
     work: Work
     traffic: dict[str, float]
     """Bytes that a rank sends in a step."""
@@ -85,6 +89,7 @@ class Plan:
             "memory_bytes": self.peak.items | {"slack": self.slack},
             "peak_during": self.peak.when,
             "host_bytes": self.host,
+            "host_bytes_while_loading": self.loading,
             "parameters": self.parameters,
             "macs_per_sample": self.work._asdict(),
             "sent_bytes_per_step": self.traffic,
@@ -110,6 +115,7 @@ class Planner:
     def __init__(self, base: Base, *, encoded: bool | None = None) -> None:
         self.base, self._encoded = base, encoded
         self._traced: dict[Any, tuple[list[Segment], int]] = {}
+        self._picture_macs = cache(partial(picture_macs, base))  # of a side
 
     def plan(self, recipe: Recipe, cluster: Cluster) -> Plan:
         """Raises ValueError where a run would refuse to start: a batch that does not divide, an engine for one
@@ -130,6 +136,8 @@ class Planner:
         host = dict(how.host)
         if recipe.train.async_save:
             host["staged checkpoint"] = stored // (1 if recipe.engine.name in ("single", "ddp") else cluster.gpus)
+        encoders = 0.0 if encoded else encoding_macs(recipe, planned, self._picture_macs(recipe.data.image_size))
+        of_sample = work(recipe, planned, encoders)
         return Plan(
             recipe=recipe,
             cluster=cluster,
@@ -137,9 +145,10 @@ class Planner:
             peak=peak,
             slack=slack(peak.total, cluster.gpus),
             host=host,
-            work=work(recipe, planned),
+            loading=_loading(recipe, planned, own, encoded=encoded),
+            work=of_sample,
             traffic=traffic(recipe, own, cluster.gpus),
-            speed=speed(recipe, planned, own, cluster),
+            speed=speed(recipe, of_sample, own, cluster),
             checkpoint=stored,
             buckets=_buckets(recipe, index),
         )
@@ -159,6 +168,15 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, encoded: bool | None = None) 
     Raises ValueError where a run would refuse to start, or if the base is not known.
     """
     return Planner(find_base(recipe.model.base), encoded=encoded).plan(recipe, cluster)
+
+
+def _loading(recipe: Recipe, planned: Planned, own: Holdings, *, encoded: bool) -> int:
+    """The network comes in fp32, and the teacher after it, whatever they are cast to then; files are mapped."""
+    base, around = planned.base, planned.base.vae_parameters
+    if uses_encoders(recipe, encoded=encoded):
+        around += sum(base.text_encoders.values())
+    teacher = 0 if planned.teacher is None else sum(p.numel() for p in planned.teacher.parameters())
+    return around * frozen_dtype(recipe).itemsize + max(4 * own.numel, own.whole.all + 4 * teacher)
 
 
 def _parameters(planned: Planned) -> dict[str, int]:
@@ -216,8 +234,9 @@ def parse_memory(text: str) -> int:
 
 
 def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other values, by dotted name with ``__`` for the dot."""
+    """The recipe with other values, by dotted name with ``__`` for the dot; those of a part are checked together."""
+    parts: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         part, _, key = name.partition("__")
-        recipe = replace(recipe, **{part: replace(getattr(recipe, part), **{key: value})})
-    return recipe
+        parts.setdefault(part, {})[key] = value
+    return replace(recipe, **{part: replace(getattr(recipe, part), **values) for part, values in parts.items()})

@@ -83,7 +83,7 @@ FIGURES = (
         note="missed: an estimate that names no setting; ours has 8 bytes a parameter; with fp32 moments 12, 144 GB",
     ),
     Reported(
-        setup="all weights, bf16, 8-bit Adam, embeddings cached, 1024²", source="sd-scripts 1517, A100 80 GB",
+        setup="all weights, bf16, 8-bit Adam, embeddings cached, 1024²", source="sd-scripts, thread 1517, A100 80 GB",
         gigabytes=80, relation="<", side=1024, trained=(2, 2, 2),
     ),
     Reported(

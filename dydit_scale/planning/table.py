@@ -18,9 +18,11 @@ def describe(plan: Plan) -> list[str]:
 def verdict(plan: Plan) -> str:
     """In one line."""
     word = "fits" if plan.fits else "does not fit"
+    cluster = plan.cluster
+    nodes = f" on {cluster.nodes} nodes" * (cluster.nodes > 1)
     return (
-        f"{plan.recipe.name}: {word} in {_gib(plan.cluster.memory)}: {_gib(plan.needed)} needed on each of "
-        f"{plan.cluster.gpus} GPU{'s' * (plan.cluster.gpus > 1)} ({setting(plan)})"
+        f"{plan.recipe.name}: {word} in {_gib(cluster.memory)}: {_gib(plan.needed)} needed on each of "
+        f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)}{nodes} ({setting(plan)})"
     )
 
 
@@ -44,6 +46,9 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.host:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.host.items())
         yield _row("host memory, each rank", f"{_gib(sum(plan.host.values()))}   {parts}")
+    ranks = plan.cluster.gpus // plan.cluster.nodes
+    of_ranks = f"{ranks} ranks of {_gib(plan.loading)}, each with the whole network in fp32" if ranks > 1 else ""
+    yield _row("host memory at start", f"{_gib(ranks * plan.loading)} a machine, while loading   {of_ranks}".rstrip())
 
 
 def _parameters(plan: Plan) -> Iterator[str]:
@@ -60,6 +65,8 @@ def _compute(plan: Plan) -> Iterator[str]:
     yield _row("forward, static", f"{work.static / 1e12:9.2f} TMACs")
     yield _row("forward, at the target", f"{work.dynamic / 1e12:9.2f} TMACs   ratio {plan.recipe.cost.target:g}")
     yield _row("training step", f"{work.done / 1e12:9.2f} TMACs   masks save nothing in training")
+    within = "of it, for each picture and caption" if work.encoding else "the data are encoded"
+    yield _row("autoencoder, text", f"{work.encoding / 1e12:9.2f} TMACs   {within}")
 
 
 def _speed(plan: Plan) -> Iterator[str]:

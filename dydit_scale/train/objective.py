@@ -177,7 +177,7 @@ class Objective:
     def forward_dynamic(self, module: nn.Module, inputs: Inputs, gates: GateMode) -> tuple[Tensor, DynamicMasks]:
         """Prediction and masks."""
         out = module(gates=gates, collect=True, **inputs.arguments)
-        return out.sample, out.masks
+        return self.process.answer(out.sample, inputs.x0), out.masks
 
     def predict(self, module: nn.Module, inputs: Inputs) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """Prediction and cost ratio as at inference."""
@@ -219,7 +219,8 @@ class Objective:
             return self._forward(module, inputs, gates="open")
 
     def _forward(self, module: nn.Module, inputs: Inputs, **options: Any) -> Tensor:
-        return module(return_dict=False, **inputs.arguments, **options)[0]
+        output = module(return_dict=False, **inputs.arguments, **options)[0]
+        return self.process.answer(output, inputs.x0)
 
 
 def _with_unprompted(batch: Batch) -> Batch:

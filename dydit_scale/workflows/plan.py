@@ -11,8 +11,8 @@ from typing import Any
 from dydit_scale.planning.bases import find_base
 from dydit_scale.planning.memory import GIB
 from dydit_scale.planning.plan import Plan, Planner, parse_memory
-from dydit_scale.planning.search import Choice, search
-from dydit_scale.planning.speed import GPUS, Cluster
+from dydit_scale.planning.search import Choice, Found, search
+from dydit_scale.planning.speed import GPUS, Cluster, even_nodes
 from dydit_scale.planning.table import describe, setting
 from dydit_scale.train.recipe import load_recipe
 
@@ -40,13 +40,11 @@ def plan_recipe(
     place = make_cluster(**cluster)
     planner = Planner(find_base(recipe.model.base), encoded=encoded)
     plan = planner.plan(recipe, place)
-    choices = _choices(planner, plan, progress=sys.stderr.isatty()) if find_others or not plan.fits else []
+    found = search(planner, recipe, place, progress=sys.stderr.isatty()) if find_others or not plan.fits else None
     if as_json:
-        found = plan.as_dict()
-        found["fitting"] = [{"overrides": c.overrides, **c.plan.as_dict()} for c in choices[:_SHOWN]]
-        print(json.dumps(found, indent=1))
+        print(json.dumps(_as_dict(plan, found), indent=1))
     else:
-        for line in (*describe(plan), *(_advice(plan, choices) if find_others or not plan.fits else ())):
+        for line in (*describe(plan), *(_advice(found, place) if found is not None else ())):
             print(line)
     return 0 if plan.fits else 1
 
@@ -54,7 +52,7 @@ def plan_recipe(
 def make_cluster(
     *,
     gpus: int,
-    nodes: int,
+    nodes: int | None,
     gpu: str,
     gpu_memory: str | None,
     tflops: float | None,
@@ -62,7 +60,7 @@ def make_cluster(
     link: float | None,
     bandwidth: float,
 ) -> Cluster:
-    """A cluster of a known GPU, with what was given in its place.
+    """A cluster of a known GPU, with what was given in its place; nodes of at most eight GPUs.
 
     Raises ValueError for an unknown one, or numbers that do not fit.
     """
@@ -72,7 +70,7 @@ def make_cluster(
     known = GPUS[gpu]
     return Cluster(
         gpus=gpus,
-        nodes=nodes,
+        nodes=even_nodes(gpus) if nodes is None else nodes,
         memory=int(known.memory * GIB) if gpu_memory is None else parse_memory(gpu_memory),
         tflops=known.tflops if tflops is None else tflops,
         watts=known.watts if watts is None else watts,
@@ -81,21 +79,35 @@ def make_cluster(
     )
 
 
-def _choices(planner: Planner, plan: Plan, *, progress: bool) -> list[Choice]:
-    return search(planner, plan.recipe, plan.cluster, progress=progress)
+def _as_dict(plan: Plan, found: Found | None) -> dict[str, Any]:
+    values = plan.as_dict() | {"fitting": [], "least": None}
+    if found is not None:
+        values["fitting"] = [_choice_as_dict(choice) for choice in found.fitting[:_SHOWN]]
+        values["least"] = _choice_as_dict(found.least)
+    return values
 
 
-def _advice(plan: Plan, choices: Sequence[Choice]) -> list[str]:
-    if not choices:
+def _choice_as_dict(choice: Choice) -> dict[str, Any]:
+    return {"overrides": choice.overrides, **choice.plan.as_dict()}
+
+
+def _advice(found: Found, cluster: Cluster) -> list[str]:
+    if not found.fitting:
+        missing = found.least.plan.needed - cluster.memory
         return [
             "",
-            "Nothing that was tried fits: add GPUs, encode the data beforehand (--encoded), or learn an adapter",
+            f"Nothing that was tried fits, offloading included. {missing / GIB:.1f} GiB are missing for the least:",
+            *_lines(found.least),
+            "Add GPUs, encode the data beforehand (--encoded), or learn an adapter",
         ]
-    lines = ["", "Settings that fit, the fastest first (the batch of a step is kept)"]
-    for overrides, other in choices[:_SHOWN]:
-        lines += [
-            f"  {other.needed / GIB:6.1f} GiB, {other.speed.seconds[0]:.2f} to {other.speed.seconds[1]:.2f} s a step, "
-            f"{setting(other)}",
-            f"      {' '.join(overrides) or 'the recipe as it is'}",
-        ]
-    return lines
+    lines = [line for choice in found.fitting[:_SHOWN] for line in _lines(choice)]
+    return ["", "Settings that fit, the fastest first (the batch of a step is kept)", *lines]
+
+
+def _lines(choice: Choice) -> list[str]:
+    plan = choice.plan
+    fast, slow = plan.speed.seconds
+    return [
+        f"  {plan.needed / GIB:6.1f} GiB, {fast:.2f} to {slow:.2f} s a step, {setting(plan)}",
+        f"      {' '.join(choice.overrides) or 'the recipe as it is'}",
+    ]

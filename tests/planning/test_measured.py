@@ -43,10 +43,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3": (2, {"engine": {"name": "zero", "zero_stage": 3}}),
     "fsdp": (2, {"engine": {"name": "fsdp"}}),
     "fsdp-full": (2, {"engine": {"name": "fsdp"}, "train": {"gradient_checkpointing": "full"}}),
+    "zero1-alone": (1, {"engine": {"name": "zero", "zero_stage": 1}}),
+    "zero3-alone": (1, {"engine": {"name": "zero", "zero_stage": 3}}),
     "fsdp-kept": (2, {"engine": {"name": "fsdp", "reshard": False}}),
     "ddp-td-lora": (2, {"engine": {"name": "ddp"}, "adapter": {"kind": "td_lora", "rank": 8},
                         "supervision": {"kind": "distill"}}),
     "zero2-complete": (2, {"engine": {"name": "zero", "zero_stage": 2}, "supervision": {"kind": "complete"}}),
+    "ddp-accumulation": (2, {"engine": {"name": "ddp"}, "train": {"accumulation": 2}}),
+    "zero1-accumulation": (2, {"engine": {"name": "zero", "zero_stage": 1}, "train": {"accumulation": 2}}),
+    "zero2-accumulation": (2, {"engine": {"name": "zero", "zero_stage": 2}, "train": {"accumulation": 2}}),
 }  # fmt: skip
 
 

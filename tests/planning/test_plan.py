@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dydit_scale.cli.main import main
 from dydit_scale.models.quiet import quiet_libraries
@@ -17,7 +18,7 @@ from dydit_scale.planning.memory import GIB, holdings, layout
 from dydit_scale.planning.network import Planned
 from dydit_scale.planning.plan import Plan, Planner, parse_memory, with_changes
 from dydit_scale.planning.search import search
-from dydit_scale.planning.speed import Cluster, traffic
+from dydit_scale.planning.speed import Cluster, even_nodes, picture_macs, traffic
 from dydit_scale.planning.table import verdict
 from dydit_scale.train.recipe import load_recipe
 from tests.train.small_run import small_world
@@ -126,6 +127,27 @@ def test_1024_ranks(world: Path, planner: Planner, changes: dict[str, Any]) -> N
     assert many.peak.total <= few.peak.total
 
 
+@pytest.mark.slow  # traces of a network of 12 billion parameters
+def test_1024_ranks_of_flux() -> None:
+    """Each part is the 1,024th of what there is, whatever the engine; what is loaded does not depend on it."""
+    recipe = load_recipe(ROOT / "recipes" / "flux" / "dev.yaml", ["supervision.kind=none", "train.accumulation=1"])
+    planner = Planner(find_base(recipe.model.base), encoded=True)
+    parts = {"ddp": (1, 1), "zero1": (1, 1024), "zero2": (1, 1024), "zero3": (1024, 1024), "fsdp": (1024, 1024)}
+    for changes, (name, (weights, moments)) in zip(ENGINES, parts.items(), strict=True):
+        plans = {}
+        for ranks in (32, 1024):
+            batch = {"train__batch_size": ranks, "train__evaluate_samples": ranks}
+            plans[ranks] = planner.plan(with_changes(recipe, **changes, **batch), cluster(ranks, nodes=ranks // 8))
+        plan = plans[1024]
+        size = 4 * plan.parameters["trainable"]
+        own = holdings(plan.recipe, Planned.build(plan.recipe, planner.base), encoded=True)
+        whole = own.small * (name == "zero3") + own.buffers
+        assert plan.micro_batch == 1 and plan.peak.total <= plans[32].peak.total, name
+        assert plan.peak.items["optimiser"] == pytest.approx(2 * size / moments, rel=1e-3), name
+        assert plan.peak.items["weights"] - whole == pytest.approx(own.whole.all / weights, rel=1e-3), name
+        assert plan.loading == plans[32].loading > 4 * plan.parameters["total"], name
+
+
 def test_a_shallow_trace_repeats_to_the_deep_one(tmp_path: Path, world: Path) -> None:
     """Blocks in the middle stand for others: eight of each are traced as five and four."""
     from dydit_scale.data.shapes.language import vocabulary
@@ -160,7 +182,10 @@ def test_a_shallow_trace_repeats_to_the_deep_one(tmp_path: Path, world: Path) ->
 def test_search_keeps_the_batch_and_fits(world: Path, planner: Planner) -> None:
     recipe = with_changes(load_recipe(world), adapter__kind="none", supervision__kind="none")
     place = cluster(2)
-    small = search(planner, recipe, place, progress=False)
+    found = search(planner, recipe, place, progress=False)
+    small = found.fitting
+    assert found.least.plan.needed == min(choice.plan.needed for choice in small)
+    assert {choice.plan.recipe.engine.offload for choice in small} == {"none"}
     assert small and all(choice.plan.fits for choice in small)
     assert all(c.plan.micro_batch * c.plan.recipe.train.accumulation * 2 == 8 for c in small)
     times = [float(f"{sum(choice.plan.speed.seconds):.3g}") for choice in small]
@@ -170,8 +195,65 @@ def test_search_keeps_the_batch_and_fits(world: Path, planner: Planner) -> None:
             load_recipe(world, ["adapter.kind=none", "supervision.kind=none", *choice.overrides]), place
         )
         assert again.peak == choice.plan.peak, choice.overrides
-    least = min(choice.plan.needed for choice in small)
-    assert search(planner, recipe, replace(place, memory=least - 1), progress=False) == []
+    less = search(planner, recipe, replace(place, memory=found.least.plan.needed - 1), progress=False)
+    assert less.fitting and all(choice.plan.recipe.engine.offload != "none" for choice in less.fitting)
+    assert all(choice.plan.host["optimiser"] > 0 for choice in less.fitting)
+    nothing = search(planner, recipe, replace(place, memory=less.least.plan.needed - 1), progress=False)
+    assert nothing.fitting == [] and nothing.least.plan.needed == less.least.plan.needed
+    again = load_recipe(world, ["adapter.kind=none", "supervision.kind=none", *nothing.least.overrides])
+    assert planner.plan(again, place).needed == nothing.least.plan.needed
+
+
+def test_one_gpu_may_offload(world: Path, planner: Planner) -> None:
+    recipe = with_changes(load_recipe(world), adapter__kind="none", supervision__kind="none")
+    found = search(planner, recipe, cluster(1), progress=False)
+    assert {choice.plan.recipe.engine.name for choice in found.fitting} == {"single"}
+    less = search(planner, recipe, cluster(1, found.least.plan.needed - 1), progress=False)
+    assert {choice.plan.recipe.engine.name for choice in less.fitting} <= {"zero", "fsdp"}
+    fast, slow = less.fitting[0].plan.speed.seconds
+    assert less.fitting and fast > found.fitting[0].plan.speed.seconds[0] and slow > fast
+
+
+def test_search_starts_from_any_engine(world: Path, planner: Planner) -> None:
+    """Values that hold for one engine alone do not stand in the way of the others."""
+    recipe = load_recipe(world, ["engine.name=zero", "engine.zero_stage=3", "engine.offload=parameters"])
+    found = search(planner, recipe, cluster(2), progress=False)
+    assert {choice.plan.recipe.engine.name for choice in found.fitting} == {"ddp", "zero", "fsdp"}
+
+
+def test_encoders_are_part_of_the_work(world: Path, planner: Planner) -> None:
+    recipe, place = load_recipe(world), cluster(1)
+    pixels, encoded = (Planner(planner.base, encoded=e).plan(recipe, place) for e in (False, True))
+    tokens, encoders = recipe.model.text_tokens, sum(planner.base.text_encoders.values())
+    assert encoded.work.encoding == 0 and pixels.work.encoding == tokens * encoders  # pixels as they are: no MACs
+    assert pixels.work.done - encoded.work.done == pytest.approx(pixels.work.encoding)
+    assert pixels.hours[0] > encoded.hours[0] and pixels.loading > encoded.loading
+    drawing = with_changes(recipe, train__sample_prompts=("a red circle",), train__sample_every=2)
+    kept = Planner(planner.base, encoded=True).plan(drawing, place)
+    assert kept.peak.items["encoders"] == pixels.peak.items["encoders"] and kept.work.encoding == 0
+
+
+def test_the_autoencoder_is_counted_layer_by_layer() -> None:
+    base = find_base("dit_xl_256")
+    vae, counted = base.make_vae(), 0
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal counted
+        tokens = output.numel() // output.shape[1 if output.ndim == 4 else -1]
+        counted += tokens * module.weight.numel()
+
+    for module in vae.encoder.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(count)
+    vae.quant_conv.register_forward_hook(count)
+    vae.encode(torch.empty(1, 3, 256, 256, device="meta"))
+    attention = 2 * (32 * 32) ** 2 * 512  # of one head, between the two blocks in the middle
+    assert picture_macs(base, 256) == counted + attention
+
+
+def test_nodes_of_eight() -> None:
+    gpus = (0, 1, 7, 8, 9, 11, 12, 16, 1024)
+    assert [even_nodes(n) for n in gpus] == [1, 1, 1, 1, 3, 11, 2, 2, 128]
 
 
 def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,9 +264,17 @@ def test_the_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(world), "engine.name=ddp", "--gpus", "2", "--gpu-memory", "10MiB"]) == 1
     text = capsys.readouterr().out
     assert text.startswith("small: does not fit in 10.0 MiB: ") and "Nothing that was tried fits" in text
+    assert "are missing for the least:" in text and "offloaded" in text.split("missing for the least:")[1]
     assert main(["plan", str(world), "engine.name=ddp", "--json", "--gpus", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["needed_bytes"] == sum(found["memory_bytes"].values())
+    assert main(["plan", str(world), "engine.name=ddp", "--json", "--gpus", "2", "--gpu-memory", "10MiB"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fitting"] == [] and found["least"]["needed_bytes"] > 10 * 2**20
+    larger = ["train.batch_size=16", "train.evaluate_samples=16", "--gpus", "16"]
+    assert main(["plan", str(world), "engine.name=ddp", *larger]) == 0
+    text = capsys.readouterr().out
+    assert "on each of 16 GPUs on 2 nodes" in text and "8 ranks of" in text
 
 
 @pytest.mark.parametrize(
@@ -252,6 +342,7 @@ def test_flux_td_lora_fits_on_32_gpus() -> None:
     plan = Planner(find_base(recipe.model.base)).plan(recipe, cluster(32, nodes=4))
     assert plan.fits and verdict(plan).startswith("flux-dev-td-lora: fits in 80.0 GiB")
     assert plan.peak.items["weights"] == pytest.approx(23.9e9 + 4 * 230.7e6, rel=0.02)
+    assert plan.work.encoding == pytest.approx(512 * 4.885e9 + 2.44e12, rel=0.01)
 
 
 @pytest.mark.slow  # traces of a network of 12 billion parameters
