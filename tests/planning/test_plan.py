@@ -324,6 +324,7 @@ def test_published_sizes() -> None:
     assert find_base("maxin-cn/Latte-1").text_encoders["text_encoder"] == sum(p.numel() for p in t5.parameters())
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_every_recipe_of_a_published_base_plans_its_parameters() -> None:
     """Each family's network is built without weights, as its recipe says."""
     found = 0
