@@ -16,10 +16,10 @@ from dydit_scale.dynamic.gates import threshold_gate
 from dydit_scale.dynamic.masking import masked
 from dydit_scale.dynamic.masks import FrozenGates, GateMode, GateNoise, SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import add_on_rows, chosen_rows
-from dydit_scale.dynamic.ranking import units_in_place
+from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank, units_in_place
 from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.tokens import make_token_router, route_tokens
-from dydit_scale.models.parts import Source
+from dydit_scale.models.parts import AttentionSource, MLPSource, Source, Stream
 
 
 class BlockGates(NamedTuple):
@@ -114,6 +114,28 @@ class DynamicBlock(nn.Module):
         with state.scope(state.emb, samples=rows // stream.shape[1]):
             done = work(rows)
         return add_on_rows(stream, rows, done, gate)
+
+
+class OneStreamBlock(DynamicBlock):
+    """A block with one self-attention and one MLP."""
+
+    attn1: Any  # diffusers' Attention
+    ff: Any  # diffusers' FeedForward: net = [activation with its projection, dropout, projection]
+
+    def pack_sources(self) -> dict[str, Source]:
+        """The attention and the MLP."""
+        head_dim = self.attn1.inner_dim // self.attn1.heads
+        attn1 = AttentionSource((Stream.of(self.attn1),), head_dim, self.dy_head_unit, self.attn1.processor)
+        return {"attn1": attn1, "ff": MLPSource.of(self.ff, self.dy_channel_unit)}
+
+    @torch.no_grad()
+    def rank_units(self) -> None:
+        """Let the most important heads and channels be unit 0."""
+        attn, up, down = self.attn1, self.ff.net[0].proj, self.ff.net[2]
+        importance = head_importance([(attn.to_v, attn.to_out[0].weight)], attn.heads)
+        self.dy_head_unit.copy_(units_by_rank(importance, attn.heads))
+        units = int(self.dy_channel_unit.max()) + 1
+        self.dy_channel_unit.copy_(units_by_rank(path_importance(up, down.weight), units))
 
 
 class PackedTokens(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.masks import SharedUnits
 from dydit_scale.dynamic.packing import fold
-from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
 from dydit_scale.models.blocks import (
     BlockGates,
-    DynamicBlock,
+    OneStreamBlock,
     PackedBlock,
     add_masked,
     feed_forward,
@@ -29,11 +27,7 @@ from dydit_scale.models.blocks import (
 )
 from dydit_scale.models.parts import (
     AttentionPart,
-    AttentionSource,
     MLPPart,
-    MLPSource,
-    Source,
-    Stream,
     gated_sum,
     mlp_on_tokens_,
     modulated,
@@ -80,7 +74,7 @@ class DyDiTAttnProcessor:
         return attn.to_out[1](attn.to_out[0](out.to(query.dtype)))
 
 
-class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
+class DyDiTTransformerBlock(OneStreamBlock, BasicTransformerBlock):
     """Attention over all tokens, then the MLP, which skipped tokens miss (DyDiT section 3).
 
     Unlike the static block it gets the sum of timestep and class embedding from the model, so it has no embedder.
@@ -168,23 +162,9 @@ class DyDiTTransformerBlock(DynamicBlock, BasicTransformerBlock):
         attn1, ff = sliced_attention(self.attn1, heads), sliced_feed_forward(self.ff, channels)
         return sliced_block(DyDiTTransformerBlock, self, attn1=attn1, ff=ff)
 
-    def pack_sources(self) -> dict[str, Source]:
-        """The attention and the MLP."""
-        head_dim = self.attn1.inner_dim // self.attn1.heads
-        attn1 = AttentionSource((Stream.of(self.attn1),), head_dim, self.dy_head_unit, self.attn1.processor)
-        return {"attn1": attn1, "ff": MLPSource.of(self.ff, self.dy_channel_unit)}
-
     def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedDiTBlock:
         """The packed block of these parts."""
         return PackedDiTBlock(self, **parts, t_emb=t_emb)
-
-    @torch.no_grad()
-    def rank_units(self) -> None:
-        """Let the most important heads and channels be unit 0."""
-        attn, up, down = self.attn1, self.ff.net[0].proj, self.ff.net[2]
-        importance = head_importance([(attn.to_v, attn.to_out[0].weight)], attn.heads)
-        self.dy_head_unit.copy_(units_by_rank(importance, attn.heads))
-        self.dy_channel_unit.copy_(units_by_rank(path_importance(up, down.weight), int(self.dy_channel_unit.max()) + 1))
 
 
 class PackedDiTBlock(PackedBlock):
