@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from itertools import islice
@@ -22,6 +22,7 @@ from dydit_scale.parallel.reduce import global_mean, max_flag, mean_values
 from dydit_scale.parallel.watchdog import Phase, Watchdog
 from dydit_scale.parallel.world import World, gather_objects, on_main
 from dydit_scale.train.attempt import Attempt
+from dydit_scale.train.build import Parts, build_parts
 from dydit_scale.train.exits import Exit
 from dydit_scale.train.frozen import LEVELS, WidthTable
 from dydit_scale.train.metrics import Metrics
@@ -42,8 +43,21 @@ def lr_scale(step: int, *, steps: int, warmup: int, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def train(recipe: Recipe, world: World, *, resume: bool = False, stop: StopRequest | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    world: World,
+    *,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    build: Callable[..., Parts] = build_parts,
+) -> Path:
     """Train to the recipe's last step and return the run's folder. Collective: every rank calls it.
+
+    Args:
+        resume: continue from the newest good checkpoint, where there is one.
+        stop: asked after each step.
+        build: makes the network of the recipe; for experiments that no recipe describes. It must make the same on
+            every rank and at every start.
 
     Raises:
         ValueError: something in the recipe, the data or the base does not fit (before the first step), or the run's
@@ -59,7 +73,7 @@ def train(recipe: Recipe, world: World, *, resume: bool = False, stop: StopReque
         data = check_first(recipe, world, resume=resume)
         leave_if_asked(stop)
         with _held(recipe, world, stop, watchdog) as attempt:
-            run = start(recipe, data, world, stop=stop, watchdog=watchdog, attempt=attempt)
+            run = start(recipe, data, world, stop=stop, watchdog=watchdog, attempt=attempt, build=build)
             try:
                 _steps(run)
             finally:

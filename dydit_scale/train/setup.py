@@ -23,7 +23,7 @@ from dydit_scale.parallel.reduce import max_flag
 from dydit_scale.parallel.watchdog import Watchdog
 from dydit_scale.parallel.world import World, broadcast_object, on_main
 from dydit_scale.train.attempt import Attempt, take_folder
-from dydit_scale.train.build import build_parts, param_groups, shard_units
+from dydit_scale.train.build import Parts, build_parts, param_groups, shard_units
 from dydit_scale.train.checks import check_batch, check_data, check_same
 from dydit_scale.train.encoded import EncodedInputs, check_encoded
 from dydit_scale.train.frozen import FrozenRouters
@@ -140,8 +140,9 @@ def start(
     stop: StopRequest,
     watchdog: Watchdog,
     attempt: Attempt,
+    build: Callable[..., Parts] = build_parts,
 ) -> Run:
-    """Build the run and restore its newest good checkpoint, if there is one. Collective.
+    """Build the run (its network by ``build``) and restore its newest good checkpoint, if there is one. Collective.
 
     Raises ValueError if something does not fit, Stopped if a stop was asked for on the way.
     """
@@ -155,7 +156,7 @@ def start(
     encodings = {} if isinstance(data, ShardStream) else data.encodings
     pixels = isinstance(data, ShardStream) or len(encodings) < len(data.indexes)
     encodes = pixels or (bool(recipe.train.sample_prompts) and recipe.train.sample_every > 0)
-    parts = build_parts(recipe, text_encoders=encodes)
+    parts = build(recipe, text_encoders=encodes)
     if recipe.train.gradient_checkpointing != "none":
         function = checkpoint_function(
             parts.network, shard_units(parts.network), recipe.train.gradient_checkpointing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from dydit_scale.models.family import with_parts
 from dydit_scale.models.loading import base_digest, load_transformer
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import SampleConfig
-from dydit_scale.train.build import build_parts
+from dydit_scale.train.build import Parts, build_parts
 from dydit_scale.train.recipe import Recipe, load_recipe
 
 
@@ -29,12 +30,15 @@ class LoadedRun(NamedTuple):
     checkpoint: Checkpoint
 
 
-def load_run(folder: str | Path, *, device: str = "auto", fp32: bool = False) -> LoadedRun:
+def load_run(
+    folder: str | Path, *, device: str = "auto", fp32: bool = False, build: Callable[..., Parts] = build_parts
+) -> LoadedRun:
     """The newest good checkpoint of a run, its averaged weights where the recipe keeps them.
 
     Args:
         device: "auto" is CUDA where there is one.
         fp32: Everything in fp32; otherwise in the recipe's precision, but for routers and adapters.
+        build: what made the network in training.
 
     Raises ValueError if the folder is no run, has no checkpoint, or its base is no longer the one it was trained on.
     """
@@ -51,7 +55,7 @@ def load_run(folder: str | Path, *, device: str = "auto", fp32: bool = False) ->
         )
     if fp32:
         recipe = replace(recipe, engine=replace(recipe.engine, precision="fp32"))
-    parts = build_parts(recipe)
+    parts = build(recipe)
     weights = of_kind(checkpoint, "ema" if recipe.train.ema is not None else "param")
     parameters = {n: p for n, p in parts.network.named_parameters() if p.requires_grad}
     if differ := sorted(set(weights) ^ set(parameters)):

@@ -30,6 +30,7 @@ from dydit_scale.data.loader import make_loader, open_data
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.objective import Objective
 from dydit_scale.train.recipe import Recipe, load_recipe
+from dydit_scale.workflows.runs import pick_device
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al., "Muon", 2024)."""
@@ -47,7 +48,7 @@ class Muon:
         self.groups = defaultdict(list)
         for param in params:
             self.groups[tuple(param.shape)].append(param)
-        self.buffers = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
+        self.buffers = {s: torch.zeros(len(g), *s, device=g[0].device) for s, g in self.groups.items()}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -85,11 +86,12 @@ def zero_gates(network: nn.Module) -> None:
 
 def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: float = 0.4) -> None:
     """Train as ``recipe`` says; the learning rates fall to zero over the last ``decay`` of the steps."""
-    settings, device = recipe.train, torch.device("cpu")
+    settings, device = recipe.train, pick_device("auto")
     pipeline = build_parts(recipe).pipeline
     network = pipeline.transformer
     if recipe.model.from_scratch:
         zero_gates(network)
+    pipeline.to(device)
     params = dict(network.named_parameters())
     matrices = {n: p for n, p in params.items() if "blocks." in n and p.ndim == 2}
     muon = Muon(matrices.values())
