@@ -99,6 +99,8 @@ def _run_evaluate(args: argparse.Namespace) -> None:
     result = evaluate_run(args.folder, control=args.control, prompts=args.prompts, steps=args.steps, cfg=args.cfg)
     for name, score in result.scores.items():
         print(f"{name:12} {score['overall']:.3f}  " + "  ".join(f"{c} {v:.2f}" for c, v in score["categories"].items()))
+    distances = {name: score["frechet"] for name, score in result.scores.items()} | {"real": result.frechet_real}
+    print("Fréchet distance from real scenes: " + ", ".join(f"{name} {d:.2f}" for name, d in distances.items()))
     if result.speed:
         print(f"speed-up: {result.speed['ideal']:.2f}x ideal, {result.speed['realised']:.2f}x realised")
 

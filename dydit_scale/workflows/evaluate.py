@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dydit_scale.dynamic.masks import DynamicMasks
-from dydit_scale.evaluation.judges import Judge, judge_for
+from dydit_scale.evaluation.classifier import features
+from dydit_scale.evaluation.frechet import frechet_distance
+from dydit_scale.evaluation.judges import Judge, judge_for, real_scenes
 from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import Recording, generate, recorded, sampler_timesteps
@@ -22,13 +24,17 @@ SHOWN = 24
 """Pictures kept for the report."""
 MAPPED = 6
 """Pictures whose token maps are kept."""
+REAL_SEEDS = (1, 2)
+"""Of the real scenes that all are compared with, and of others to compare with those."""
 
 
 class EvaluationResult(NamedTuple):
     """What ``dydit evaluate`` found."""
 
     scores: dict[str, dict[str, Any]]
-    """By model: base, control (if there is one) and the run's own."""
+    """By model: base, control (if there is one) and the run's own; with "frechet", its distance from real scenes."""
+    frechet_real: float
+    """The distance of as many real scenes from others of the same prompts: what no model can be expected to beat."""
     speed: dict[str, Any] | None
     """The timing of a dynamic run."""
 
@@ -46,9 +52,11 @@ def evaluate_run(
 ) -> EvaluationResult:
     """Judge a run trained on the built-in scenes or clips; writes ``evaluation/`` in its folder.
 
-    Raises ValueError if a folder is no run, or the pictures are not of the built-in kind (the judge cannot read
-    others).
+    Raises ValueError for fewer than two prompts, if a folder is no run, or the pictures are not of the built-in kind
+    (the judge cannot read others).
     """
+    if prompts < 2:
+        raise ValueError(f"prompts: expected at least 2, which a distance needs, got {prompts}")
     run = load_run(folder)
     out = run.folder / "evaluation"
     out.mkdir(exist_ok=True)
@@ -69,22 +77,37 @@ def evaluate_run(
         report = measure(run, captions[:timed], config, pairs=pairs)
         speed = report.as_dict()
         (out / "speed.json").write_text(json.dumps(speed, indent=1))
-    scores = {name: dict(judge.score(p, captions)) for name, p in pictures.items()}
-    _save_scores(out, scores, run, control, config, prompts)
+    scores: dict[str, dict[str, Any]] = {name: dict(judge.score(p, captions)) for name, p in pictures.items()}
+    distances = _distances(judge, pictures, captions, config)
+    for name, found in scores.items():
+        found["frechet"] = distances[name]
+    result = EvaluationResult(scores, distances["real"], speed)
+    _save_scores(out, result, run, control, config, prompts)
     _save_pictures(out, judge, pictures, captions)
-    return EvaluationResult(scores, speed)
+    return result
+
+
+def _distances(
+    judge: Judge, pictures: dict[str, np.ndarray], captions: Sequence[str], config: SampleConfig
+) -> dict[str, float]:
+    """Fréchet distances from real scenes of the same prompts, by model; "real" is that of other real scenes."""
+    side = next(iter(pictures.values())).shape[-2]
+    reference, real = (real_scenes(judge, captions, side=side, frames=config.frames, seed=seed) for seed in REAL_SEEDS)
+    wanted = features(reference)
+    return {name: frechet_distance(features(p), wanted) for name, p in (pictures | {"real": real}).items()}
 
 
 def _save_scores(
     out: Path,
-    scores: dict[str, dict[str, Any]],
+    result: EvaluationResult,
     run: LoadedRun,
     control: Path | None,
     config: SampleConfig,
     prompts: int,
 ) -> None:
     where = {"run": str(run.folder), "control": None if control is None else str(control), **machine()}
-    text = {"prompts": prompts, "steps": config.steps, "cfg": config.cfg, "models": scores, **where}
+    found = {"models": result.scores, "frechet_real": result.frechet_real}
+    text = {"prompts": prompts, "steps": config.steps, "cfg": config.cfg, **found, **where}
     (out / "scores.json").write_text(json.dumps(text, indent=1))
 
 

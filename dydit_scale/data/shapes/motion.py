@@ -133,11 +133,16 @@ def make_motion(seed: int, number: int) -> MotionScene:
 
 
 def make_class_motion(seed: int, number: int) -> tuple[MotionScene, int]:
-    """Clip ``number`` of the labelled set named by ``seed``: one large object near the middle, and its class."""
+    """Clip ``number`` of the labelled set named by ``seed``, and its class."""
     rng = np.random.RandomState(keyed_seed(seed, "class motion", number) % 2**32)
     label = int(rng.randint(len(CLASS_ACTIONS)))
+    return place_class_motion(label, rng), label
+
+
+def place_class_motion(label: int, rng: np.random.RandomState) -> MotionScene:
+    """A scene of class ``label``: one large object near the middle."""
     action = CLASS_ACTIONS[label]
-    return MotionScene(MotionPrompt((action,)), (_mover(action, CLASS_RANGES, rng),)), label
+    return MotionScene(MotionPrompt((action,)), (_mover(action, CLASS_RANGES, rng),))
 
 
 def motion_vocabulary() -> tuple[str, ...]:

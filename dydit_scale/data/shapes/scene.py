@@ -82,13 +82,18 @@ def make_scene(seed: int, number: int) -> Scene:
 
 
 def make_class_scene(seed: int, number: int) -> tuple[Scene, int]:
-    """Picture ``number`` of the labelled set named by ``seed``: one large object near the middle, and its class."""
+    """Picture ``number`` of the labelled set named by ``seed``, and its class."""
     rng = np.random.RandomState(keyed_seed(seed, "class scene", number) % 2**32)
     label = int(rng.randint(len(CLASSES)))
+    return place_class(label, rng), label
+
+
+def place_class(label: int, rng: np.random.RandomState) -> Scene:
+    """A scene of class ``label``: one large object near the middle."""
     subject = CLASSES[label]
     x, y = (float(v) for v in 0.5 + rng.uniform(-_OFF_CENTRE, _OFF_CENTRE, size=2))
     thing = Object(subject.shape, str(subject.colour), float(rng.uniform(*SIZES["large"])), x, y)
-    return Scene(Prompt("colors", (subject,)), (thing,)), label
+    return Scene(Prompt("colors", (subject,)), (thing,))
 
 
 def place(prompt: Prompt, rng: np.random.RandomState) -> Scene:
