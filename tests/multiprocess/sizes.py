@@ -14,7 +14,7 @@ from dydit_scale.parallel.engine import EngineConfig
 from dydit_scale.parallel.world import World, close, init_world
 from dydit_scale.train import loop
 from tests.families.journey import family_recipe
-from tests.train.sizes import make_sized_loader
+from tests.train.sizes import SizedLoader
 
 ENGINES: dict[str, dict[str, Any]] = {
     "single": {"name": "single"},
@@ -58,7 +58,7 @@ def train_sizes(worlds: Path, out: Path, family: str, engine: str, world: World,
 
 
 def main(worlds: Path, out: Path) -> None:
-    loop.make_loader = make_sized_loader  # type: ignore[assignment]
+    loop.make_loader = SizedLoader  # type: ignore[assignment]
     world = init_world(device="cpu")
     for family, engine, cost in RUNS[world.world_size]:
         train_sizes(worlds, out, family, engine, world, cost=cost)

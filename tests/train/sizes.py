@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,11 +23,21 @@ def batch_of(positions: range, height: int, width: int, *frames: int) -> Batch:
     return Batch(torch.tensor(positions), noise.tanh(), captions, tuple(map(str, positions)))
 
 
-def make_sized_loader(
-    config: Any, index: Any, *, rank: int, world_size: int, micro_batch: int, consumed: int, **others: Any
-) -> Iterator[Batch]:
-    """In the place of ``make_loader``: the size changes with every micro-batch, also from rank to rank. With
-    ``data.frames``, clips and single pictures take turns."""
-    shapes = SIZES if config.frames == 1 else ((16, 16, config.frames), (16, 16))
-    for start in itertools.count(consumed + rank * micro_batch, world_size * micro_batch):
-        yield batch_of(range(start, start + micro_batch), *shapes[start // micro_batch % len(shapes)])
+class SizedLoader:
+    """In the place of what ``make_loader`` returns: the size changes with every micro-batch, also from rank to rank.
+    With ``data.frames``, clips and single pictures take turns."""
+
+    def __init__(
+        self, config: Any, index: Any, *, rank: int, world_size: int, micro_batch: int, consumed: int, **others: Any
+    ) -> None:
+        self.shapes = SIZES if config.frames == 1 else ((16, 16, config.frames), (16, 16))
+        self.micro_batch = micro_batch
+        self.starts = range(consumed + rank * micro_batch, sys.maxsize, world_size * micro_batch)
+
+    def counts(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in self.starts:
+            shape = self.shapes[start // self.micro_batch % len(self.shapes)]
+            yield batch_of(range(start, start + self.micro_batch), *shape)

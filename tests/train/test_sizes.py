@@ -29,7 +29,7 @@ from dydit_scale.train.recompute import checkpoint_function
 from dydit_scale.train.validation import Validator
 from tests.families.journey import FAMILIES, family_recipe, write_world
 from tests.models.tiny import scramble
-from tests.train.sizes import SIZES, batch_of, make_sized_loader
+from tests.train.sizes import SIZES, SizedLoader, batch_of
 
 RECTANGULAR = ("flux", "pixart")
 CPU = torch.device("cpu")
@@ -240,7 +240,7 @@ def test_data_frames_are_what_is_drawn(worlds: Path) -> None:
 
 
 def test_evaluation_is_the_mean_over_samples_of_all_sizes(worlds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "make_loader", make_sized_loader)
+    monkeypatch.setattr(validation, "make_loader", SizedLoader)
     recipe = recipe_of(worlds, "flux")
     recipe = replace(recipe, train=replace(recipe.train, evaluate_samples=130))  # micro-batches of 26
     objective = objective_of(recipe)

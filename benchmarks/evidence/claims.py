@@ -1,0 +1,96 @@
+"""What is claimed, and which units and measurements tell whether it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.evidence import calibration, tempo
+from benchmarks.evidence.pool import Task
+from benchmarks.evidence.sizes import Size
+from benchmarks.evidence.units import Place, Unit
+from dydit_scale.models.quiet import quiet_libraries
+from dydit_scale.workflows.evaluate import evaluate_run
+
+HALF = (
+    "base", "static", "narrow", "uniform", "random", "width", "tokens", "dynamic-0.7", "dynamic-0.5", "dynamic-0.3",
+    "complete", "alone",
+)  # fmt: skip
+LORA = ("td-lora-1", "td-lora-2", "td-lora-4", "td-lora-8", "lora")
+TEMPERATURES = ("dynamic-0.5", "tau-2", "tau-5")
+EMOJI = ("base", "static", "uniform", "dynamic-0.7", "dynamic-0.5")
+BUILT_IN = ("dit", "sit", "flux", "latte")
+
+
+class Claim(NamedTuple):
+    """One question."""
+
+    title: str
+    trials: tuple[str, ...]
+    variants: tuple[str, ...]
+    extra: Callable[[Place], list[Task]] | None = None
+    """More to measure, once the units are done."""
+    alone: bool = False
+    """``extra`` measures time: nothing may run beside it."""
+
+    def units(self, size: Size) -> list[Unit]:
+        """What is trained, seed by seed."""
+        return [
+            Unit(trial, variant, seed)
+            for seed in size.seeds
+            for trial in self.trials
+            for variant in self.variants
+            if not (variant == "narrow" and not size.trials[trial].base_steps)
+        ]
+
+
+def _calibrations(place: Place) -> list[Task]:
+    units = [Unit("dit", variant, seed) for seed in place.size.seeds for variant in TEMPERATURES]
+    return [(f"calibration-{unit.name}", _calibrate, (place, unit)) for unit in units]
+
+
+def _calibrate(place: Place, unit: Unit) -> None:
+    _keep(place.out / "calibration" / f"{unit.name}.json", lambda: calibration.calibrate(place, unit))
+
+
+def _gates(place: Place) -> list[Task]:
+    units = [Unit(trial, "dynamic-0.5", place.size.seeds[0]) for trial in BUILT_IN]
+    return [(f"gates-{unit.name}", _look, (place, unit)) for unit in units]
+
+
+def _look(place: Place, unit: Unit) -> None:
+    """Let ``dydit evaluate`` write what the gates do."""
+    quiet_libraries()
+    trial, run = place.size.trials[unit.trial], place.run(unit)
+    if not (run / "evaluation" / "tokens.npz").exists():
+        prompts = min(48, trial.pictures)
+        evaluate_run(run, prompts=prompts, steps=trial.sampler_steps, cfg=trial.cfg, pairs=1, timed=2, batch=48)
+
+
+def _tempo(place: Place) -> list[Task]:
+    return [("tempo", _time, (place,))]
+
+
+def _time(place: Place) -> None:
+    _keep(place.out / "tempo.json", lambda: tempo.measure(place, "flux", place.size.seeds[0]))
+
+
+def _keep(file: Path, measure: Callable[[], Any]) -> None:
+    """Write what is measured, unless it is there."""
+    if not file.exists():
+        quiet_libraries()
+        found = measure()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1))
+
+
+CLAIMS: dict[str, Claim] = {
+    **{f"half-{trial}": Claim("half the MACs at equal quality", (trial,), HALF) for trial in BUILT_IN},
+    "emoji": Claim("half the MACs at equal quality, on real pictures", ("emoji",), EMOJI),
+    "td-lora": Claim("TD-LoRA beside LoRA", ("flux",), ("base", "static", "dynamic-0.5", *LORA)),
+    "calibration": Claim("the trained ratio is the sampled one", ("dit",), TEMPERATURES, _calibrations),
+    "gates": Claim("where the work goes", BUILT_IN, ("dynamic-0.5",), _gates),
+    "tempo": Claim("quality against time", ("flux",), tempo.MODELS, _tempo, alone=True),
+}

@@ -1,0 +1,220 @@
+"""The evidence: its controls, its statistics, what it keeps and what its page says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.evidence import claims, controls, page, plots, pool, results, tables, units
+from benchmarks.evidence.sizes import SIZES
+from benchmarks.evidence.units import VARIANTS, Place, Unit
+from dydit_scale.dynamic.cost import KeepRates
+from dydit_scale.train.build import Parts
+from dydit_scale.train.frozen import even_numbers
+from dydit_scale.train.objective import Objective
+from dydit_scale.train.recipe import Recipe
+from tests.families.journey import family_recipe, write_world
+
+FAMILIES = ("dit", "sit", "flux", "latte-classes")
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evidence")
+    for family in FAMILIES:
+        write_world(folder / family, family)
+    return folder
+
+
+def recipe_of(worlds: Path, family: str, **dynamic: Any) -> Recipe:
+    recipe = family_recipe(worlds / family, family, "none", seed=3)
+    assert recipe.dynamic is not None
+    return replace(recipe, dynamic=replace(recipe.dynamic, **dynamic), cost=replace(recipe.cost, target=0.6))
+
+
+def routers(parts: Parts) -> list[torch.nn.Parameter]:
+    found = [p for name, p in parts.network.named_parameters() if "dy_" in name]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_uniform_width_is_the_same_everywhere_and_costs_the_target(worlds: Path, family: str) -> None:
+    recipe = recipe_of(worlds, family, tokens=False)
+    parts = controls.uniform(recipe)
+    objective = Objective(recipe, parts.network, parts.pipeline, None, torch.device("cpu"))
+    levels = objective.process.even_levels(even_numbers()[::50])
+    table = parts.network.step_table(objective.process.timestep(levels).float())
+    for masks in (table.heads, table.groups):
+        assert (masks == masks[:1, :1]).all(), "one set of units for all layers and timesteps"
+        kept = int(masks[0, 0].sum())
+        assert masks[0, 0, :kept].all(), "the most important units are those of the lowest numbers"
+    assert not any(p.requires_grad for p in routers(parts))
+    assert all(p.requires_grad for n, p in parts.network.named_parameters() if "attn" in n and "dy_" not in n)
+    cost = controls._cost(recipe, parts)
+    units_ = parts.network.config["num_attention_heads"]
+    best = min(abs(ratio(cost, h, g, units_) - 0.6) for h in range(1, units_ + 1) for g in range(1, units_ + 1))
+    own = ratio(cost, int(table.heads[0, 0].sum()), int(table.groups[0, 0].sum()), units_)
+    assert abs(own - 0.6) <= best + 0.01
+
+
+def ratio(cost: Any, heads: int, groups: int, units_: int) -> float:
+    layers = len(cost.blocks)
+    rates = KeepRates(*(torch.full((layers, 1), share) for share in (heads / units_, groups / units_, 1.0)))
+    return float(cost.dynamic(rates) / cost.static)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_routers_choose_by_chance_and_learn_nothing(worlds: Path, family: str) -> None:
+    recipe = recipe_of(worlds, family)
+    parts = controls.random(recipe)
+    keep = controls._equal_keep(controls._cost(recipe, parts), 0.6)
+    network = parts.network
+    objective = Objective(recipe, network, parts.pipeline, None, torch.device("cpu"))
+    levels = objective.process.even_levels(even_numbers())
+    timesteps = objective.process.timestep(levels).float()
+    width = network.width_masks(network.routing_embedding(timesteps), "threshold")
+    for masks in width:
+        share = masks.mean(1)  # over timesteps: [layers, units]
+        assert share[:, 0].eq(1).all()
+        assert masks.mean() == pytest.approx(max(keep, 1 / masks.shape[-1]), abs=0.02)
+        assert (masks[:, :1] != masks).any(1)[:, 1:].all(), "each unit is off at some timesteps and on at others"
+    again = controls.random(recipe)
+    other = controls.random(replace(recipe, seed=4))
+    for a, b in zip(routers(parts), routers(again), strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+    assert any(not torch.equal(a, c) for a, c in zip(routers(parts), routers(other), strict=True))
+
+
+def test_random_routers_keep_their_share_of_tokens(worlds: Path) -> None:
+    recipe = recipe_of(worlds, "dit")
+    parts = controls.random(recipe)
+    keep = controls._equal_keep(controls._cost(recipe, parts), 0.6)
+    objective = Objective(recipe, parts.network, parts.pipeline, None, torch.device("cpu"))
+    batch = next(iter(controls.make_loader(
+        recipe.data, controls.open_data(recipe.data), seed=3, rank=0, world_size=1, global_batch=64, micro_batch=64,
+        consumed=0,
+    )))  # fmt: skip
+    inputs = objective.prepare(batch, objective.process.even_levels((torch.arange(64) + 0.5) / 64), 3)
+    with torch.no_grad():
+        _, masks = objective.forward_dynamic(parts.network, inputs, "threshold")
+    assert masks.tokens.mean() == pytest.approx(keep, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["td-lora-1", "td-lora-2", "td-lora-8", "lora"])
+def test_adapters_of_a_comparison_are_of_one_size(tmp_path: Path, name: str) -> None:
+    place = Place(tmp_path, "small")
+    reference = units.adapter_parameters(
+        units.build_parts(units.recipe_of(place, Unit("flux", "td-lora-4", 0))).network
+    )
+    size = units.adapter_parameters(units.build_parts(units.recipe_of(place, Unit("flux", name, 0))).network)
+    assert size == pytest.approx(reference, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["dit", "latte"])
+def test_the_narrow_model_costs_half(name: str) -> None:
+    trial = SIZES["small"].trials[name]
+    full = units.small_class_latte_pipeline(["a"]) if name == "latte" else units.small_class_pipeline(["a"], kind=name)
+    assert units._macs(trial, units._narrow(trial)) / units._macs(trial, full) == pytest.approx(0.5, abs=0.03)
+
+
+def test_what_was_measured_is_not_measured_again_unless_settings_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def trained(recipe: Recipe, *others: Any) -> dict[str, Any]:
+        made.append(recipe.run)
+        return {"ratio": 0.5}
+
+    monkeypatch.setattr(units, "_trained", trained)
+    place, unit = Place(tmp_path, "quick"), Unit("flux", "dynamic-0.5", 1)
+    first = units.run_unit(place, unit)
+    assert units.run_unit(place, unit) == first
+    assert len(made) == 1
+    monkeypatch.setitem(VARIANTS, "dynamic-0.5", VARIANTS["dynamic-0.5"]._replace(overrides=("cost.target=0.6",)))
+    units.run_unit(place, unit)
+    assert len(made) == 2
+
+
+def test_a_failed_unit_is_named_after_all_others_ran(tmp_path: Path) -> None:
+    tasks: list[pool.Task] = [("bad", int, ("no number",)), ("good", Path.touch, (tmp_path / "done",))]
+    with pytest.raises(RuntimeError, match=r"1 of 2 failed:\nbad: .*no number"):
+        pool.run_all(tasks, workers=1, logs=tmp_path / "logs", title="units")
+    assert (tmp_path / "done").exists()
+    assert "ValueError" in (tmp_path / "logs" / "bad.log").read_text()
+
+
+def made_up(scores: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [
+        {"variant": variant, "seed": seed, "score": score, "ratio": 0.5, "mse": 1 - score, "frechet": 10 * (1 - score)}
+        for variant, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+
+
+def test_differences_are_told_by_a_paired_t_test() -> None:
+    rows = made_up({"static": [0.80, 0.90, 0.70], "dynamic-0.5": [0.70, 0.81, 0.61], "width": [0.81, 0.80, 0.78]})
+    # differences -.10, -.09, -.09: mean -.0933, standard error .00333
+    assert tables.difference(rows, "dynamic-0.5", "static", "score") == (
+        "judge's score 0.707 against 0.800: worse (t = -28.0)"
+    )
+    assert ": better" in tables.difference(rows, "static", "dynamic-0.5", "score")
+    assert ": worse" in tables.difference(rows, "dynamic-0.5", "static", "mse"), "more error is worse"
+    assert ": not told apart" in tables.difference(rows, "width", "static", "score")
+    assert "(t" not in tables.difference(rows, "static", "static", "score")
+
+
+def test_the_answer_follows_the_numbers() -> None:
+    lost = made_up({"static": [0.8, 0.9, 0.7], "dynamic-0.5": [0.70, 0.81, 0.61]})
+    assert page.answer(lost).startswith("**It fails: at 0.50 of the MACs the judge's score and the Fréchet distance")
+    assert "88% of the judge's score" in page.answer(lost)
+    level = made_up({"static": [0.8, 0.9, 0.7], "dynamic-0.5": [0.83, 0.86, 0.71]})
+    assert page.answer(level).startswith("**Not refuted")
+
+
+def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
+    place = Place(tmp_path, "quick")
+    chosen = ("static", "dynamic-0.5", "uniform", "random")
+    for variant in chosen:
+        file = place.pictures(Unit("dit", variant, 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    rows = [row | {"seconds": 1.0} for row in made_up({v: [0.8, 0.7 + 0.01 * i] for i, v in enumerate(claims.HALF)})]
+    claim = {"units": rows, "seconds": {"prepared": {}, "units": 60.0}, **results.machine()}
+    page.write_page({"size": "quick", "claims": {"half-dit": claim}}, place, tmp_path / "docs")
+    text = (tmp_path / "docs" / "evidence.md").read_text()
+    assert text.count(page.ABSENT) == 5, "emoji, td-lora, calibration, gates, tempo"
+    assert "$" not in text
+    assert all(f"| {VARIANTS[variant].title} | 0.50 |" in text for variant in claims.HALF)
+    for link in ("evidence/half.svg", "evidence/dit.png"):
+        assert f"]({link})" in text
+        assert (tmp_path / "docs" / link).stat().st_size > 1000
+
+
+def test_a_claim_that_was_not_run_is_missed_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dit-base-0\.json is missing: run the claim first"):
+        results.collect(Place(tmp_path, "quick"), ["half-dit"], tmp_path / "found.json")
+
+
+def test_results_of_other_claims_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(results, "_of_claim", lambda place, name: {"units": [name]})
+    results.collect(Place(tmp_path, "quick"), ["half-sit"], file)
+    found = results.collect(Place(tmp_path, "quick"), ["half-dit"], file)
+    assert list(found["claims"]) == ["half-dit", "half-sit"]
+    assert json.loads(file.read_text()) == found
+
+
+def test_every_variant_of_a_claim_is_known() -> None:
+    for claim in claims.CLAIMS.values():
+        assert set(claim.variants) <= set(VARIANTS)
+        assert set(claim.trials) <= set(SIZES["small"].trials)
+    assert set(plots.STYLES) <= set(VARIANTS)
