@@ -29,7 +29,7 @@ from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.models.registry import family_of
 from dydit_scale.models.small import small_class_latte_pipeline, small_class_pipeline
 from dydit_scale.monitoring.records import read_metrics
-from dydit_scale.parallel.world import ONE_PROCESS
+from dydit_scale.parallel.world import init_world
 from dydit_scale.sampling.generate import generate, sampler_timesteps
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.loop import train
@@ -298,7 +298,7 @@ def _trained(recipe: Recipe, variant: Variant, place: Place, unit: Unit, trial: 
     shutil.rmtree(recipe.run, ignore_errors=True)
     build = BUILDS.get(variant.build, build_parts)
     began = time.monotonic()
-    train(recipe, ONE_PROCESS, build=build)
+    train(recipe, init_world(), build=build)
     seconds = time.monotonic() - began
     records = read_metrics(Path(recipe.run) / "metrics.jsonl")
     steps = [r["ratio"] for r in records if "ratio" in r][-max(1, recipe.train.steps // 8) :]
@@ -326,7 +326,7 @@ def held_out(run: LoadedRun, place: Place, unit: Unit) -> dict[str, float]:
     )
     device = next(run.network.parameters()).device
     objective = Objective(recipe, run.network, run.pipeline, None, device)
-    found = Validator(recipe, open_data(recipe.data), objective, ONE_PROCESS).evaluate(run.network)
+    found = Validator(recipe, open_data(recipe.data), objective, init_world()).evaluate(run.network)
     return {"ratio": found.ratio_eval, "mse": found.mse_eval}
 
 
