@@ -9,9 +9,10 @@ from typing import Any
 LAUNCH = """\
 thousands of pictures, on one GPU or on all:
   dydit sample RUN --num 50000 --npz OUT.npz
-  torchrun --nproc-per-node 8 --no-python dydit sample RUN --num 50000 --npz OUT.npz
-  deepspeed --num_gpus 8 --no_local_rank --no_python dydit sample RUN --num 50000 --npz OUT.npz
-The same command goes on after a kill, on any number of processes, and the result is the same."""
+  torchrun --nproc-per-node 8 --no-python dydit sample RUN --num-samples 50000 --npz OUT.npz
+  deepspeed --num_gpus 8 --no_local_rank --no_python dydit sample RUN --num-samples 50000 --npz OUT.npz
+Launchers take --num for an option of their own, so it is written out there. The same command goes on after a kill, on
+any number of processes, and the result is the same."""
 
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,13 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         help="folder for the pictures (default: RUN/pictures; with --num RUN/samples, or OUT for OUT.npz)",
     )
     many = parser.add_argument_group("thousands of pictures", "of the run alone, without the static model beside it")
-    many.add_argument("--num", type=int, help="how many; prompts take turns, all classes if none are given")
+    many.add_argument(
+        "--num",
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help="how many; prompts take turns, all classes if none are given",
+    )
     many.add_argument("--npz", type=Path, metavar="OUT.npz", help="for ADM's evaluation: arr_0 pixels, arr_1 classes")
     many.add_argument("--pictures", action="store_true", help="PNG (clips: MP4) in the pictures/ of --out")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the recipe's sample_steps)")

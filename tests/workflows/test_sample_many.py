@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -341,6 +340,10 @@ def two_ranks(launcher: str, words: list[str], log: Path) -> Iterator[list[psuti
         yield [psutil.Process(process.pid) for process in started]
 
 
+def running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def rank_one(started: list[psutil.Process]) -> psutil.Process:
     for process in [p for s in started for p in (s, *s.children(recursive=True))]:
         with suppress(psutil.Error):
@@ -349,31 +352,41 @@ def rank_one(started: list[psutil.Process]) -> psutil.Process:
     raise AssertionError("no rank 1 is running")
 
 
-@pytest.mark.launch
-@pytest.mark.slow  # five starts of processes
-@pytest.mark.parametrize("launcher", ["torchrun", "none"])
-def test_a_killed_rank_ends_the_others_and_no_picture_is_lost(runs: Path, tmp_path: Path, launcher: str) -> None:
-    def words(name: str) -> list[str]:
-        config = ["--steps", "40", "--batch", "2", "--cfg", "2"]
-        return ["sample", str(runs / "dit"), "--num", "81", "--npz", str(tmp_path / f"{name}.npz"), *config]
+def many_words(runs: Path, npz: Path) -> list[str]:
+    config = ["--steps", "40", "--batch", "2", "--cfg", "2"]
+    return ["sample", str(runs / "dit"), "--num-samples", "81", "--npz", str(npz), *config]
 
-    def drawn(name: str) -> list[Path]:
-        return list((tmp_path / name / "blocks").glob("block-*"))
 
-    with two_ranks(launcher, words("killed"), tmp_path / "killed.log") as started:
-        until(lambda: len(drawn("killed")) >= 5, "five blocks")
+def kill_one_of_two(launcher: str, runs: Path, npz: Path) -> dict[str, int]:
+    """Start two ranks, kill one when some blocks are there, and see that both end; the blocks that stay."""
+    blocks = npz.with_suffix("") / "blocks"
+    with two_ranks(launcher, many_words(runs, npz), npz.with_suffix(".log")) as started:
+        until(lambda: len(list(blocks.glob("block-*"))) >= 5 or not all(map(running, started)), "five blocks")
         os.kill(rank_one(started).pid, signal.SIGKILL)
-        deadline = time.monotonic() + PATIENCE
-        ends = [process.wait(deadline - time.monotonic()) for process in started]
-    assert all(ends), "every process says that it failed"
-    assert 5 <= len(drawn("killed")) < 41 and not (tmp_path / "killed.npz").exists()
-    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
-    there = {path.name: path.stat().st_mtime_ns for path in drawn("killed")}
-    with two_ranks(launcher, words("killed"), tmp_path / "resumed.log") as started:
+        assert all(process.wait(PATIENCE) for process in started), "every process says that it failed"
+    there = {path.name: path.stat().st_mtime_ns for path in blocks.glob("block-*")}
+    assert 5 <= len(there) < 41 and not npz.exists()
+    return there
+
+
+@pytest.mark.launch
+@pytest.mark.slow  # processes are started two times
+@pytest.mark.timeout(900)
+def test_two_ranks_of_which_one_is_killed_lose_no_picture(runs: Path, tmp_path: Path) -> None:
+    npz = {name: tmp_path / f"{name}.npz" for name in ("two", "one", "unbroken")}
+    there = kill_one_of_two("torchrun", runs, npz["two"])
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    with two_ranks("torchrun", many_words(runs, npz["two"]), tmp_path / "again.log") as started:
         assert not any(process.wait(PATIENCE) for process in started)
-    assert there.items() <= block_times(tmp_path / "killed").items()
-    assert main(words("alone")) == 0
-    assert main(words("unbroken")) == 0
-    files = [(tmp_path / f"{name}.npz").read_bytes() for name in ("killed", "alone", "unbroken")]
-    assert files[0] == files[1] == files[2]
-    assert len(np.unique(read_member(tmp_path / "killed.npz", "arr_0"), axis=0)) == 81
+    assert there.items() <= block_times(tmp_path / "two").items()
+    assert main(many_words(runs, npz["one"])) == 0
+    assert main(many_words(runs, npz["unbroken"])) == 0
+    assert npz["two"].read_bytes() == npz["one"].read_bytes() == npz["unbroken"].read_bytes()
+    assert len(np.unique(read_member(npz["two"], "arr_0"), axis=0)) == 81
+
+
+@pytest.mark.launch
+@pytest.mark.slow  # processes are started
+@pytest.mark.timeout(900)
+def test_a_rank_leaves_by_itself_when_the_other_is_gone(runs: Path, tmp_path: Path) -> None:
+    assert kill_one_of_two("none", runs, tmp_path / "set.npz")
