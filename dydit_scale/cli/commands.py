@@ -11,6 +11,7 @@ from dydit_scale.cli.cluster import add_cluster
 from dydit_scale.cli.data import add_data
 from dydit_scale.cli.health import add_health
 from dydit_scale.cli.plan import add_plan
+from dydit_scale.cli.sample import add_sample
 from dydit_scale.cli.top import add_top
 
 EXPORT_FORMATS = (
@@ -37,50 +38,6 @@ def _run_base(args: argparse.Namespace) -> None:
     from dydit_scale.workflows.base import write_base
 
     write_base(args.out, args.family, seed=args.seed)
-
-
-def _sample(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN")
-    parser.add_argument("--prompts", type=Path, help="text file, one prompt (or class) a line")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
-    parser.add_argument("--out", type=Path, help="folder for the pictures (default: RUN/pictures)")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: the recipe's sample_steps)")
-    parser.add_argument(
-        "--cfg", type=float, help="classifier-free guidance with the empty prompt, for undistilled models"
-    )
-    parser.add_argument("--guidance", type=float, help="distilled guidance, for models that take it")
-    parser.add_argument("--sampler", help="dit: ddpm, ddim, dpm++; sit: euler, heun, sde (default: the pipeline's own)")
-    parser.add_argument("--height", type=int, help="pixels of a picture (default: the recipe's image_size)")
-    parser.add_argument("--width", type=int, help="the same; other than the height for flux and pixart")
-    parser.add_argument("--fps", type=int, default=8, help="frames a second of clips")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument(
-        "--pack-memory", type=float, metavar="GIB", help="for packed weights (default: half of the free memory)"
-    )
-    parser.add_argument(
-        "--fixed-tokens",
-        action="store_true",
-        help="count tokens in a first pass: no wait for a GPU's answer",
-    )
-    parser.add_argument("--execution", choices=("eager", "compile", "cudagraphs"), default="eager")
-    parser.set_defaults(run=_run_sample)
-
-
-def _run_sample(args: argparse.Namespace) -> None:
-    _quiet()
-    from dydit_scale.workflows.sample import PackOptions, read_prompts, sample_run
-
-    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
-    if not prompts:
-        raise ValueError('nothing to draw: give --prompts FILE or --prompt "a red circle"')
-    out = args.out or args.folder / "pictures"
-    options = ("steps", "height", "width", "cfg", "guidance", "sampler", "batch", "seed")
-    config = {name: getattr(args, name) for name in options}
-    memory = None if args.pack_memory is None else int(args.pack_memory * 2**30)
-    packing = PackOptions(max_bytes=memory, fixed_tokens=args.fixed_tokens, execution=args.execution)
-    sample_run(args.folder, prompts, out, config=config, fps=args.fps, packing=packing)
-    print(f"pictures: {out}")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +174,10 @@ COMMANDS: dict[str, tuple[Add, str]] = {
     "stop": (_stop, "ask a run to save its state and leave after its step; for people and for preStop hooks"),
     "top": (add_top, "watch a run in the terminal: progress, losses, cost, routers, machines"),
     "health": (add_health, "say whether a run is alive and makes progress; exit status 1 if not; for probes"),
-    "sample": (_sample, "draw pictures with the packed dynamic model beside the static one"),
+    "sample": (
+        add_sample,
+        "draw pictures with the packed dynamic model beside the static one, or thousands for metrics",
+    ),
     "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
     "export": (_export, "write adapters or models, loaded back and verified"),
     "convert": (_convert, "turn DiT, SiT, Latte, FLUX, DyDiT and DyFLUX checkpoints into model folders, and back"),

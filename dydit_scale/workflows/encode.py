@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +33,11 @@ from dydit_scale.parallel.world import World, barrier, on_main
 from dydit_scale.train.checks import check_data
 from dydit_scale.train.recipe import Recipe
 from dydit_scale.workflows.encode_samples import Encoder, Packed, Packer, read_sources
+from dydit_scale.workflows.folders import locked, told_when_full
 
 LOCK_FILE = ".encode.lock"
 ASIDE = ".encoding-"
+MISSING = "the shards that are missing"
 MADE = ".made.json"
 """Ends the name of the file beside a shard that says what it was made of."""
 
@@ -90,7 +89,7 @@ def encode_data(
         raise ValueError("data.sources: encode one at a time, each into a folder of its own: data.path=FOLDER")
     (index,) = load_data(recipe.data).indexes
     on_main(world, lambda: _check_source(recipe, index, out))
-    with _locked(out, world):
+    with locked(out, world, LOCK_FILE, "encodes into it"):
         plan = on_main(world, lambda: _plan(recipe, index, out, dtype, update))
         encoder = Encoder(recipe, dtype, batch, world.device) if plan.shards else None
         encoding = on_main(world, lambda: _begin(out, plan, encoder))
@@ -99,30 +98,6 @@ def encode_data(
             barrier(world)
         made = on_main(world, lambda: _finish(out, index))
     return Encoded(made, len(plan.shards))
-
-
-@contextmanager
-def _locked(out: Path, world: World) -> Iterator[None]:
-    """Rank 0 holds the lock of ``out`` inside the ``with``; ValueError on every rank if another process does."""
-    lock = on_main(world, lambda: _lock(out))
-    try:
-        yield
-    finally:
-        if world.is_main:
-            os.close(lock)
-
-
-def _lock(out: Path) -> int:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: a file is in the place of the folder; choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise ValueError(f"{out}: another process encodes into it; wait for it, or choose another folder") from error
-    return handle
 
 
 def _plan(recipe: Recipe, index: ShardIndex, out: Path, dtype: str, update: bool) -> Plan:
@@ -264,7 +239,7 @@ def _encode_share(recipe: Recipe, index: ShardIndex, out: Path, plan: Plan, enco
 def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[str, Any], bar: tqdm) -> None:
     """Write a shard aside and move it to its place; only then say what it was made of."""
     aside = out / f"{ASIDE}{name}.part"
-    with _told_when_full(out):
+    with told_when_full(out, MISSING):
         with aside.open("wb") as file:
             # pax headers take names of any length; short ones are written as they always were
             with webdataset.TarWriter(file, encoder=False, mtime=0, compress=False, format="PAX_FORMAT") as writer:
@@ -280,21 +255,8 @@ def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[s
 
 def _write(path: Path, data: bytes) -> None:
     aside = path.with_name(f"{ASIDE}{path.name}.part")
-    with _told_when_full(path.parent), aside.open("wb") as file:
+    with told_when_full(path.parent, MISSING), aside.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-
-
-@contextmanager
-def _told_when_full(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(
-            f"{out}: the disk is full; free some space and run the command again, it goes on with the shards that are "
-            "missing"
-        ) from error

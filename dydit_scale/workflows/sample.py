@@ -66,7 +66,8 @@ def sample_run(
     if run.recipe.dynamic is None:
         pictures, rows, report = generate(run.pipeline, prompts, settings, progress="sampling"), [], None
     else:
-        plan = _pack(run, list(prompts)[: settings.batch], settings, packing)
+        plan = pack_run(run, list(prompts)[: settings.batch], settings, packing)
+        print(packed_line(plan))
         static = static_pipeline(run)
         with Execution(run.network, packing.execution) as execution:
             pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
@@ -94,16 +95,21 @@ def sample_run(
     return report
 
 
-def _pack(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, packing: PackOptions) -> PackedPlan:
+def pack_run(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, packing: PackOptions) -> PackedPlan:
+    """Cut a dynamic run's sub-networks for the sampler's steps; ``prompts`` are drawn if tokens are to be counted."""
     capacity = calibrated_capacity(run.pipeline, prompts, config) if packing.fixed_tokens else None
-    plan = run.network.pack(
+    return run.network.pack(
         sampler_timesteps(run.pipeline, config),
         max_bytes=packing.max_bytes,
         capacity=capacity,
         kernel_layout=packing.execution != "compile",
     )
-    print(f"packed: {plan.distinct} sub-blocks for {config.steps} steps, {plan.bytes / 2**20:.0f} MiB of copies")
-    return plan
+
+
+def packed_line(plan: PackedPlan) -> str:
+    """For the terminal."""
+    steps = len(plan.blocks)
+    return f"packed: {plan.distinct} sub-blocks for {steps} steps, {plan.bytes / 2**20:.0f} MiB of copies"
 
 
 def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pairs: int = 3) -> SpeedReport:
