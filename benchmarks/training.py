@@ -1,8 +1,9 @@
 """A training step of dynamic models beside the static one: with masks, with a second target, with frozen routers.
 
-    python benchmarks/training.py                                            # DiT-B, fp32, on what is there
-    python benchmarks/training.py --models dit-xl flux-lite --layers 4 --precision bf16 --batch 2
-    python benchmarks/training.py --models flux-dev --tokens 4096 --text 512 --batch 1 --layers 12
+    python -m benchmarks.training                                            # DiT-B, fp32, on what is there
+    python -m benchmarks.training --models dit-xl flux-lite --layers 4 --precision bf16 --batch 2
+    python -m benchmarks.training --models flux-dev --batch 1 --layers 12
+    python -m benchmarks.training --models flux-lite --batch 1 --layers 3 --side 16 --text 32       # on a CPU
 
 Random weights, all of which learn; a step is forward, loss and backward. The optimiser's update, the same for all, is
 left out. Masks of the frozen step are drawn at each of the ratios: in every layer another set of heads and channels,
@@ -18,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dydit_scale.dynamic.config import DynamicConfig
+from benchmarks.inference_sizes import SIZES, Size
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
 from dydit_scale.dynamic.gates import logistic_noise
 from dydit_scale.dynamic.losses import cost_loss
 from dydit_scale.dynamic.masks import FrozenGates, GateNoise, SharedUnits, SubNetwork
-from dydit_scale.models.dit import DIT_SIZES, DyDiTTransformer2DModel, dit_config
-from dydit_scale.models.dy_class_latte import DyClassLatteTransformer3DModel
-from dydit_scale.models.encoders import image_ids
-from dydit_scale.models.flux import DyFluxTransformer2DModel
 from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.sampling.speed import machine
 
 ROOT = Path(__file__).parents[1]
-FLUX = {"flux-lite": (8, 38), "flux-dev": (19, 38)}
-"""Double and single blocks."""
-MODELS = (*(f"dit-{size.lower()}" for size in DIT_SIZES if size != "L"), "latte-xl", *FLUX)
 RATIOS = (0.7, 0.5, 0.3)
 STATIC, DYNAMIC, TEACHER, COMPLETE = "static", "dynamic", "dynamic + teacher", "dynamic + complete"
 
@@ -54,39 +48,45 @@ STATIC, DYNAMIC, TEACHER, COMPLETE = "static", "dynamic", "dynamic + teacher", "
 class Subject:
     """A model in its static and its dynamic form, a batch for them, and what a forward costs."""
 
-    static: nn.Module
+    static: Any
+    """diffusers' class."""
     dynamic: Any
-    inputs: dict[str, Tensor]
+    """Ours, on the same weights."""
+    inputs: dict[str, Any]
     tokens: int
     cost: ModelCost
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["dit-b"])
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["dit-b"])
     parser.add_argument("--layers", type=int, help="blocks to keep of each model; all by default")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast")
     parser.add_argument("--batch", type=int, default=8, help="samples of a micro-batch")
-    parser.add_argument("--tokens", type=int, default=1024, help="image tokens of FLUX, a square number")
-    parser.add_argument("--text", type=int, default=256, help="text tokens of FLUX")
+    parser.add_argument("--side", type=int, help="image tokens along a side (default: the size's own; FLUX 64)")
+    parser.add_argument("--text", type=int, help="text tokens of FLUX (default: 512)")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write both files here instead")
     args = parser.parse_args()
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [row for name in args.models for row in measure(name, args, device)]
     settings = {k: v for k, v in vars(args).items() if k not in ("models", "out")}
     name = f"training-{device.type}-{args.precision}"
     results, docs = (args.out, args.out) if args.out else (ROOT / "benchmarks" / "results", ROOT / "docs")
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{name}.json").write_text(json.dumps({**machine(), **settings, "rows": rows}, indent=1) + "\n")
-    plot(rows, docs / f"{name}.svg")
+    rows: list[dict[str, Any]] = []
+    for model in args.models:  # each is kept, whatever becomes of the next
+        rows += measure(model, args, device)
+        (results / f"{name}.json").write_text(json.dumps({**machine(), **settings, "rows": rows}, indent=1) + "\n")
+        plot(rows, docs / f"{name}.svg")
     print(f"results: {results / name}.json, {docs / name}.svg")
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Rows of one model: its kinds of step, timed in turn."""
-    subject = make(name, args, device)
+    size = SIZES[name].cut(args.layers, args.side, args.text)
+    size = replace(size, branches=1)  # guidance is for sampling
+    subject = make(size, args, device)
     noise = draw_noise(subject, args.batch, device)
     kinds: dict[str, Callable[[], Tensor]] = {
         STATIC: lambda: loss_of(answer(subject.static, subject)),
@@ -156,61 +156,22 @@ def row(
     return found
 
 
-def make(name: str, args: argparse.Namespace, device: torch.device) -> Subject:
-    """The model with random weights and a random batch, one noise level per sample."""
-    static, dynamic = DynamicConfig(heads=False, mlp=False, tokens=False), DynamicConfig()
+def make(size: Size, args: argparse.Namespace, device: torch.device) -> Subject:
+    """The model with random weights, which both forms share, and a random batch, one noise level per sample."""
+    static = size.make_static(device, torch.float32).requires_grad_(True).train()
+    dynamic = size.make_dynamic(static).requires_grad_(True).train()
     torch.manual_seed(0)
-    cls: Any
-    if name in FLUX:
-        cls, config = DyFluxTransformer2DModel, flux_config(name, args.layers)
-        inputs, tokens, text = flux_inputs(args), args.tokens, args.text
-    elif name == "latte-xl":
-        layers = args.layers or 28
-        cls, config = DyClassLatteTransformer3DModel, {"num_layers": layers, "out_channels": 8, "num_classes": 101}
-        inputs, tokens, text = class_inputs(args.batch, (4, 16, 32, 32), 101), 16 * 256, 0
-    else:
-        cls, config = DyDiTTransformer2DModel, dit_config(f"{name.removeprefix('dit-').upper()}/2")
-        config |= {"num_layers": args.layers or config["num_layers"]}
-        inputs, tokens, text = class_inputs(args.batch, (4, 32, 32), 1000), 256, 0
-    made = cls(**config, dynamic=asdict(dynamic)).to(device).train()
-    base = cls(**config, dynamic=asdict(static)).to(device).train()
-    moved = {key: tensor.to(device) for key, tensor in inputs.items()}
-    return Subject(base, made, moved, tokens, made.cost(tokens, text))
-
-
-def flux_config(name: str, layers: int | None) -> dict[str, Any]:
-    """FLUX.1's widths, with ``layers`` blocks in the model's own mixture of double and single ones."""
-    double, single = FLUX[name]
-    if layers is not None:
-        double = max(1, round(layers * double / (double + single)))
-        single = max(1, layers - double)
-    return {"guidance_embeds": True, "num_layers": double, "num_single_layers": single}
-
-
-def flux_inputs(args: argparse.Namespace) -> dict[str, Tensor]:
-    side = round(args.tokens**0.5)
-    return {
-        "hidden_states": torch.randn(args.batch, args.tokens, 64),
-        "encoder_hidden_states": torch.randn(args.batch, args.text, 4096),
-        "pooled_projections": torch.randn(args.batch, 768),
-        "timestep": torch.rand(args.batch),
-        "guidance": torch.ones(args.batch),
-        "img_ids": image_ids(side, side),
-        "txt_ids": torch.zeros(args.text, 3),
-    }
-
-
-def class_inputs(batch: int, shape: tuple[int, ...], classes: int) -> dict[str, Tensor]:
-    return {
-        "hidden_states": torch.randn(batch, *shape),
-        "timestep": torch.randint(1000, (batch,)),
-        "class_labels": torch.randint(classes, (batch,)),
-    }
+    levels = size.inputs(args.batch, 0.01 + 0.98 * torch.rand(args.batch), device, torch.float32)
+    rows = {key: [level[key] for level in levels] for key in levels[0]}
+    moving = ("hidden_states", "timestep")  # the others are the same at each level
+    inputs = {k: torch.stack([x[n] for n, x in enumerate(v)]) if k in moving else v[0] for k, v in rows.items()}
+    return Subject(static, dynamic, inputs, size.tokens, size.cost(dynamic))
 
 
 def answer(network: nn.Module, subject: Subject) -> Tensor:
     """The complete model's."""
-    return network(**subject.inputs, gates="open", return_dict=False)[0]
+    gates = {} if network is subject.static else {"gates": "open"}
+    return network(**subject.inputs, **gates, return_dict=False)[0]
 
 
 def loss_of(sample: Tensor) -> Tensor:
