@@ -75,8 +75,7 @@ def _open_npz(path: Path) -> SampleSet:
         with zipfile.ZipFile(path) as archive:
             names = set(archive.namelist())
             shape = _pixel_shape(path, archive) if "arr_0.npy" in names else (0,)
-        with np.load(path, allow_pickle=False) as arrays:
-            statistics = {name: arrays[name] for name in STATISTICS if f"{name}.npy" in names}
+        statistics = _read_statistics(path, names)
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as .npz ({error}); is it complete?") from error
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
@@ -86,6 +85,14 @@ def _open_npz(path: Path) -> SampleSet:
         raise ValueError(f"{path}: expected arr_0, the pixels, or the statistics mu and sigma; it holds {held}")
     reader = partial(_npz_batches, path, shape)
     return SampleSet(path=path, count=shape[0], shape=shape[1:], batches=reader, statistics=statistics)
+
+
+def _read_statistics(path: Path, names: set[str]) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        try:
+            return {name: arrays[name] for name in STATISTICS if f"{name}.npy" in names}
+        except ValueError as error:
+            raise ValueError(f"{path}: its statistics are no arrays of numbers ({error})") from error
 
 
 def _check_statistics(path: Path, statistics: dict[str, np.ndarray], mean: str, cov: str) -> None:

@@ -1,7 +1,7 @@
 """The small classifiers of the built-in data, whose features its Fréchet distance compares.
 
-One was trained on pictures, one, with the same convolutions, on clips, to say which objects are there, in which colours, and where they stand or
-how they move (recipes/shapes/make_classifier.py).
+One was trained on pictures, one, with the same convolutions, on clips, to say which objects are there, in which
+colours, and where they stand or how they move (recipes/shapes/make_classifier.py).
 """
 
 from __future__ import annotations

@@ -40,15 +40,12 @@ METRICS = {
 WEIGHTS = {
     "inception": (
         "FILE",
-        "weights-inception-2015-12-05-6726825d.pth (95 MB, its SHA-256 begins with 6726825d) from "
+        "weights-inception-2015-12-05-6726825d.pth (its SHA-256 begins with 6726825d) from "
         "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0",
     ),
-    "i3d": ("FILE", "i3d_torchscript.pt (50 MB) from https://github.com/universome/fvd-comparison"),
-    "clip": ("FOLDER", "openai/clip-vit-large-patch14 from the Hugging Face hub, e.g. `hf download NAME --local-dir`"),
-    "detector": (
-        "FOLDER",
-        "facebook/mask2former-swin-small-coco-instance from the Hugging Face hub, e.g. `hf download NAME --local-dir`",
-    ),
+    "i3d": ("FILE", "i3d_torchscript.pt, named in https://github.com/universome/fvd-comparison"),
+    "clip": ("FOLDER", "it by `hf download openai/clip-vit-large-patch14 --local-dir FOLDER`"),
+    "detector": ("FOLDER", "it by `hf download facebook/mask2former-swin-small-coco-instance --local-dir FOLDER`"),
 }
 """Whether each is a file or a folder, and where to get it."""
 

@@ -47,7 +47,7 @@ def inside(x: torch.Tensor, others: torch.Tensor) -> bool:
 
 
 def test_precision_and_recall_are_what_their_definition_says() -> None:
-    features, reference = drawn(30, 3), 1.3 * drawn(40, 3, seed=1) + 0.8
+    features, reference = 1.3 * drawn(30, 3), drawn(40, 3, seed=1) + 2.2
     found = precision_recall(features, reference)
     assert found.precision == pytest.approx(sum(inside(x, reference) for x in features) / 30)
     assert found.recall == pytest.approx(sum(inside(x, features) for x in reference) / 40)
