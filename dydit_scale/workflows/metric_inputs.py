@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,6 +125,8 @@ def _check_weights(config: MetricsConfig) -> None:
             )
         if not (path.is_dir() if kind == "FOLDER" else path.is_file()):
             raise ValueError(f"weights {name}: there is no {kind.lower()} {path}; expected {source}")
+    if config.need("detector") and find_spec("scipy") is None:
+        raise ValueError("geneval: the detector needs SciPy; run `pip install 'dydit_scale[metrics]'`")
     if config.need("i3d") and not config.trust_torchscript:
         raise ValueError(
             f"weights i3d: {config.weights['i3d']} is TorchScript, and loading it runs whatever code is in it. If you "

@@ -14,7 +14,7 @@ from torchmetrics.functional.multimodal import clip_score
 from dydit_scale.evaluation.clip import Clip
 from dydit_scale.evaluation.detector import BLANK, Detector, box_of, colours_of, cut_out
 from dydit_scale.evaluation.geneval import COLOURS, THRESHOLD, Detected
-from tests.evaluation.tiny_networks import write_clip, write_detector
+from tests.evaluation.tiny_networks import do_without_scipy, write_clip, write_detector
 
 TEXTS = ["a red dog", "a blue tie above a dog", "a dog"]
 
@@ -24,9 +24,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
     return Clip(write_clip(tmp_path_factory.mktemp("clip")))
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Detector:
-    return Detector(write_detector(tmp_path_factory.mktemp("detector")))
+@pytest.fixture
+def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Detector:
+    do_without_scipy(monkeypatch)
+    return Detector(write_detector(tmp_path))
 
 
 def pictures(count: int, side: int = 24) -> np.ndarray:
@@ -67,7 +68,7 @@ def test_the_best_choice_has_the_nearest_mean_of_texts(clip: Clip) -> None:
     assert clip.best_of(drawn, choices) == near.argmax(1).tolist()
 
 
-def test_detections_have_the_masks_boxes_and_the_names_of_geneval(detector: Detector, tmp_path: Path) -> None:
+def test_detections_have_the_masks_boxes_and_the_names_of_geneval(detector: Detector) -> None:
     found = detector.detect(pictures(1, 40)[0])
     assert found and {thing.name for thing in found} == {"dog"}
     for thing in found:

@@ -20,9 +20,17 @@ from torchmetrics.image.inception import InceptionScore
 from dydit_scale.cli.main import main
 from dydit_scale.evaluation.frechet import moments
 from dydit_scale.evaluation.statistics import precision_recall
+from dydit_scale.workflows import metric_inputs
 from dydit_scale.workflows import metrics as workflow
 from dydit_scale.workflows.metric_inputs import METRICS, MetricsConfig
-from tests.evaluation.tiny_networks import TinyI3D, TinyInception, write_clip, write_detector, write_i3d
+from tests.evaluation.tiny_networks import (
+    TinyI3D,
+    TinyInception,
+    do_without_scipy,
+    write_clip,
+    write_detector,
+    write_i3d,
+)
 
 PICTURE_METRICS = ["fid", "sfid", "is", "precision", "recall"]
 
@@ -144,7 +152,9 @@ def test_fvd_is_the_librarys_value(folder: Path) -> None:
     assert found == pytest.approx(library.compute().item(), rel=1e-4)
 
 
-def test_texts_take_turns_and_geneval_is_told_by_kind(folder: Path) -> None:
+def test_texts_take_turns_and_geneval_is_told_by_kind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    do_without_scipy(monkeypatch)
+    monkeypatch.setattr(metric_inputs, "find_spec", lambda name: name)
     lines = [
         {"tag": "single_object", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]},
         {
@@ -268,6 +278,11 @@ FAULTS: dict[str, tuple[list[Callable[[Path], object]], dict[str, Any], str]] = 
         {"metrics": ["clip"], "weights": {"clip": Path()}},
         'line 1: expected an object with "prompt"',
     ),
+    "no scipy": (
+        [],
+        {"metrics": ["geneval"], "weights": {"clip": Path(), "detector": Path()}},
+        "geneval: the detector needs SciPy; run `pip install 'dydit_scale[metrics]'`",
+    ),
     "no metadata": (
         [write("prompts.txt", "a dog\n")],
         {"metrics": ["geneval"], "weights": {"clip": Path(), "detector": Path()}},
@@ -278,6 +293,7 @@ FAULTS: dict[str, tuple[list[Callable[[Path], object]], dict[str, Any], str]] = 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_told_before_a_network_is_loaded(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metric_inputs, "find_spec", lambda name: None if fault == "no scipy" else name)
     for name in ("load_inception", "load_i3d", "Clip", "Detector"):
         monkeypatch.setattr(workflow, name, lambda *_: pytest.fail("a network was loaded"))
     changes, options, told = FAULTS[fault]
