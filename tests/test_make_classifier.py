@@ -29,13 +29,20 @@ def test_it_writes_what_the_package_loads(
     script: ModuleType, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "TESTED", 8)
-    network = script.train(kind, samples=16, steps=2, batch=4)
+    seer = classifier.load_classifier("pictures") if kind == "clips" else None
+    network = script.train(kind, seer, samples=16, steps=2, batch=4)
+    if seer is not None:
+        assert all(torch.equal(a, b) for a, b in zip(network.see.parameters(), seer.see.parameters(), strict=True))
     script.save(network, tmp_path / f"{kind}.safetensors")
     monkeypatch.setattr(classifier, "WEIGHTS", tmp_path)
     loaded = classifier.load_classifier.__wrapped__(kind)  # past its cache
     x = torch.rand(3, network.frames, 3, classifier.SIDE, classifier.SIDE)
     with torch.inference_mode():
         torch.testing.assert_close(loaded.features(x), network.features(x), rtol=0.02, atol=0.02)  # stored in fp16
+        seen = script.look(network, (x * 255).byte())
+        torch.testing.assert_close(
+            script.answer(network, seen), script.answer(network, (x * 255).byte()), rtol=0.02, atol=0.02
+        )
 
 
 @pytest.mark.parametrize("kind", ["pictures", "clips"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from dydit_scale.cli.ckpt import add_ckpt
 from dydit_scale.cli.cluster import add_cluster
 from dydit_scale.cli.data import add_data
+from dydit_scale.cli.evaluate import add_evaluate
 from dydit_scale.cli.health import add_health
 from dydit_scale.cli.plan import add_plan
 from dydit_scale.cli.sample import add_sample
@@ -40,26 +41,6 @@ def _run_base(args: argparse.Namespace) -> None:
     write_base(args.out, args.family, seed=args.seed)
 
 
-def _evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN")
-    parser.add_argument("--control", type=Path, help="run of the static model fine-tuned equally long")
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--cfg", type=float, default=3.0, help="classifier-free guidance")
-    parser.set_defaults(run=_run_evaluate)
-
-
-def _run_evaluate(args: argparse.Namespace) -> None:
-    _quiet()
-    from dydit_scale.workflows.evaluate import evaluate_run
-
-    result = evaluate_run(args.folder, control=args.control, prompts=args.prompts, steps=args.steps, cfg=args.cfg)
-    for name, score in result.scores.items():
-        print(f"{name:12} {score['overall']:.3f}  " + "  ".join(f"{c} {v:.2f}" for c, v in score["categories"].items()))
-    distances = {name: score["frechet"] for name, score in result.scores.items()} | {"real": result.frechet_real}
-    print("Fréchet distance from real scenes: " + ", ".join(f"{name} {d:.2f}" for name, d in distances.items()))
-    if result.speed:
-        print(f"speed-up: {result.speed['ideal']:.2f}x ideal, {result.speed['realised']:.2f}x realised")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +159,10 @@ COMMANDS: dict[str, tuple[Add, str]] = {
         add_sample,
         "draw pictures with the packed dynamic model beside the static one, or thousands for metrics",
     ),
-    "evaluate": (_evaluate, "judge a run on the built-in scenes, beside its base and its control"),
+    "evaluate": (
+        add_evaluate,
+        "judge a run on the built-in scenes, beside its base and its control; or compute metrics of samples on disk",
+    ),
     "export": (_export, "write adapters or models, loaded back and verified"),
     "convert": (_convert, "turn DiT, SiT, Latte, FLUX, DyDiT and DyFLUX checkpoints into model folders, and back"),
     "ckpt": (add_ckpt, "list, verify, convert and prune the checkpoints of a run"),

@@ -1,7 +1,7 @@
 """The small classifiers of the built-in data, whose features its Fréchet distance compares.
 
-One was trained on pictures, one on clips, to say which objects are there, in which colours, and where they stand or
-how they move (recipes/shapes/make_classifier.py).
+One was trained on pictures, one, with the same convolutions, on clips, to say which objects are there, in which
+colours, and where they stand or how they move (recipes/shapes/make_classifier.py).
 """
 
 from __future__ import annotations
@@ -43,16 +43,19 @@ class SceneClassifier(nn.Module):
             nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.SiLU(),
             nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(32 * (SIDE // 8) ** 2, DIM), nn.SiLU(),
         )  # fmt: skip
+        self.frame = nn.Sequential(nn.Linear(32 * (SIDE // 8) ** 2, DIM), nn.SiLU())
         self.join = nn.Linear(frames * DIM, DIM)
         self.spread = nn.BatchNorm1d(DIM, affine=False)  # each feature has mean 0 and variance 1 over the real data
         self.answer = nn.Sequential(nn.SiLU(), nn.Linear(DIM, answers))
 
     def features(self, x: Tensor) -> Tensor:
         """Of frames from -1 to 1 [batch, frames, 3, SIDE, SIDE]: [batch, DIM]."""
-        seen = self.see(x.flatten(0, 1))  # [batch * frames, DIM]
-        return self.spread(self.join(rearrange(seen, "(b f) d -> b (f d)", f=self.frames)))
+        return self.features_of_seen(self.see(x.flatten(0, 1)))
+
+    def features_of_seen(self, seen: Tensor) -> Tensor:
+        """The same from what the convolutions give, [batch * frames, 32 * (SIDE / 8)²]."""
+        return self.spread(self.join(rearrange(self.frame(seen), "(b f) d -> b (f d)", f=self.frames)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, answers] of frames as for ``features``."""

@@ -120,6 +120,7 @@ def test_evaluation_export_and_report(folder: Path, capsys: pytest.CaptureFixtur
     assert main(["evaluate", str(run), "--control", str(folder / "control"), "--prompts", "12", "--steps", "3"]) == 0
     scores = json.loads((run / "evaluation" / "scores.json").read_text())
     assert set(scores["models"]) == {"base", "control", "dynamic"} and scores["prompts"] == 12
+    assert all(model["frechet"] > 0 for model in scores["models"].values()) and scores["frechet_real"] > 0
     widths = np.load(run / "evaluation" / "widths.npz")
     assert widths["heads"].shape == (3, 2, 4) and widths["tokens"].shape == (3, 2)
     assert widths["tokens"].min() < 1
