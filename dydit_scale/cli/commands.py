@@ -41,8 +41,6 @@ def _run_base(args: argparse.Namespace) -> None:
     write_base(args.out, args.family, seed=args.seed)
 
 
-
-
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN")
     parser.add_argument(

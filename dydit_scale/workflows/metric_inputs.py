@@ -171,13 +171,14 @@ def _read_prompts(config: MetricsConfig, count: int) -> list[dict[str, Any]]:
 
 
 def _find_prompts(config: MetricsConfig) -> Path:
-    folder = config.samples if config.samples.is_dir() else config.samples.parent
-    found = next((folder / name for name in PROMPT_FILES if (folder / name).is_file()), None)
+    """In the folder of the samples; for OUT.npz in the folder OUT that ``dydit sample`` makes of it, or beside it."""
+    samples = config.samples
+    folders = [samples] if samples.is_dir() else [samples.with_suffix(""), samples.parent]
+    places = [folder / name for folder in folders for name in PROMPT_FILES]
+    found = next((place for place in places if place.is_file()), None)
     if found is None:
-        users = ", ".join(config.need("prompts"))
-        raise ValueError(
-            f"{users}: need the prompts; there is no {' and no '.join(PROMPT_FILES)} in {folder}: add --captions FILE"
-        )
+        users, missing = ", ".join(config.need("prompts")), " and no ".join(map(str, places))
+        raise ValueError(f"{users}: need the prompts; there is no {missing}: add --captions FILE")
     return found
 
 

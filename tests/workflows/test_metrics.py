@@ -256,7 +256,7 @@ FAULTS: dict[str, tuple[list[Callable[[Path], object]], dict[str, Any], str]] = 
     "no prompts": (
         [],
         {"metrics": ["clip"], "weights": {"clip": Path()}},
-        "there is no prompts.jsonl and no prompts.txt in",
+        "samples/prompts.txt and no ",
     ),
     "no such prompts": (
         [],
@@ -289,6 +289,15 @@ FAULTS: dict[str, tuple[list[Callable[[Path], object]], dict[str, Any], str]] = 
         "prompts.txt: line 1: expected GenEval metadata",
     ),
 }
+
+
+def test_prompts_are_found_where_sampling_leaves_them(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("beside\n")
+    wanted = config(folder, metrics=["clip"])
+    assert metric_inputs._read_prompts(wanted, 4) == [{"prompt": "beside"}]
+    (folder / "samples").mkdir()
+    (folder / "samples" / "prompts.txt").write_text("a dog\na cat\n")
+    assert metric_inputs._read_prompts(wanted, 4) == [{"prompt": "a dog"}, {"prompt": "a cat"}]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
