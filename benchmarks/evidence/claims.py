@@ -20,6 +20,7 @@ HALF = (
 )  # fmt: skip
 LORA = ("td-lora-1", "td-lora-2", "td-lora-4", "td-lora-8", "lora")
 TEMPERATURES = ("dynamic-0.5", "tau-2", "tau-5")
+LONG = ("static", "uniform", "dynamic-0.5")
 EMOJI = ("base", "static", "uniform", "dynamic-0.7", "dynamic-0.5")
 BUILT_IN = ("dit", "sit", "flux", "latte")
 
@@ -88,6 +89,7 @@ def _keep(file: Path, measure: Callable[[], Any]) -> None:
 
 CLAIMS: dict[str, Claim] = {
     **{f"half-{trial}": Claim("half the MACs at equal quality", (trial,), HALF) for trial in BUILT_IN},
+    "longer": Claim("what a longer training changes", ("dit",), (*LONG, *(f"{name}-long" for name in LONG))),
     "emoji": Claim("half the MACs at equal quality, on real pictures", ("emoji",), EMOJI),
     "td-lora": Claim("TD-LoRA beside LoRA", ("flux",), ("base", "static", "dynamic-0.5", *LORA)),
     "calibration": Claim("the trained ratio is the sampled one", ("dit",), TEMPERATURES, _calibrations),

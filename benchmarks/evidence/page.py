@@ -11,10 +11,10 @@ import numpy as np
 
 from benchmarks.evidence import plots, tempo
 from benchmarks.evidence.calibration import RULES
-from benchmarks.evidence.claims import BUILT_IN, EMOJI, HALF, LORA, TEMPERATURES
+from benchmarks.evidence.claims import BUILT_IN, EMOJI, HALF, LONG, LORA, TEMPERATURES
 from benchmarks.evidence.emoji import real_emoji
 from benchmarks.evidence.tables import MEASURES, Row, difference, of, table
-from benchmarks.evidence.units import VARIANTS, Place
+from benchmarks.evidence.units import LONGER, VARIANTS, Place
 
 Found = dict[str, Any]
 PROSE = Path(__file__).with_name("page.md")
@@ -43,10 +43,12 @@ def write_page(found: Found, place: Place, docs: Path) -> None:
     values = {
         "size": found["size"], "steps": " or ".join(map(str, steps)), "pictures": dit.pictures,
         "seeds": len(size.seeds), "held_out": size.held_out, "emoji_steps": size.trials["emoji"].base_steps,
-        "batch": tempo.BATCH, "timed": size.timed, "half": _half(claims, place, folder), "colophon": _colophon(claims),
+        "batch": tempo.BATCH, "timed": size.timed, "times": LONGER, "half": _half(claims, place, folder),
+        "colophon": _colophon(claims),
     }  # fmt: skip
     sections = {
-        "emoji": _emoji, "td-lora": _td_lora, "calibration": _calibration, "gates": _gates, "tempo": _tempo
+        "longer": _longer, "emoji": _emoji, "td-lora": _td_lora, "calibration": _calibration, "gates": _gates,
+        "tempo": _tempo,
     }  # fmt: skip
     for name, section in sections.items():
         made = section(claims[name], place, folder) if name in claims else ABSENT
@@ -100,6 +102,18 @@ def answer(units: Sequence[Row]) -> str:
     said = " and ".join(f"the {MEASURES[m][0]}" for m in worse)
     verb = "is" if len(worse) == 1 else "are"
     return f"**It fails: {at} {said} {verb} worse than the fine-tuned static model's.**{kept}"
+
+
+def _longer(claim: Found, place: Place, folder: Path) -> str:
+    units = claim["units"]
+    rows = table(units, [*LONG, *(f"{name}-long" for name in LONG)], ("ratio", "score", "frechet", "mse"))
+    pairs = [
+        ("dynamic-0.5-long", "static-long"),
+        ("dynamic-0.5-long", "uniform-long"),
+        ("dynamic-0.5-long", "dynamic-0.5"),
+    ]
+    said = [f"* {VARIANTS[one].title}, against {VARIANTS[two].title}: {_all(units, one, two)}." for one, two in pairs]
+    return f"{rows}\n\n" + "\n".join(said)
 
 
 def _emoji(claim: Found, place: Place, folder: Path) -> str:

@@ -51,9 +51,12 @@ def difference(units: Sequence[Row], one: str, other: str, measure: str) -> str:
     written = f"{name} {style.format(a.mean())} against {style.format(b.mean())}"
     apart = a - b
     error = float(apart.std(ddof=1)) / len(a) ** 0.5 if len(a) > 1 else 0.0
-    if not error:
+    if not gap:
         return written
+    better = "better" if (gap > 0) == (measure in HIGHER_IS_BETTER) else "worse"
+    if error < 1e-9 * abs(gap):
+        return f"{written}: {better} by as much with every seed" if len(a) > 1 else written
     t = gap / error
     if abs(t) < CRITICAL[min(len(a) - 1, max(CRITICAL))]:
         return f"{written}: not told apart (t = {t:.1f})"
-    return f"{written}: {'better' if (gap > 0) == (measure in HIGHER_IS_BETTER) else 'worse'} (t = {t:.1f})"
+    return f"{written}: {better} (t = {t:.1f})"

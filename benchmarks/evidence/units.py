@@ -42,6 +42,8 @@ from dydit_scale.workflows.runs import LoadedRun, load_run, pick_device, sample_
 
 REAL_SEED = 1
 """Of the real scenes that drawn ones are compared with."""
+LONGER = 4
+"""Times the steps of what is trained for longer."""
 DISTILL = "supervision.kind=distill"
 STATIC = ("dynamic=null", "cost.target=1", "supervision.kind=none", "adapter.kind=none", "supervision.guidance=1")
 
@@ -55,6 +57,8 @@ class Variant(NamedTuple):
     """Or ``narrow``."""
     build: str = ""
     """One of controls.BUILDS."""
+    longer: int = 1
+    """Times the steps of the others."""
 
 
 def dynamic(target: float, *more: str) -> tuple[str, ...]:
@@ -86,6 +90,10 @@ for _experts in (1, 2, 4, 8):
     VARIANTS[f"td-lora-{_experts}"] = Variant(
         f"TD-LoRA, {_experts} expert{'s' if _experts > 1 else ''}",
         dynamic(0.5, "adapter.kind=td_lora", f"adapter.experts={_experts}", "adapter.rank=RANK", "train.lr=4e-3"),
+    )
+for _name in ("static", "uniform", "dynamic-0.5"):
+    VARIANTS[f"{_name}-long"] = VARIANTS[_name]._replace(
+        title=f"{VARIANTS[_name].title}, {LONGER} times the steps", longer=LONGER
     )
 VARIANTS["lora"] = Variant("plain LoRA", dynamic(0.5, "adapter.kind=lora", "adapter.rank=RANK", "train.lr=4e-3"))
 
@@ -218,11 +226,12 @@ def _macs(trial: Trial, pipeline: Any) -> float:
 def recipe_of(place: Place, unit: Unit) -> Recipe:
     """The recipe that the unit trains."""
     trial, variant = place.size.trials[unit.trial], VARIANTS[unit.variant]
+    steps = trial.steps * variant.longer
     overrides = [
         *trial.options, *variant.overrides, f"run={place.run(unit)}", f"seed={unit.seed}",
-        f"data.path={place.trial(unit.trial) / 'shards'}", "engine.name=single", f"train.steps={trial.steps}",
-        f"train.batch_size={trial.batch}", f"train.warmup_steps={max(1, trial.steps // 16)}", "train.ema=0.98",
-        f"cost.ramp_steps={trial.steps // 3}", "train.evaluate_every=0", "train.sample_every=0",
+        f"data.path={place.trial(unit.trial) / 'shards'}", "engine.name=single", f"train.steps={steps}",
+        f"train.batch_size={trial.batch}", f"train.warmup_steps={max(1, steps // 16)}", "train.ema=0.98",
+        f"cost.ramp_steps={steps // 3}", "train.evaluate_every=0", "train.sample_every=0",
         "train.evaluate_samples=4", "train.save_every=0",
     ]  # fmt: skip
     if trial.base_steps or variant.base != "base":
