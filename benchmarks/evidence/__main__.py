@@ -6,7 +6,8 @@
     python -m benchmarks.evidence OUT --size quick             # a few steps of everything, to see that it runs
 
 What OUT holds already is not done again, unless its settings have changed; so a run that was cut off goes on where it
-was. Results go to benchmarks/results/evidence-SIZE.json, pictures to docs/evidence.
+was. Results go to benchmarks/results/evidence-SIZE.json, page and pictures to docs/evidence.md and docs/evidence (those
+of gpu to docs/evidence-gpu.md and docs/evidence-gpu).
 """
 
 from __future__ import annotations
@@ -32,19 +33,21 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), metavar="CLAIM",
                         help=f"of {', '.join(CLAIMS)} (default: all)")  # fmt: skip
+    parser.add_argument("--skip", nargs="+", choices=CLAIMS, default=[], metavar="CLAIM", help="leave these out")
     parser.add_argument("--workers", type=int, help="units side by side (default: the size's)")
     parser.add_argument("--page-only", action="store_true", help="from what OUT holds")
     args = parser.parse_args()
     place = Place(args.out.resolve(), args.size)
+    claims = [claim for claim in args.claims if claim not in args.skip]
     os.chdir(ROOT)
     if not args.page_only:
         began = time.monotonic()
-        run_claims(place, args.claims, args.workers or place.size.workers)
+        run_claims(place, claims, args.workers or place.size.workers)
         print(f"{(time.monotonic() - began) / 60:.1f} minutes")
     quick = args.size == "quick"
     results = place.out if quick else ROOT / "benchmarks" / "results"
-    found = collect(place, args.claims, results / f"evidence-{args.size}.json")
-    write_page(found, place, place.out / "docs" if quick else ROOT / "docs")
+    found = collect(place, claims, results / f"evidence-{args.size}.json")
+    write_page(found, place, place.out / "docs" if quick else ROOT / "docs", claims)
 
 
 def run_claims(place: Place, names: list[str], workers: int) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.evidence.units import REAL_SEED, Place, Unit
+from benchmarks.evidence.distance import distance
+from benchmarks.evidence.units import Place, Unit
 from dydit_scale.data.loader import make_loader, open_data
 from dydit_scale.dynamic.capacity import TokenCapacity
-from dydit_scale.evaluation.classifier import features
-from dydit_scale.evaluation.frechet import frechet_distance
-from dydit_scale.evaluation.judges import judge_for, real_scenes
+from dydit_scale.evaluation.judges import judge_for
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import forwards, generate, recorded, sampler_timesteps
 from dydit_scale.train.objective import Objective
@@ -23,11 +22,12 @@ from dydit_scale.workflows.sample import macs_of
 RULES = {
     "threshold": "tokens by threshold",
     "mean": "top k, k the mean number above the threshold",
-    "expected": "top k, k the sum of the probabilities",
+    "expected": "top k, k the mean number drawn as in training",
 }
 """How tokens are chosen at sampling; width always goes by threshold."""
 COUNTED = 48
-"""Pictures, or noised samples, that numbers of tokens are counted on."""
+"""Pictures that the numbers of tokens above the threshold are counted on as they are drawn, and held-out ones, with
+noise, for the numbers drawn as in training."""
 
 
 @torch.no_grad()
@@ -38,7 +38,6 @@ def calibrate(place: Place, unit: Unit) -> list[dict[str, Any]]:
     config = sample_config(run, steps=trial.sampler_steps, cfg=trial.cfg, batch=48, seed=unit.seed)
     judge = judge_for(reads_text=family_of(run.pipeline).reads_text, video=config.frames > 1)
     prompts = judge.prompts(trial.pictures)
-    wanted = features(real_scenes(judge, prompts, side=config.height, frames=config.frames, seed=REAL_SEED))
     timesteps, network = sampler_timesteps(run.pipeline, config), run.network
     with recorded(network) as counted:
         generate(run.pipeline, prompts[:COUNTED], config)
@@ -60,7 +59,7 @@ def calibrate(place: Place, unit: Unit) -> list[dict[str, Any]]:
             "ratio": macs_of(run, recording, config) / static,
             "tokens": float(np.mean([m.tokens.mean() for m in recording.masks])),
             "score": judge.score(pictures, prompts)["overall"],
-            "frechet": frechet_distance(features(pictures), wanted),
+            "frechet": distance(place, unit.trial, pictures),
         })  # fmt: skip
     return rows
 

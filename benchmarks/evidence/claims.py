@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from benchmarks.evidence.pool import Task
 from benchmarks.evidence.sizes import Size
 from benchmarks.evidence.units import Place, Unit
 from dydit_scale.models.quiet import quiet_libraries
+from dydit_scale.sampling.speed import machine
 from dydit_scale.workflows.evaluate import evaluate_run
 
 HALF = (
@@ -35,12 +37,14 @@ class Claim(NamedTuple):
     """More to measure, once the units are done."""
     alone: bool = False
     """``extra`` measures time: nothing may run beside it."""
+    one_seed: bool = False
+    """It looks at the first seed alone."""
 
     def units(self, size: Size) -> list[Unit]:
         """What is trained, seed by seed."""
         return [
             Unit(trial, variant, seed)
-            for seed in size.seeds
+            for seed in (size.seeds[:1] if self.one_seed else size.seeds)
             for trial in self.trials
             for variant in self.variants
             if not (variant == "narrow" and not size.trials[trial].base_steps)
@@ -53,7 +57,7 @@ def _calibrations(place: Place) -> list[Task]:
 
 
 def _calibrate(place: Place, unit: Unit) -> None:
-    _keep(place.out / "calibration" / f"{unit.name}.json", lambda: calibration.calibrate(place, unit))
+    _keep(place.more(f"calibration-{unit.name}"), [unit], place, lambda: calibration.calibrate(place, unit))
 
 
 def _gates(place: Place) -> list[Task]:
@@ -63,11 +67,14 @@ def _gates(place: Place) -> list[Task]:
 
 def _look(place: Place, unit: Unit) -> None:
     """Let ``dydit evaluate`` write what the gates do."""
-    quiet_libraries()
     trial, run = place.size.trials[unit.trial], place.run(unit)
-    if not (run / "evaluation" / "tokens.npz").exists():
+
+    def look() -> list[Any]:
         prompts = min(48, trial.pictures)
         evaluate_run(run, prompts=prompts, steps=trial.sampler_steps, cfg=trial.cfg, pairs=1, timed=2, batch=48)
+        return []
+
+    _keep(place.more(f"gates-{unit.name}"), [unit], place, look)
 
 
 def _tempo(place: Place) -> list[Task]:
@@ -75,16 +82,24 @@ def _tempo(place: Place) -> list[Task]:
 
 
 def _time(place: Place) -> None:
-    _keep(place.out / "tempo.json", lambda: tempo.measure(place, "flux", place.size.seeds[0]))
+    seed = place.size.seeds[0]
+    units = [Unit("flux", variant, seed) for variant in tempo.MODELS]
+    _keep(place.more("tempo"), units, place, lambda: tempo.measure(place, "flux", seed))
 
 
-def _keep(file: Path, measure: Callable[[], Any]) -> None:
-    """Write what is measured, unless it is there."""
-    if not file.exists():
-        quiet_libraries()
-        found = measure()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1))
+def _keep(file: Path, units: Sequence[Unit], place: Place, measure: Callable[[], list[Any]]) -> None:
+    """Write what is measured of the units, unless it is there and they have not been made anew."""
+    of = [json.loads(place.record(unit).read_text()) for unit in units]
+    for record in of:
+        del record["seconds"]
+    if file.exists() and json.loads(file.read_text())["of"] == of:
+        return
+    quiet_libraries()
+    began = time.monotonic()
+    rows = measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = {"of": of, "rows": rows, "seconds": round(time.monotonic() - began, 1), **machine()}
+    file.write_text(json.dumps(found, indent=1))
 
 
 CLAIMS: dict[str, Claim] = {
@@ -93,6 +108,6 @@ CLAIMS: dict[str, Claim] = {
     "emoji": Claim("half the MACs at equal quality, on real pictures", ("emoji",), EMOJI),
     "td-lora": Claim("TD-LoRA beside LoRA", ("flux",), ("base", "static", "dynamic-0.5", *LORA)),
     "calibration": Claim("the trained ratio is the sampled one", ("dit",), TEMPERATURES, _calibrations),
-    "gates": Claim("where the work goes", BUILT_IN, ("dynamic-0.5",), _gates),
-    "tempo": Claim("quality against time", ("flux",), tempo.MODELS, _tempo, alone=True),
+    "gates": Claim("where the work goes", BUILT_IN, ("dynamic-0.5",), _gates, one_seed=True),
+    "tempo": Claim("quality against time", ("flux",), tempo.MODELS, _tempo, alone=True, one_seed=True),
 }

@@ -28,6 +28,8 @@ from dydit_scale.train.recipe import Recipe
 Build = Callable[..., Parts]
 SURE = 1e3
 """Size of a logit that no noise overrules."""
+NEAR = 0.03
+"""How far from the target ratio uniform width may be."""
 CALIBRATION = 64
 """Samples from which the thresholds of random token routers are found."""
 
@@ -47,14 +49,15 @@ def uniform(recipe: Recipe, *, text_encoders: bool = True) -> Parts:
 
 
 def nearest_widths(cost: ModelCost, units: int, target: float) -> tuple[int, int]:
-    """Numbers of heads and of channel groups, as equal as can be, that together come nearest to the target ratio."""
+    """Numbers of heads and of channel groups: the most equal pair that costs the target ratio but for ``NEAR``, and of
+    those the nearest to it; the nearest of all where none does."""
 
-    def distance(pair: tuple[int, int]) -> tuple[float, int]:
+    def rank(pair: tuple[int, int]) -> tuple[float, ...]:
         rates = (torch.full((len(cost.blocks), 1), n / units) for n in pair)
-        ratio = float(cost.dynamic(KeepRates(*rates, torch.ones(len(cost.blocks), 1))) / cost.static)
-        return round(abs(ratio - target), 2), abs(pair[0] - pair[1])
+        off = abs(float(cost.dynamic(KeepRates(*rates, torch.ones(len(cost.blocks), 1))) / cost.static) - target)
+        return (0, abs(pair[0] - pair[1]), off) if off <= NEAR else (1, off)
 
-    return min(product(range(1, units + 1), repeat=2), key=distance)
+    return min(product(range(1, units + 1), repeat=2), key=rank)
 
 
 def random(recipe: Recipe, *, text_encoders: bool = True) -> Parts:

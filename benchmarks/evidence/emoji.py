@@ -34,12 +34,12 @@ def pack_emoji(out: Path, *, held_out: bool) -> None:
     part = out.parent / f"{out.name}-pictures"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
-    chosen = [row for row in rows if (zlib.crc32(row["file_name"].encode()) % HELD_OUT == 0) == held_out]
+    chosen = _part(out.parent, held_out)
     for row in chosen:
         shutil.copy(pictures / row["file_name"], part)
     (part / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     call("dydit", "data", "pack", part, out, "--shuffle", "--samples-per-shard", "512")
+    shutil.rmtree(part)
 
 
 def _pictures(folder: Path) -> Path:
@@ -51,7 +51,7 @@ def _pictures(folder: Path) -> Path:
     if npm is None:
         raise ValueError(
             f"the emoji come from the npm registry, and there is no npm here; fetch {PACKAGE} elsewhere, unpack it "
-            f"with recipes/emoji/unpack.py and put the folder at {pictures}, or leave this claim out"
+            f"with recipes/emoji/unpack.py and put the folder at {pictures}, or leave the claim out: --skip emoji"
         )
     done = subprocess.run([npm, "pack", PACKAGE], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -73,13 +73,13 @@ def write_emoji_base(shards: Path, out: Path) -> None:
 
 
 def read_captions(folder: Path, count: int) -> list[str]:
-    """Of the pictures kept back, as many as there are."""
-    return [row["caption"] for row in _kept_back(folder)][:count]
+    """Of ``count`` of the pictures kept back, or of as many as there are, in no order of subjects."""
+    return [row["caption"] for row in _part(folder, held_out=True)][:count]
 
 
-def real_emoji(folder: Path, side: int) -> np.ndarray:
-    """The pictures kept back, on white, uint8 [n, side, side, 3]."""
-    return np.stack([_on_white(folder / "pictures" / row["file_name"], side) for row in _kept_back(folder)])
+def real_emoji(folder: Path, side: int, *, held_out: bool = True) -> np.ndarray:
+    """The pictures kept back, or the others, on white, uint8 [n, side, side, 3]."""
+    return np.stack([_on_white(folder / "pictures" / row["file_name"], side) for row in _part(folder, held_out)])
 
 
 def _on_white(file: Path, side: int) -> np.ndarray:
@@ -90,8 +90,10 @@ def _on_white(file: Path, side: int) -> np.ndarray:
     )
 
 
-def _kept_back(folder: Path) -> list[dict[str, str]]:
-    return [r for r in _rows(folder) if zlib.crc32(r["file_name"].encode()) % HELD_OUT == 0]
+def _part(folder: Path, held_out: bool) -> list[dict[str, str]]:
+    """The rows kept from training, or the others, in no order of subjects."""
+    numbered = [(zlib.crc32(row["file_name"].encode()), row) for row in _rows(folder)]
+    return [row for number, row in sorted(numbered, key=lambda n: n[0]) if (number % HELD_OUT == 0) == held_out]
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ def run_all(tasks: Sequence[Task], *, workers: int, logs: Path, title: str) -> N
     if not tasks:
         return
     logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, (os.cpu_count() or 1) // workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the workers, read as they start
     context = multiprocessing.get_context("spawn")
     failed: list[str] = []
@@ -52,7 +52,7 @@ def _end_with(parent: int) -> None:
 
 
 def _logged(log: Path, function: Callable[..., Any], arguments: Iterable[Any]) -> None:
-    with log.open("w") as file:
+    with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)  # programs that the task starts write there too
         try:

@@ -8,39 +8,63 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.claims import CLAIMS, TEMPERATURES
-from benchmarks.evidence.units import Place, Unit
-from dydit_scale.sampling.speed import machine
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.evidence.claims import CLAIMS
+from benchmarks.evidence.distance import distance, real_distance
+from benchmarks.evidence.units import Place, Unit, settings_digest
+
+Found = dict[str, Any]
+WHERE = ("machine", "versions", "date")
 
 
-def collect(place: Place, claims: Sequence[str], file: Path) -> dict[str, Any]:
+def collect(place: Place, claims: Sequence[str], file: Path) -> Found:
     """Write what these claims found to ``file``, beside what it holds of other claims; returns all of it.
 
-    Raises ValueError naming what is missing.
+    Raises ValueError naming what is missing, or what was made with other settings.
     """
     known = json.loads(file.read_text())["claims"] if file.is_file() else {}
-    found = {**known, **{name: {**_of_claim(place, name), **machine()} for name in claims}}
-    ordered = {name: found[name] for name in CLAIMS if name in found}
-    settings = json.loads(json.dumps(asdict(place.size)))
-    done = {"size": place.size_name, "settings": settings, "claims": ordered}
+    found = known | {name: of_claim(place, name) for name in tqdm(claims, desc="collecting", unit="claim")}
+    done = {"size": place.size_name, "claims": {name: found[name] for name in CLAIMS if name in found}}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(done, indent=1) + "\n")
     return done
 
 
-def _of_claim(place: Place, name: str) -> dict[str, Any]:
+def of_claim(place: Place, name: str) -> Found:
+    """What one claim found, with its settings and where it was measured."""
     claim, size = CLAIMS[name], place.size
-    result: dict[str, Any] = {"units": [_read(place.record(unit)) for unit in claim.units(size)]}
-    seconds = {
-        part.stem: _read(part)["seconds"] for t in claim.trials for part in sorted(place.trial(t).glob("*.json"))
-    }
-    result["seconds"] = {"prepared": seconds, "units": round(sum(unit["seconds"] for unit in result["units"]), 1)}
-    if name == "calibration":
-        units = [Unit("dit", variant, seed) for seed in size.seeds for variant in TEMPERATURES]
-        result["rows"] = [row for unit in units for row in _read(place.out / "calibration" / f"{unit.name}.json")]
-    if name == "tempo":
-        result["rows"] = _read(place.out / "tempo.json")
-    return result
+    units = [_unit(place, unit) for unit in claim.units(size)]
+    parts = {part: _read(part) for trial in claim.trials for part in sorted(place.trial(trial).glob("*.json"))}
+    more = {task: _read(place.more(task)) for task, _, _ in (claim.extra(place) if claim.extra else [])}
+    trials = {trial: asdict(size.trials[trial]) for trial in claim.trials}
+    counts = {unit["trial"]: unit["pictures"] for unit in units}
+    return json.loads(json.dumps({
+        "settings": {"seeds": size.seeds, "held_out": size.held_out, "timed": size.timed, "trials": trials},
+        "units": [{key: value for key, value in unit.items() if key not in WHERE} for unit in units],
+        "real": {trial: real_distance(place, trial, count) for trial, count in counts.items()},
+        "rows": [row for found in more.values() for row in found["rows"]],
+        "seconds": {
+            "prepared": {f"{part.parent.name}-{part.stem}": found["seconds"] for part, found in parts.items()},
+            "units": round(sum(unit["seconds"] for unit in units), 1),
+            "more": round(sum(found["seconds"] for found in more.values()), 1),
+        },
+        "measured": _distinct([*units, *more.values()]),
+    }))  # fmt: skip
+
+
+def _unit(place: Place, unit: Unit) -> Found:
+    record = _read(place.record(unit))
+    if record["settings"] != settings_digest(place, unit):
+        raise ValueError(f"{place.record(unit)} was made with other settings: run its claim again")
+    return record | {"frechet": distance(place, unit.trial, np.load(place.pictures(unit))["arr_0"])}
+
+
+def _distinct(records: Sequence[Found]) -> list[Found]:
+    """Machines, versions and dates, each once."""
+    found = [{key: record[key] for key in WHERE} for record in records]
+    return [where for n, where in enumerate(found) if where not in found[:n]]
 
 
 def _read(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,20 +44,24 @@ def _cell(values: Sequence[float], style: str) -> str:
 
 
 def difference(units: Sequence[Row], one: str, other: str, measure: str) -> str:
-    """In words, how ``one`` compares to ``other``, by a paired t-test: runs of a seed share data, noise and prompts."""
-    a, b = np.array(of(units, one, measure)), np.array(of(units, other, measure))
-    gap = float(a.mean() - b.mean())
-    style = MEASURES[measure][1]
-    name = MEASURES[measure][0]
-    written = f"{name} {style.format(a.mean())} against {style.format(b.mean())}"
-    apart = a - b
-    error = float(apart.std(ddof=1)) / len(a) ** 0.5 if len(a) > 1 else 0.0
+    """In words, how ``one`` compares to ``other``: the mean difference and its 95 % interval by a paired t-test: runs
+    of a seed share data, noise and prompts."""
+    gap, width = interval(units, one, other, measure)
+    name, style = MEASURES[measure]
+    a, b = (style.format(np.mean(of(units, variant, measure))) for variant in (one, other))
     if not gap:
-        return written
-    better = "better" if (gap > 0) == (measure in HIGHER_IS_BETTER) else "worse"
-    if error < 1e-9 * abs(gap):
-        return f"{written}: {better} by as much with every seed" if len(a) > 1 else written
-    t = gap / error
-    if abs(t) < CRITICAL[min(len(a) - 1, max(CRITICAL))]:
-        return f"{written}: not told apart (t = {t:.1f})"
-    return f"{written}: {better} (t = {t:.1f})"
+        return f"{name} {a} against {b}"
+    signed = style.replace(":", ":+").format(gap)
+    verdict = "not told apart"
+    if abs(gap) > width:
+        verdict = "better" if (gap > 0) == (measure in HIGHER_IS_BETTER) else "worse"
+    return f"{name} {a} against {b}, {signed} ± {style.format(width)}: {verdict}"
+
+
+def interval(units: Sequence[Row], one: str, other: str, measure: str) -> tuple[float, float]:
+    """Mean of ``one`` minus ``other`` over seeds, and half the width of its 95 % interval; infinite for one seed."""
+    apart = np.array(of(units, one, measure)) - np.array(of(units, other, measure))
+    if len(apart) < 2:
+        return float(apart.mean()), math.inf
+    error = float(apart.std(ddof=1)) / len(apart) ** 0.5
+    return float(apart.mean()), error * CRITICAL[min(len(apart) - 1, max(CRITICAL))]

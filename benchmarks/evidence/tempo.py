@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from diffusers import FirstBlockCacheConfig
 
-from benchmarks.evidence.units import REAL_SEED, Place, Unit
-from dydit_scale.evaluation.classifier import features
-from dydit_scale.evaluation.frechet import frechet_distance
-from dydit_scale.evaluation.judges import judge_for, real_scenes
+from benchmarks.evidence.distance import distance
+from benchmarks.evidence.units import Place, Unit
+from dydit_scale.evaluation.judges import judge_for
 from dydit_scale.models.registry import family_of
 from dydit_scale.sampling.generate import generate, sampler_timesteps
 from dydit_scale.workflows.runs import load_run, sample_config
@@ -55,8 +54,6 @@ def measure(place: Place, trial_name: str, seed: int) -> list[dict[str, Any]]:
     any_run = runs["static"]
     judge = judge_for(reads_text=family_of(any_run.pipeline).reads_text, video=False)
     prompts = judge.prompts(trial.pictures)
-    side = any_run.recipe.data.image_size
-    wanted = features(real_scenes(judge, prompts, side=side, frames=1, seed=REAL_SEED))
     seconds: dict[Sampler, list[float]] = {}
     quality: dict[Sampler, dict[str, float]] = {}
     for _ in range(place.size.timed):
@@ -75,7 +72,7 @@ def measure(place: Place, trial_name: str, seed: int) -> list[dict[str, Any]]:
                 run.network.disable_cache()
             quality[sampler] = {
                 "score": judge.score(pictures, prompts)["overall"],
-                "frechet": frechet_distance(features(pictures), wanted),
+                "frechet": distance(place, trial_name, pictures),
             }
     return [
         {**sampler._asdict(), "seconds": min(seconds[sampler]), "spread": float(np.ptp(seconds[sampler])),

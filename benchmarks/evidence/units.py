@@ -16,21 +16,20 @@ import numpy as np
 import torch
 
 from benchmarks.evidence.controls import BUILDS
-from benchmarks.evidence.emoji import pack_emoji, read_captions, real_emoji, write_emoji_base
+from benchmarks.evidence.emoji import pack_emoji, read_captions, write_emoji_base
 from benchmarks.evidence.sizes import ROOT, SIZES, Size, Trial
 from dydit_scale.data.loader import open_data
 from dydit_scale.data.shapes.language import CLASSES
 from dydit_scale.data.shapes.motion import MOTIONS
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.evaluation.classifier import features
-from dydit_scale.evaluation.frechet import frechet_distance
-from dydit_scale.evaluation.judges import judge_for, real_scenes
+from dydit_scale.evaluation.judges import judge_for
 from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.models.registry import family_of
 from dydit_scale.models.small import small_class_latte_pipeline, small_class_pipeline
 from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import init_world
 from dydit_scale.sampling.generate import generate, sampler_timesteps
+from dydit_scale.sampling.speed import machine
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.loop import train
 from dydit_scale.train.objective import Objective, sample_size
@@ -40,8 +39,6 @@ from dydit_scale.workflows.base import write_base
 from dydit_scale.workflows.launch import call
 from dydit_scale.workflows.runs import LoadedRun, load_run, pick_device, sample_config
 
-REAL_SEED = 1
-"""Of the real scenes that drawn ones are compared with."""
 LONGER = 4
 """Times the steps of what is trained for longer."""
 DISTILL = "supervision.kind=distill"
@@ -134,6 +131,10 @@ class Place:
     def record(self, unit: Unit) -> Path:
         """What was measured."""
         return self.out / "units" / f"{unit.name}.json"
+
+    def more(self, name: str) -> Path:
+        """What was measured of units once they were there."""
+        return self.out / "more" / f"{name}.json"
 
     def pictures(self, unit: Unit) -> Path:
         """What was drawn: arr_0 uint8."""
@@ -267,7 +268,7 @@ def run_unit(place: Place, unit: Unit) -> dict[str, Any]:
     quiet_libraries()
     began, done = time.monotonic(), place.record(unit)
     recipe, variant, trial = recipe_of(place, unit), VARIANTS[unit.variant], place.size.trials[unit.trial]
-    digest = settings_digest(recipe, trial, unit.variant)
+    digest = settings_digest(place, unit)
     if done.is_file() and (record := json.loads(done.read_text()))["settings"] == digest:
         return record
     if unit.variant == "base":
@@ -276,7 +277,7 @@ def run_unit(place: Place, unit: Unit) -> dict[str, Any]:
         found = _trained(recipe, variant, place, unit, trial)
     record = {
         "trial": unit.trial, "variant": unit.variant, "seed": unit.seed, "settings": digest, **found,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - began, 1), **machine(),
     }  # fmt: skip
     done.parent.mkdir(parents=True, exist_ok=True)
     aside = done.with_suffix(".new")
@@ -285,11 +286,12 @@ def run_unit(place: Place, unit: Unit) -> dict[str, Any]:
     return record
 
 
-def settings_digest(recipe: Recipe, trial: Trial, variant: str) -> str:
+def settings_digest(place: Place, unit: Unit) -> str:
     """Of everything that decides what a unit measures, wherever its files lie."""
-    values = recipe.as_dict()
+    values = recipe_of(place, unit).as_dict()
     del values["run"], values["data"]["path"], values["model"]["base"]
-    return hashlib.sha256(json.dumps([values, asdict(trial), variant], sort_keys=True).encode()).hexdigest()[:16]
+    decides = [values, asdict(place.size.trials[unit.trial]), unit.variant]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _untouched(recipe: Recipe, place: Place, unit: Unit, trial: Trial) -> dict[str, Any]:
@@ -357,8 +359,5 @@ def draw(run: LoadedRun, place: Place, unit: Unit, trial: Trial) -> dict[str, An
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(file, arr_0=pictures, prompts=np.array(prompts))
     if trial.emoji:
-        wanted = real_emoji(place.trial(unit.trial), config.height)
-        return {"frechet": frechet_distance(features(pictures), features(wanted)), "pictures": len(pictures)}
-    wanted = real_scenes(judge, prompts, side=config.height, frames=config.frames, seed=REAL_SEED)
-    distance = frechet_distance(features(pictures), features(wanted))
-    return {"score": judge.score(pictures, prompts)["overall"], "frechet": distance, "pictures": len(pictures)}
+        return {"pictures": len(pictures)}
+    return {"score": judge.score(pictures, prompts)["overall"], "pictures": len(pictures)}

@@ -15,6 +15,7 @@ from benchmarks.evidence import claims, controls, page, plots, pool, results, ta
 from benchmarks.evidence.sizes import SIZES
 from benchmarks.evidence.units import VARIANTS, Place, Unit
 from dydit_scale.dynamic.cost import KeepRates
+from dydit_scale.sampling.speed import machine
 from dydit_scale.train.build import Parts
 from dydit_scale.train.frozen import even_numbers
 from dydit_scale.train.objective import Objective
@@ -59,9 +60,12 @@ def test_uniform_width_is_the_same_everywhere_and_costs_the_target(worlds: Path,
     assert all(p.requires_grad for n, p in parts.network.named_parameters() if "attn" in n and "dy_" not in n)
     cost = controls._cost(recipe, parts)
     units_ = parts.network.config["num_attention_heads"]
-    best = min(abs(ratio(cost, h, g, units_) - 0.6) for h in range(1, units_ + 1) for g in range(1, units_ + 1))
-    own = ratio(cost, int(table.heads[0, 0].sum()), int(table.groups[0, 0].sum()), units_)
-    assert abs(own - 0.6) <= best + 0.01
+    counts = range(1, units_ + 1)
+    off = {(h, g): abs(ratio(cost, h, g, units_) - 0.6) for h in counts for g in counts}
+    near = [pair for pair in off if off[pair] <= controls.NEAR]
+    own = int(table.heads[0, 0].sum()), int(table.groups[0, 0].sum())
+    assert off[own] <= max(controls.NEAR, min(off.values()))
+    assert not near or abs(own[0] - own[1]) == min(abs(h - g) for h, g in near)
 
 
 def ratio(cost: Any, heads: int, groups: int, units_: int) -> float:
@@ -162,36 +166,58 @@ def made_up(scores: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def test_differences_are_told_by_a_paired_t_test() -> None:
     rows = made_up({"static": [0.80, 0.90, 0.70], "dynamic-0.5": [0.70, 0.81, 0.61], "width": [0.81, 0.80, 0.78]})
-    # differences -.10, -.09, -.09: mean -.0933, standard error .00333
+    # differences -.10, -.09, -.09: mean -.0933, standard error .00333, times 4.30
     assert tables.difference(rows, "dynamic-0.5", "static", "score") == (
-        "judge's score 0.707 against 0.800: worse (t = -28.0)"
+        "judge's score 0.707 against 0.800, -0.093 ± 0.014: worse"
     )
-    assert ": better" in tables.difference(rows, "static", "dynamic-0.5", "score")
-    assert ": worse" in tables.difference(rows, "dynamic-0.5", "static", "mse"), "more error is worse"
-    assert ": not told apart" in tables.difference(rows, "width", "static", "score")
-    assert tables.difference(rows, "static", "static", "score").endswith("0.800 against 0.800")
-    rows = made_up({"static": [0.5, 0.75, 0.625], "width": [0.25, 0.5, 0.375]})
-    assert tables.difference(rows, "width", "static", "score").endswith("worse by as much with every seed")
+    assert tables.difference(rows, "static", "dynamic-0.5", "score").endswith(": better")
+    assert tables.difference(rows, "dynamic-0.5", "static", "mse").endswith(": worse"), "more error is worse"
+    assert tables.difference(rows, "width", "static", "score").endswith(": not told apart")
+    assert tables.difference(rows, "static", "static", "score") == "judge's score 0.800 against 0.800"
+    one = [row for row in rows if row["seed"] == 0]
+    assert tables.difference(one, "dynamic-0.5", "static", "score").endswith(": not told apart"), (
+        "one seed tells nothing"
+    )
 
 
 def test_the_answer_follows_the_numbers() -> None:
     lost = made_up({"static": [0.8, 0.9, 0.7], "dynamic-0.5": [0.70, 0.81, 0.61]})
-    assert page.answer(lost).startswith("**It fails: at 0.50 of the MACs the judge's score and the Fréchet distance")
+    assert page.answer(lost).startswith(
+        "**It fails here: at 0.50 of the MACs the judge's score and the Fréchet distance"
+    )
     assert "88% of the judge's score" in page.answer(lost)
     level = made_up({"static": [0.8, 0.9, 0.7], "dynamic-0.5": [0.83, 0.86, 0.71]})
-    assert page.answer(level).startswith("**Not refuted")
+    assert page.answer(level).startswith("**At 0.50 of the MACs no loss is told")
+    off = [row | {"ratio": 0.56} for row in lost]
+    assert page.answer(off).startswith("**Not tested: the dynamic model came to 0.56")
+
+
+def test_a_missed_ratio_is_named() -> None:
+    rows = made_up({"static": [0.8], "tokens": [0.1], "dynamic-0.3": [0.5]})
+    rows = [row | {"ratio": {"static": 1.0, "tokens": 0.56, "dynamic-0.3": 0.31}[row["variant"]]} for row in rows]
+    assert page._missed(rows).endswith("asked for: dynamic, tokens only (0.56).")
+
+
+def fake_results(place: Place) -> dict[str, Any]:
+    """As of the claim half-dit, with pictures."""
+    for variant in ("static", "dynamic-0.5", "uniform", "random"):
+        file = place.pictures(Unit("dit", variant, 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    rows = made_up({v: [0.8, 0.7 + 0.01 * i] for i, v in enumerate(claims.HALF)})
+    return {
+        "units": [row | {"seconds": 1.0, "trial": "dit", "pictures": 3} for row in rows],
+        "real": {"dit": 1.5, "sit": 1.5},
+        "seconds": {"prepared": {"dit-base": 60.0}, "units": 60.0, "more": 0.0},
+        "measured": [machine()],
+    }
 
 
 def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
     place = Place(tmp_path, "quick")
-    chosen = ("static", "dynamic-0.5", "uniform", "random")
-    for variant in chosen:
-        file = place.pictures(Unit("dit", variant, 0))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, arr_0=np.zeros((3, 8, 8, 3), np.uint8))
-    rows = [row | {"seconds": 1.0} for row in made_up({v: [0.8, 0.7 + 0.01 * i] for i, v in enumerate(claims.HALF)})]
-    claim = {"units": rows, "seconds": {"prepared": {}, "units": 60.0}, **results.machine()}
-    page.write_page({"size": "quick", "claims": {"half-dit": claim}}, place, tmp_path / "docs")
+    page.write_page(
+        {"size": "quick", "claims": {"half-dit": fake_results(place)}}, place, tmp_path / "docs", ["half-dit"]
+    )
     text = (tmp_path / "docs" / "evidence.md").read_text()
     assert text.count(page.ABSENT) == 6, "longer, emoji, td-lora, calibration, gates, tempo"
     assert "$" not in text
@@ -201,14 +227,64 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) 
         assert (tmp_path / "docs" / link).stat().st_size > 1000
 
 
+def test_pictures_of_claims_that_were_not_run_here_stay(tmp_path: Path) -> None:
+    place = Place(tmp_path, "quick")
+    found = {"size": "quick", "claims": {"half-dit": fake_results(place), "half-sit": fake_results(place)}}
+    old = tmp_path / "docs" / "evidence" / "sit.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"kept")
+    page.write_page(found, place, tmp_path / "docs", ["half-dit"])
+    assert old.read_bytes() == b"kept"
+    assert "](evidence/sit.png)" in (tmp_path / "docs" / "evidence.md").read_text()
+
+
+def test_a_gpu_has_a_page_of_its_own(tmp_path: Path) -> None:
+    place = Place(tmp_path, "quick")
+    page.write_page(
+        {"size": "gpu", "claims": {"half-dit": fake_results(place)}}, place, tmp_path / "docs", ["half-dit"]
+    )
+    assert "](evidence-gpu/half.svg)" in (tmp_path / "docs" / "evidence-gpu.md").read_text()
+    assert not (tmp_path / "docs" / "evidence.md").exists()
+
+
 def test_a_claim_that_was_not_run_is_missed_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dit-base-0\.json is missing: run the claim first"):
         results.collect(Place(tmp_path, "quick"), ["half-dit"], tmp_path / "found.json")
 
 
+def test_units_of_other_settings_are_not_published(tmp_path: Path) -> None:
+    place, unit = Place(tmp_path, "quick"), Unit("flux", "base", 0)
+    place.record(unit).parent.mkdir(parents=True)
+    place.record(unit).write_text(json.dumps({"settings": "of before"}))
+    with pytest.raises(ValueError, match="was made with other settings"):
+        results._unit(place, unit)
+
+
+def test_bases_of_other_settings_are_refused(tmp_path: Path) -> None:
+    folder = Place(tmp_path, "quick").trial("dit")
+    (folder / "base").mkdir(parents=True)
+    (folder / "base.json").write_text(json.dumps({"seconds": 1, "settings": {"base_steps": 7}}))
+    with pytest.raises(ValueError, match=r"was made with .*'base_steps': 7.* choose another OUT"):
+        units.prepare(Place(tmp_path, "quick"), "dit", "base")
+
+
+def test_what_was_measured_of_units_follows_them(tmp_path: Path) -> None:
+    place, unit, taken = Place(tmp_path, "quick"), Unit("dit", "dynamic-0.5", 0), []
+    place.record(unit).parent.mkdir(parents=True)
+
+    def measure() -> list[Any]:
+        taken.append(1)
+        return [{"row": len(taken)}]
+
+    for mse, expected in ((0.1, 1), (0.1, 1), (0.2, 2)):
+        place.record(unit).write_text(json.dumps({"mse": mse, "seconds": len(taken)}))
+        claims._keep(place.more("x"), [unit], place, measure)
+        assert json.loads(place.more("x").read_text())["rows"] == [{"row": expected}]
+
+
 def test_results_of_other_claims_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "found.json"
-    monkeypatch.setattr(results, "_of_claim", lambda place, name: {"units": [name]})
+    monkeypatch.setattr(results, "of_claim", lambda place, name: {"units": [name]})
     results.collect(Place(tmp_path, "quick"), ["half-sit"], file)
     found = results.collect(Place(tmp_path, "quick"), ["half-dit"], file)
     assert list(found["claims"]) == ["half-dit", "half-sit"]
