@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+"""Kinds of prompts."""
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 """Among which the colour of an object is chosen."""
 COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
@@ -55,6 +56,8 @@ def check_line(line: Any, where: str) -> None:
     """ValueError, beginning with ``where``, if ``line`` is no metadata of a GenEval prompt."""
     if not isinstance(line, dict) or not isinstance(line.get("tag"), str) or not line.get("include"):
         raise ValueError(f"{where}: expected GenEval metadata with tag, prompt and include, got {str(line)[:80]}")
+    if line["tag"] not in TAGS:
+        raise ValueError(f"{where}: unknown tag {line['tag']!r}; they are {', '.join(TAGS)}")
     for key in ("include", "exclude"):
         for place, want in enumerate(line.get(key, ())):
             at = f"{where}: {key} {place}"

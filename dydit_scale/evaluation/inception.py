@@ -212,7 +212,11 @@ def load_inception(path: Path) -> Inception:
     Raises ValueError if the file is not that.
     """
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     # The readers raise a dozen types on other files.
     except Exception as error:
         raise ValueError(f"{path}: cannot read weights ({type(error).__name__}: {error})") from error

@@ -38,10 +38,10 @@ class Blocks:
         return self.folder / f"block-{block:06d}.safetensors"
 
     def read(self, block: int) -> np.ndarray:
-        """A block's pictures, uint8.
+        """A block's pictures, uint8; the first of them where a larger set was drawn before.
 
-        Raises DamagedBlockError if the file is cut short, changed, no block, or holds another number of pictures;
-        OSError if there is none.
+        Raises DamagedBlockError if the file is cut short, changed, no block, or holds fewer pictures; OSError if there
+        is none.
         """
         path, count = self.path(block), len(self.numbers(block))
         try:
@@ -51,9 +51,9 @@ class Blocks:
             raise DamagedBlockError(f"{path}: damaged or cut short: {error}") from error
         if pictures.dtype != np.uint8 or _digest(pictures) != sha256:
             raise DamagedBlockError(f"{path}: damaged: its pixels do not have the SHA-256 that was written beside them")
-        if len(pictures) != count:
+        if not count <= len(pictures) <= self.size:
             raise DamagedBlockError(f"{path}: holds {len(pictures)} pictures, expected {count}")
-        return pictures
+        return pictures[:count]
 
 
 def block_bytes(pictures: np.ndarray) -> bytes:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dydit_scale.evaluation.batches import SampleSet, open_set
+from dydit_scale.evaluation.batches import PICTURE_EXTENSIONS, SampleSet, open_set
 from dydit_scale.evaluation.geneval import check_line
 from dydit_scale.evaluation.i3d import MIN_FRAMES
 from dydit_scale.evaluation.statistics import NEIGHBOUR
@@ -154,6 +154,7 @@ def _check_reference(config: MetricsConfig, samples: SampleSet, reference: Sampl
 
 
 def _read_prompts(config: MetricsConfig, count: int) -> list[dict[str, Any]]:
+    _check_order(config)
     path = config.captions or _find_prompts(config)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of prompts")
@@ -170,10 +171,21 @@ def _read_prompts(config: MetricsConfig, count: int) -> list[dict[str, Any]]:
     return lines
 
 
+def _check_order(config: MetricsConfig) -> None:
+    """Prompts go by the place of a picture, which several folders do not tell: GenEval's own has one for each prompt."""
+    folders = {path.parent for path in config.samples.rglob("*.*") if path.suffix.lower()[1:] in PICTURE_EXTENSIONS}
+    if len(folders) > 1:
+        users = ", ".join(config.need("prompts"))
+        raise ValueError(
+            f"{users}: {config.samples} holds pictures in {len(folders)} folders, which do not tell each one's prompt; "
+            "put them into one, prompts taking turns"
+        )
+
+
 def _find_prompts(config: MetricsConfig) -> Path:
-    """In the folder of the samples; for OUT.npz in the folder OUT that ``dydit sample`` makes of it, or beside it."""
+    """In the folder of the samples, or for OUT.npz in the folder OUT that ``dydit sample`` makes of it; or beside."""
     samples = config.samples
-    folders = [samples] if samples.is_dir() else [samples.with_suffix(""), samples.parent]
+    folders = [samples if samples.is_dir() else samples.with_suffix(""), samples.parent]
     places = [folder / name for folder in folders for name in PROMPT_FILES]
     found = next((place for place in places if place.is_file()), None)
     if found is None:

@@ -216,7 +216,7 @@ def _finish(wanted: Wanted, blocks: Blocks, subjects: Subjects, done: Drawn, run
     if wanted.npz is None:
         return
     labels = None if subjects.labels is None else np.resize(subjects.labels, wanted.num)
-    aside = wanted.npz.with_name(f".{wanted.npz.name}.part")
+    aside = wanted.npz_aside
     try:
         with told_when_full(wanted.npz.parent, "writing it"):
             write_npz(aside, _read_all(blocks, f"writing {wanted.npz.name}"), wanted.num, labels)

@@ -53,6 +53,12 @@ class Wanted:
     fps: int = 8
     """Of clips as MP4."""
 
+    @property
+    def npz_aside(self) -> Path:
+        """Where the npz is written before it has its name."""
+        assert self.npz is not None, "no npz is wanted"
+        return self.npz.with_name(f".{self.npz.name}.part")
+
     def __post_init__(self) -> None:
         if self.num < 1:
             raise ValueError(f"--num: expected 1 or more pictures, got {self.num}")
@@ -169,8 +175,8 @@ def begin(wanted: Wanted, making: dict[str, Any], settings: SampleConfig, missin
     """Say how pictures are made before the first is; ValueError if the disk does not hold the ``missing`` ones."""
     blocks = wanted.blocks(settings.batch).folder
     blocks.mkdir(exist_ok=True)
-    for aside in blocks.glob(".*.part"):
-        aside.unlink()
+    for aside in (*blocks.glob(".*.part"), *([wanted.npz_aside] if wanted.npz else [])):
+        aside.unlink(missing_ok=True)
     _check_space(wanted, missing, settings)
     text = json.dumps({**making, "batch": settings.batch}, indent=1) + "\n"
     write_whole(wanted.out / SETTINGS_FILE, text.encode())

@@ -89,6 +89,7 @@ def test_the_score_weighs_kinds_of_prompts_equally() -> None:
     [
         ({"include": []}, "expected GenEval metadata with tag, prompt and include"),
         ({"tag": None}, "expected GenEval metadata"),
+        ({"tag": "count"}, "unknown tag 'count'; they are single_object"),
         ({"include": [{"count": 1}]}, "include 0: expected a class"),
         ({"include": [{"class": "dog", "count": 0}]}, "include 0: expected a count of 1 or more, got 0"),
         ({"include": [{"class": "dog", "count": 1, "color": "teal"}]}, "unknown color 'teal'; they are red, orange"),

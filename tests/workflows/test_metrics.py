@@ -300,6 +300,17 @@ def test_prompts_are_found_where_sampling_leaves_them(folder: Path) -> None:
     assert metric_inputs._read_prompts(wanted, 4) == [{"prompt": "a dog"}, {"prompt": "a cat"}]
 
 
+def test_pictures_in_folders_by_prompt_are_refused(folder: Path) -> None:
+    for prompt in ("00000", "00001"):
+        (folder / "geneval" / prompt).mkdir(parents=True)
+        for n in range(2):
+            Image.new("RGB", (8, 8)).save(folder / "geneval" / prompt / f"{n}.png")
+    (folder / "prompts.txt").write_text("a dog\na cat\n")
+    wanted = config(folder, samples=folder / "geneval", metrics=["clip"])
+    with pytest.raises(ValueError, match=r"clip: .*geneval holds pictures in 2 folders, which do not tell"):
+        metric_inputs._read_prompts(wanted, 4)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_told_before_a_network_is_loaded(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric_inputs, "find_spec", lambda name: None if fault == "no scipy" else name)

@@ -161,6 +161,16 @@ def test_a_set_grows(runs: Path, copy: Path, tmp_path: Path) -> None:
     assert (copy / "set.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
+def test_a_smaller_set_is_the_beginning_of_the_one_that_is_there(runs: Path, copy: Path, made: Path) -> None:
+    before = block_times(copy / "set")
+    (copy / ".set.npz.part").write_bytes(b"left by a kill")
+    assert draw(runs / "dit", copy / "set", 6).drawn == 0
+    assert block_times(copy / "set") == before
+    with np.load(copy / "set.npz") as small, np.load(made / "set.npz") as whole:
+        assert (small["arr_0"] == whole["arr_0"][:6]).all()
+    assert not (copy / ".set.npz.part").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
