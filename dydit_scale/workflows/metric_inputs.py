@@ -172,7 +172,7 @@ def _read_prompts(config: MetricsConfig, count: int) -> list[dict[str, Any]]:
 
 
 def _check_order(config: MetricsConfig) -> None:
-    """Prompts go by the place of a picture, which several folders do not tell: GenEval's own has one for each prompt."""
+    """Prompts go by a picture's place, which several folders do not tell: GenEval's own has one for each prompt."""
     folders = {path.parent for path in config.samples.rglob("*.*") if path.suffix.lower()[1:] in PICTURE_EXTENSIONS}
     if len(folders) > 1:
         users = ", ".join(config.need("prompts"))
