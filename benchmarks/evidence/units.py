@@ -64,7 +64,7 @@ def dynamic(target: float, *more: str) -> tuple[str, ...]:
 
 
 VARIANTS: dict[str, Variant] = {
-    "base": Variant("base, untouched", ()),
+    "base": Variant("base, untouched", STATIC),
     "static": Variant("base, fine-tuned equally long", STATIC),
     "narrow": Variant("narrow static model, trained as the base, then fine-tuned", STATIC, base="narrow"),
     "uniform": Variant(
@@ -296,8 +296,6 @@ def settings_digest(place: Place, unit: Unit) -> str:
 
 def _untouched(recipe: Recipe, place: Place, unit: Unit, trial: Trial) -> dict[str, Any]:
     """The base, measured with the unit's noise."""
-    still = [*trial.options, *STATIC, f"seed={unit.seed}", f"model.base={recipe.model.base}", f"run={recipe.run}"]
-    recipe = load_recipe(ROOT / f"recipes/{trial.recipe}.yaml", [*still, f"data.path={recipe.data.path}"])
     parts = build_parts(recipe)
     parts.pipeline.to(pick_device("auto"))
     network = parts.network.eval()
