@@ -15,19 +15,20 @@ from benchmarks.evidence.calibration import RULES
 from benchmarks.evidence.claims import BUILT_IN, EMOJI, HALF, LONG, LORA, TEMPERATURES
 from benchmarks.evidence.distance import REFERENCE
 from benchmarks.evidence.emoji import real_emoji
-from benchmarks.evidence.tables import MEASURES, Row, difference, of, table
+from benchmarks.evidence.tables import MEASURES, Row, comparisons, is_worse, of, table
 from benchmarks.evidence.units import LONGER, VARIANTS, Place
 
 Found = dict[str, Any]
 PROSE = Path(__file__).with_name("page.md")
 ABSENT = "Not measured yet."
+QUALITY = ("score", "frechet", "mse")
 TARGET, NEAR = 0.5, 0.03
 """The ratio that the first claim is about, and how near to it a run must come."""
 COMPARED = (
     ("dynamic-0.7", "static", "lambda 0.7 against the fine-tuned static model"),
     ("dynamic-0.5", "static", "lambda 0.5 against the same"),
     ("dynamic-0.3", "static", "lambda 0.3 against the same"),
-    ("dynamic-0.5", "base", "lambda 0.5 against the base, for which nothing was trained"),
+    ("dynamic-0.5", "base", "lambda 0.5 against the base, which was not trained on"),
     ("dynamic-0.5", "narrow", "lambda 0.5 against the narrow model"),
     ("dynamic-0.5", "uniform", "lambda 0.5 against uniform width"),
     ("width", "uniform", "learned width only against uniform width"),
@@ -96,9 +97,9 @@ class _Page:
             parts += [
                 f"### {self.place.size.trials[trial].title}",
                 answer(units),
-                table(units, [v for v in HALF if of(units, v, "mse")], ("ratio", "score", "frechet", "mse")),
+                table(units, [v for v in HALF if of(units, v, "mse")], ("ratio", *QUALITY)),
                 self._counted(f"half-{trial}", trial) + _missed(units),
-                _comparisons(units),
+                comparisons(units, COMPARED, QUALITY),
                 self.link("drawn from the same noise", f"{trial}.png"),
             ]
         return "\n\n".join(parts)
@@ -112,16 +113,14 @@ class _Page:
 
     def longer(self) -> str:
         units = self.units("longer")
-        rows = table(units, [*LONG, *(f"{name}-long" for name in LONG)], ("ratio", "score", "frechet", "mse"))
+        rows = table(units, [*LONG, *(f"{name}-long" for name in LONG)], ("ratio", *QUALITY))
         own = "dynamic-0.5-long"
-        compared = {
-            "static-long": "the static model, as long", "uniform-long": "uniform width, as long",
-            "dynamic-0.5": "the shorter training",
-        }  # fmt: skip
-        lines = [
-            f"* lambda 0.5, longer, against {name}: {_all(units, own, other)}." for other, name in compared.items()
+        pairs = [
+            (own, "static-long", "lambda 0.5 against the static model, both longer"),
+            (own, "uniform-long", "lambda 0.5 against uniform width, both longer"),
+            (own, "dynamic-0.5", "lambda 0.5, longer against shorter"),
         ]
-        return f"{rows}\n\n" + "\n".join(lines)
+        return f"{rows}\n\n{comparisons(units, pairs, QUALITY)}"
 
     def emoji(self) -> str:
         units = self.units("emoji")
@@ -130,18 +129,23 @@ class _Page:
             plots.pictures(self.place, "emoji", EMOJI, real, self.folder / "emoji.png")
         shown = self.link("emoji kept from training, and what was drawn for their captions", "emoji.png")
         rows = table(units, EMOJI, ("ratio", "frechet", "mse"))
-        return "\n\n".join([answer(units), rows, self._counted("emoji", "emoji"), _comparisons(units), shown])
+        compared = comparisons(units, COMPARED, QUALITY[1:])
+        return "\n\n".join([answer(units), rows, self._counted("emoji", "emoji"), compared, shown])
 
     def td_lora(self) -> str:
         units = self.units("td-lora")
         plots.td_lora(units, self.folder / "td-lora.svg")
-        rows = table(units, ["base", "static", "dynamic-0.5", *LORA], ("learns", "ratio", "score", "frechet", "mse"))
-        compared = {
-            "lora": "plain LoRA", "td-lora-1": "one expert", "td-lora-8": "8 experts", "dynamic-0.5": "all weights"
-        }  # fmt: skip
-        lines = [f"* 4 experts against {name}: {_all(units, 'td-lora-4', other)}." for other, name in compared.items()]
+        rows = table(units, ["base", "static", "dynamic-0.5", *LORA], ("learns", "ratio", *QUALITY))
+        others = {
+            "lora": "plain LoRA",
+            "td-lora-1": "one expert",
+            "td-lora-8": "8 experts",
+            "dynamic-0.5": "all weights",
+        }
+        pairs = [("td-lora-4", other, f"4 experts against {title}") for other, title in others.items()]
         named = rows.replace(VARIANTS["dynamic-0.5"].title, "dynamic, all weights")
-        return "\n\n".join([self.link("quality of each adapter", "td-lora.svg"), named, "\n".join(lines)])
+        shown = self.link("quality of each adapter", "td-lora.svg")
+        return "\n\n".join([shown, named, comparisons(units, pairs, QUALITY)])
 
     def calibration(self) -> str:
         units, rows = self.units("calibration"), self.claims["calibration"]["rows"]
@@ -196,20 +200,6 @@ class _Page:
         )
 
 
-def _comparisons(units: Sequence[Row]) -> str:
-    lines = []
-    for one, other, title in COMPARED:
-        if of(units, one, "mse") and of(units, other, "mse"):
-            ratios = " and ".join(f"{np.mean(of(units, variant, 'ratio')):.2f}" for variant in (one, other))
-            lines.append(f"* {title} ({ratios} of the MACs): {_all(units, one, other)}.")
-    return "\n".join(lines)
-
-
-def _all(units: Sequence[Row], one: str, other: str) -> str:
-    measures = [m for m in ("score", "frechet", "mse") if of(units, one, m)]
-    return "; ".join(difference(units, one, other, m) for m in measures)
-
-
 def _missed(units: Sequence[Row]) -> str:
     """Names the models whose ratio is not the one that was asked for."""
     asked = {variant: TARGET for variant in HALF} | {"base": 1.0, "static": 1.0, "dynamic-0.7": 0.7, "dynamic-0.3": 0.3}
@@ -223,8 +213,8 @@ def answer(units: Sequence[Row]) -> str:
     ratio = float(np.mean(of(units, "dynamic-0.5", "ratio")))
     if abs(ratio - TARGET) > NEAR:
         return f"**Not tested: the dynamic model came to {ratio:.2f} of the MACs.**"
-    measures = [m for m in ("score", "frechet", "mse") if of(units, "static", m)]
-    worse = [m for m in measures if ": worse" in difference(units, "dynamic-0.5", "static", m)]
+    measures = [m for m in QUALITY if of(units, "static", m)]
+    worse = [m for m in measures if is_worse(units, "dynamic-0.5", "static", m)]
     kept = ""
     if "score" in measures:
         share = np.mean(of(units, "dynamic-0.5", "score")) / max(1e-9, np.mean(of(units, "static", "score")))

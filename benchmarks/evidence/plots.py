@@ -36,7 +36,7 @@ def save(figure: Figure, file: Path) -> None:
 
 def half(found: dict[str, list[Row]], trials: dict[str, Trial], file: Path) -> None:
     """Quality against MACs, a column for each family."""
-    measures = ("frechet", "score")
+    measures = ("score", "mse")
     figure = Figure(figsize=(3.1 * len(found), 6.4), layout="constrained")
     grid = figure.subplots(len(measures), len(found), squeeze=False)
     for column, (trial, units) in enumerate(found.items()):
@@ -49,7 +49,7 @@ def half(found: dict[str, list[Row]], trials: dict[str, Trial], file: Path) -> N
                 axes.set_ylabel(f"{MEASURES[measure][0]}, {'higher' if measure == 'score' else 'lower'} is better")
             if line == len(measures) - 1:
                 axes.set_xlabel("MACs, share of the static model")
-    shown = [v for v in STYLES if any(of(units, v, "frechet") for units in found.values())]
+    shown = [v for v in STYLES if any(of(units, v, "mse") for units in found.values())]
     figure.legend(handles=[_mark(v) for v in shown if v not in ("dynamic-0.7", "dynamic-0.3")],
                   loc="outside upper center", ncols=4, frameon=False)  # fmt: skip
     save(figure, file)
@@ -74,6 +74,7 @@ def _against_macs(axes: Any, units: Sequence[Row], measure: str) -> None:
     if of(units, "static", measure):
         axes.axhline(np.mean(of(units, "static", measure)), color=STATIC, lw=0.8, ls="--", zorder=0)
     axes.set_xlim(0.2, 1.05)
+    axes.set_yscale("log" if measure == "mse" else "linear")
     _clean(axes)
 
 

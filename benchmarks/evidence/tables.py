@@ -43,19 +43,33 @@ def _cell(values: Sequence[float], style: str) -> str:
     return written if style in ("{:,.0f}", "{:.2f}") and deviation < 0.005 else f"{written} ± {style.format(deviation)}"
 
 
+def comparisons(units: Sequence[Row], pairs: Sequence[tuple[str, str, str]], measures: Sequence[str]) -> str:
+    """A line for each pair (one, other, title) that was measured: the mean differences with their 95 % intervals by a
+    paired t-test, for runs of a seed share data, noise and prompts."""
+    lines = [f"| | MACs | {' | '.join(MEASURES[m][0] for m in measures)} |", "|---" * (len(measures) + 2) + "|"]
+    for one, other, title in pairs:
+        if of(units, one, "mse") and of(units, other, "mse"):
+            ratios = " / ".join(f"{np.mean(of(units, variant, 'ratio')):.2f}" for variant in (one, other))
+            cells = [difference(units, one, other, measure) for measure in measures]
+            lines.append(f"| {title} | {ratios} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def difference(units: Sequence[Row], one: str, other: str, measure: str) -> str:
-    """In words, how ``one`` compares to ``other``: the mean difference and its 95 % interval by a paired t-test: runs
-    of a seed share data, noise and prompts."""
+    """How ``one`` differs from ``other``; "better" or "worse" where the interval leaves out zero."""
     gap, width = interval(units, one, other, measure)
-    name, style = MEASURES[measure]
-    a, b = (style.format(np.mean(of(units, variant, measure))) for variant in (one, other))
-    if not gap:
-        return f"{name} {a} against {b}"
-    signed = style.replace(":", ":+").format(gap)
-    verdict = "not told apart"
-    if abs(gap) > width:
-        verdict = "better" if (gap > 0) == (measure in HIGHER_IS_BETTER) else "worse"
-    return f"{name} {a} against {b}, {signed} ± {style.format(width)}: {verdict}"
+    style = MEASURES[measure][1]
+    said = style.replace(":", ":+").format(gap)
+    if math.isfinite(width):
+        said = f"{said} ± {style.format(width)}"
+    if not abs(gap) > width:
+        return said
+    return f"**{said}** {'better' if (gap > 0) == (measure in HIGHER_IS_BETTER) else 'worse'}"
+
+
+def is_worse(units: Sequence[Row], one: str, other: str, measure: str) -> bool:
+    """Whether ``one`` is, by more than the seeds' spread explains."""
+    return difference(units, one, other, measure).endswith(" worse")
 
 
 def interval(units: Sequence[Row], one: str, other: str, measure: str) -> tuple[float, float]:

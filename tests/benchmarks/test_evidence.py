@@ -167,17 +167,14 @@ def made_up(scores: dict[str, list[float]]) -> list[dict[str, Any]]:
 def test_differences_are_told_by_a_paired_t_test() -> None:
     rows = made_up({"static": [0.80, 0.90, 0.70], "dynamic-0.5": [0.70, 0.81, 0.61], "width": [0.81, 0.80, 0.78]})
     # differences -.10, -.09, -.09: mean -.0933, standard error .00333, times 4.30
-    assert tables.difference(rows, "dynamic-0.5", "static", "score") == (
-        "judge's score 0.707 against 0.800, -0.093 ± 0.014: worse"
-    )
-    assert tables.difference(rows, "static", "dynamic-0.5", "score").endswith(": better")
-    assert tables.difference(rows, "dynamic-0.5", "static", "mse").endswith(": worse"), "more error is worse"
-    assert tables.difference(rows, "width", "static", "score").endswith(": not told apart")
-    assert tables.difference(rows, "static", "static", "score") == "judge's score 0.800 against 0.800"
+    assert tables.difference(rows, "dynamic-0.5", "static", "score") == "**-0.093 ± 0.014** worse"
+    assert tables.difference(rows, "static", "dynamic-0.5", "score") == "**+0.093 ± 0.014** better"
+    assert tables.is_worse(rows, "dynamic-0.5", "static", "mse"), "more error is worse"
+    assert tables.difference(rows, "width", "static", "score") == "-0.003 ± 0.225"
     one = [row for row in rows if row["seed"] == 0]
-    assert tables.difference(one, "dynamic-0.5", "static", "score").endswith(": not told apart"), (
-        "one seed tells nothing"
-    )
+    assert tables.difference(one, "dynamic-0.5", "static", "score") == "-0.100", "one seed tells nothing"
+    text = tables.comparisons(rows, [("dynamic-0.5", "static", "ours"), ("dynamic-0.5", "narrow", "none")], ("score",))
+    assert text.splitlines()[2:] == ["| ours | 0.50 / 0.50 | **-0.093 ± 0.014** worse |"]
 
 
 def test_the_answer_follows_the_numbers() -> None:
