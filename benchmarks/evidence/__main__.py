@@ -1,6 +1,6 @@
 """Runs the method's claims beside their controls, and writes tables, plots and docs/evidence.md.
 
-    python -m benchmarks.evidence OUT                          # small: everything on two CPU cores, an hour and a half
+    python -m benchmarks.evidence OUT                          # small: everything on two CPU cores, under two hours
     python -m benchmarks.evidence OUT --claims half-dit
     python -m benchmarks.evidence OUT --size gpu --claims half-dit
     python -m benchmarks.evidence OUT --size quick             # a few steps of everything, to see that it runs
