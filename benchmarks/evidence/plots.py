@@ -74,7 +74,10 @@ def _against_macs(axes: Any, units: Sequence[Row], measure: str) -> None:
     if of(units, "static", measure):
         axes.axhline(np.mean(of(units, "static", measure)), color=STATIC, lw=0.8, ls="--", zorder=0)
     axes.set_xlim(0.2, 1.05)
-    axes.set_yscale("log" if measure == "mse" else "linear")
+    if measure == "mse":
+        axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")
     _clean(axes)
 
 
@@ -105,19 +108,27 @@ def td_lora(units: Sequence[Row], file: Path) -> None:
 
 
 def calibration(units: Sequence[Row], file: Path) -> None:
-    """Ratio in training beside ratio by threshold, for each temperature."""
-    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+    """For each temperature the ratio in training and the one by threshold, a pair for each seed."""
+    figure = Figure(figsize=(5.4, 2.4), layout="constrained")
     axes = figure.subplots()
-    for variant, label, colour in (
-        ("dynamic-0.5", "temperature 1", OURS), ("tau-2", "temperature 2", PARTS), ("tau-5", "temperature 5", PEERS)
-    ):  # fmt: skip
-        axes.plot(of(units, variant, "ratio_training"), of(units, variant, "ratio"), "o", color=colour, label=label)
-    low, high = axes.get_xlim()[0], max(axes.get_xlim()[1], axes.get_ylim()[1])
-    axes.plot([low, high], [low, high], color="#bbbbbb", lw=0.8, zorder=0)
+    temperatures = {"dynamic-0.5": "1", "tau-2": "2", "tau-5": "5"}
+    for place, variant in enumerate(temperatures):
+        pairs = zip(of(units, variant, "ratio_training"), of(units, variant, "ratio"), strict=True)
+        for n, (training, sampling) in enumerate(pairs):
+            y = place + 0.18 * (n - 1)
+            axes.plot([training, sampling], [y, y], "-", color="#bbbbbb", lw=1, zorder=0)
+            axes.plot(training, y, "o", mfc="white", mec=OURS, ms=6)
+            axes.plot(sampling, y, "o", color=OURS, ms=6)
     axes.axvline(0.5, color="#bbbbbb", lw=0.8, ls="--", zorder=0)
-    axes.set_xlabel("cost ratio in training, gates drawn")
-    axes.set_ylabel("cost ratio by threshold, as sampled")
-    axes.legend(frameon=False)
+    axes.set_yticks(range(len(temperatures)), list(temperatures.values()))
+    axes.invert_yaxis()
+    axes.set_ylabel("temperature")
+    axes.set_xlabel("cost ratio, target 0.5")
+    marks = [
+        Line2D([], [], marker="o", mfc="white", mec=OURS, ls="", label="in training, gates drawn"),
+        Line2D([], [], marker="o", color=OURS, ls="", label="by threshold, as sampled"),
+    ]
+    figure.legend(handles=marks, loc="outside upper center", ncols=2, frameon=False)
     _clean(axes)
     save(figure, file)
 
@@ -136,12 +147,11 @@ def gates(place: Place, file: Path) -> None:
         axes[0].axis("off")
         axes[0].text(0, 0.5, place.size.trials[name].title.replace(" (", "\n("), va="center", fontsize=10)
         axes[4].axis("off")
-        order = np.argsort(-widths.timesteps)
         panels = (("heads", widths.heads), ("MLP channels", widths.groups), ("tokens", widths.tokens))
         for axis, (title, shares) in zip(axes[1:4], panels, strict=True):
-            image = axis.imshow(shares[order].T, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+            image = axis.imshow(shares.T, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
             axis.set_title(title, fontsize=9, loc="left")
-            axis.set_xticks([0, len(order) - 1], ["noise", "picture"], fontsize=8)
+            axis.set_xticks([0, len(shares) - 1], ["noise", "picture"], fontsize=8)  # as the sampler goes
             axis.set_yticks(range(len(widths.names)), [str(i + 1) for i in range(len(widths.names))], fontsize=7)
         axes[1].set_ylabel("layer", fontsize=8)
         row.colorbar(image, ax=axes[3], shrink=0.9)
@@ -150,7 +160,7 @@ def gates(place: Place, file: Path) -> None:
         shown = [0, maps.keep.shape[1] // 2, maps.keep.shape[1] - 1]
         for axis, step in zip(axes[6:], shown, strict=True):
             axis.imshow(maps.keep[0, step], vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-            axis.set_title(f"tokens, t = {maps.timesteps[step]:.0f}", fontsize=9, loc="left")
+            axis.set_title(f"t = {maps.timesteps[step]:.0f}", fontsize=9, loc="left")
         for axis in axes[5:]:
             axis.set_xticks([]), axis.set_yticks([])
     save(figure, file)
