@@ -50,7 +50,14 @@ for hours, is what `make demo` shows ([its report](report.png)). Figures, pictur
 `benchmarks/gallery.py`."""
 ADAPT = 1000
 STEPS, CFG, PROMPTS, SHOWN, SHOWN_SIDE, FPS = 25, 2.0, 48, 8, 96, 6
-STATIC = ["model.from_scratch=true", "dynamic=null", "cost.target=1", "engine.name=single", "train.ema=0.995"]
+STATIC = [
+    "model.from_scratch=true",
+    "dynamic=null",
+    "cost.target=1",
+    "supervision.kind=none",
+    "engine.name=single",
+    "train.ema=0.995",
+]
 STATIC += ["train.lr=2e-3", "train.warmup_steps=100"]
 
 

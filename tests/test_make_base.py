@@ -61,7 +61,14 @@ def test_it_writes_a_pipeline_of_averaged_weights(
 def test_it_trains_other_families_and_goes_on_from_their_weights(script: ModuleType, tmp_path: Path) -> None:
     write_base(tmp_path / "untrained", "dit")
     write_shapes(tmp_path / "shards", samples=16, classes=True, progress=False)
-    changes = ["dynamic=null", "cost.target=1", "engine.name=single", "train.batch_size=4", "train.steps=2"]
+    changes = [
+        "dynamic=null",
+        "cost.target=1",
+        "supervision.kind=none",
+        "engine.name=single",
+        "train.batch_size=4",
+        "train.steps=2",
+    ]
     changes += ["train.ema=0.5", f"data.path={tmp_path / 'shards'}"]
     weights = []
     for seed, (source, out, fresh) in enumerate((("untrained", "first", True), ("first", "second", False))):

@@ -19,7 +19,6 @@ from dydit_scale.data.loader import Batch, make_loader
 from dydit_scale.data.shards import load_index, write_shards
 from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
-from dydit_scale.train import setup
 from dydit_scale.train.build import Parts, build_parts
 from dydit_scale.train.encoded import EncodedInputs
 from dydit_scale.train.loop import train
@@ -191,21 +190,18 @@ def test_workers_read_the_same(worlds: Path, family: str) -> None:
         assert all(torch.equal(ours.encoded.text[name], text) for name, text in theirs.encoded.text.items())
 
 
-def test_text_encoders_are_loaded_for_sample_prompts_alone(
-    worlds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_encoders_are_loaded_for_sample_prompts_alone(worlds: Path, tmp_path: Path) -> None:
     folder, built = world_of(worlds, "flux"), []
 
     def build(recipe: Recipe, **options: Any) -> Parts:
         built.append(build_parts(recipe, **options))
         return built[-1]
 
-    monkeypatch.setattr(setup, "build_parts", build)
     quick = {"steps": 1, "batch_size": 4, "warmup_steps": 0, "evaluate_every": 0, "evaluate_samples": 4}
     drawing = quick | {"sample_every": 1, "sample_steps": 1, "sample_prompts": (prompt("flux"),)}
     for name, settings in (("quiet", quick), ("drawing", drawing)):
         recipe = encoded_recipe(folder, "flux", folder / "encoded", train=settings, run=str(tmp_path / name))
-        run = train(recipe, World())
+        run = train(recipe, World(), build=build)
         assert (built[-1].pipeline.text_encoder_2 is None) == (name == "quiet")
         assert len(list((run / "samples").glob("*.png"))) == (name == "drawing")
 
