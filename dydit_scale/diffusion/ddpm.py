@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -157,17 +158,22 @@ def _at(table: Tensor, t: Int64[Tensor, " batch"], like: Float[Tensor, "batch *s
     return table.to(like.device)[t.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
 
 
-@functools.cache
 def _tables(ddpm: DDPM) -> _Tables:
-    beta = torch.linspace(ddpm.beta_start, ddpm.beta_end, ddpm.steps, dtype=torch.float64)
+    return _Tables(**{name: torch.tensor(numbers) for name, numbers in _numbers(ddpm).items()})
+
+
+@functools.cache
+def _numbers(ddpm: DDPM) -> dict[str, np.ndarray]:
+    """Of the tables. Arrays, because a tensor that is first asked for while a plan is made has no contents, ever."""
+    beta = np.linspace(ddpm.beta_start, ddpm.beta_end, ddpm.steps)
     alpha = 1 - beta
-    abar = alpha.cumprod(0)
+    abar = alpha.cumprod()
     posterior = beta[1:] * (1 - abar[:-1]) / (1 - abar[1:])
-    exact = _Tables(
-        signal=abar.sqrt(),
-        noise=(1 - abar).sqrt(),
-        mean_per_noise=beta / (alpha * (1 - abar)).sqrt(),
-        log_smallest=torch.cat([posterior[:1], posterior]).log(),
-        log_largest=beta.log(),
+    exact = dict(
+        signal=np.sqrt(abar),
+        noise=np.sqrt(1 - abar),
+        mean_per_noise=beta / np.sqrt(alpha * (1 - abar)),
+        log_smallest=np.log(np.concatenate([posterior[:1], posterior])),
+        log_largest=np.log(beta),
     )
-    return _Tables(*(table.float() for table in exact))
+    return {name: table.astype(np.float32) for name, table in exact.items()}

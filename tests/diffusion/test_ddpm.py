@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal
 
 from dydit_scale.diffusion.ddpm import BOUND_WEIGHT, DDPM
@@ -199,3 +200,11 @@ def test_bad_input_is_refused() -> None:
         DDPM(beta_start=0.03)
     with pytest.raises(ValueError, match="steps"):
         DDPM(steps=1)
+
+
+def test_tables_that_a_plan_asked_for_first_have_contents() -> None:
+    process = DDPM(beta_start=1.5e-4)  # no other test has asked for its tables
+    x = torch.ones(1, 1, 1, 1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        process.noisy(x, x, torch.tensor([7]))
+    assert process.noisy(x, torch.zeros_like(x), torch.tensor([7])).item() == pytest.approx(1, abs=0.01)
