@@ -7,7 +7,7 @@ their (random) logits pass. What then runs is the method itself; the masks that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,16 @@ class Shares(NamedTuple):
 
 def _whole(share: Tensor, units: int) -> Tensor:
     return (share * units).round().clamp(min=1) / units
+
+
+def equal_keep(cost: ModelCost, target: float) -> float:
+    """The one share of heads, groups and tokens that costs ``target`` of the static MACs."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        kept = torch.full((len(cost.blocks), 1), middle)
+        low, high = (middle, high) if mean_ratio(cost, Shares(kept, kept, kept)) < target else (low, middle)
+    return high
 
 
 def mean_ratio(cost: ModelCost, shares: Shares) -> float:
@@ -159,26 +169,30 @@ class TokenThresholds:
         """Find the thresholds that keep the shares ``tokens`` [layers, steps]; one forward for each step."""
         for step in range(len(self.table)):
             self.now.zero_()
-            with self._fitting(step, tokens[:, step].tolist()):
+            with shifted(self.routers, tokens[:, step].tolist()) as shifts:
                 forward(step)
+            self.table[step] = torch.stack(shifts)
 
-    @contextmanager
-    def _fitting(self, step: int, shares: list[float]) -> Iterator[None]:
-        """Shift the logits of each router as it is asked: later layers see what earlier ones left out."""
 
-        def shifted(layer: int) -> Callable[..., Tensor]:
-            def hook(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
-                self.table[step, layer] = _shift(logits, shares[layer])
-                return logits + self.table[step, layer]
+@contextmanager
+def shifted(routers: Sequence[nn.Module], shares: Sequence[float]) -> Iterator[list[Tensor]]:
+    """Inside the ``with`` a forward finds what to add to each token router's logits for its share to be positive. It
+    goes on with them shifted, so that later layers see what earlier ones leave out; what was added is yielded."""
+    shifts = [torch.zeros(()) for _ in routers]
 
-            return hook
+    def shifting(layer: int) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+            shifts[layer] = _shift(logits, shares[layer])
+            return logits + shifts[layer]
 
-        hooks = [router.register_forward_hook(shifted(i)) for i, router in enumerate(self.routers)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return hook
+
+    hooks = [router.register_forward_hook(shifting(i)) for i, router in enumerate(routers)]
+    try:
+        yield shifts
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _shift(logits: Tensor, share: float) -> Tensor:

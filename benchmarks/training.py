@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.inference_masks import equal_keep, shifted
 from benchmarks.inference_sizes import SIZES, Size
-from dydit_scale.dynamic.cost import KeepRates, ModelCost
+from dydit_scale.dynamic.cost import ModelCost
 from dydit_scale.dynamic.gates import logistic_noise
 from dydit_scale.dynamic.losses import cost_loss
 from dydit_scale.dynamic.masks import FrozenGates, GateNoise, SharedUnits, SubNetwork
@@ -97,9 +98,10 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[d
     ratios = {}
     with autocast(args.precision, device):
         for target in RATIOS:
-            width, keep = shares(subject.cost, target)
-            gates = FrozenGates(draw_network(subject.dynamic, width))
+            keep = equal_keep(subject.cost, target)
+            gates = FrozenGates(draw_network(subject.dynamic, keep))
             biases = calibrate_tokens(subject, gates, keep)
+            set_token_biases(subject.dynamic, biases)
             kind = f"frozen routers, {target}"
             ratios[kind] = float(subject.cost.ratio(masks_of(subject, gates)).mean())
             kinds[kind] = lambda gates=gates, biases=biases: frozen_loss(subject, gates, biases)
@@ -205,17 +207,6 @@ def draw_noise(subject: Subject, batch: int, device: torch.device) -> GateNoise:
     return GateNoise(*(logistic_noise(torch.rand(layers, batch, n)).to(device) for n in (heads, heads, subject.tokens)))
 
 
-def shares(cost: ModelCost, target: float) -> tuple[float, float]:
-    """One share of heads, groups and tokens that costs ``target``."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        share = (low + high) / 2
-        kept = torch.full((len(cost.blocks), 1), share)
-        above = float(cost.dynamic(KeepRates(kept, kept, kept)) / cost.static) > target
-        low, high = (low, share) if above else (share, high)
-    return share, share
-
-
 def draw_network(dynamic: Any, share: float) -> SubNetwork:
     """Another set of units in every layer; the first one always works."""
     heads = dynamic.config["num_attention_heads"]
@@ -233,17 +224,10 @@ def draw_network(dynamic: Any, share: float) -> SubNetwork:
 
 def calibrate_tokens(subject: Subject, gates: FrozenGates, share: float) -> list[Tensor]:
     """The routers' last biases at which each block keeps about a share of the tokens, in this sub-network."""
-
-    def shift(router: Any, args: Any, logits: Tensor) -> Tensor:
-        cut = logits.flatten().kthvalue(max(1, round((1 - share) * logits.numel()))).values
-        router.up.bias.data -= cut
-        return logits - cut
-
-    hooks = [block.dy_token.register_forward_hook(shift) for block in subject.dynamic.dynamic_blocks()]
-    masks_of(subject, gates)
-    for hook in hooks:
-        hook.remove()
-    return [block.dy_token.up.bias.detach().clone() for block in subject.dynamic.dynamic_blocks()]
+    routers = [block.dy_token for block in subject.dynamic.dynamic_blocks()]
+    with shifted(routers, [share] * len(routers)) as shifts:
+        masks_of(subject, gates)
+    return [router.up.bias.detach() + shift for router, shift in zip(routers, shifts, strict=True)]
 
 
 def set_token_biases(dynamic: Any, biases: list[Tensor]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inference_masks import equal_keep, shifted
 from dydit_scale.adapters.td_lora import is_dynamic_name
 from dydit_scale.data.loader import make_loader, open_data
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
@@ -64,7 +65,7 @@ def random(recipe: Recipe, *, text_encoders: bool = True) -> Parts:
     """The recipe's network with random routers that cost about its target ratio."""
     parts = build_parts(recipe, text_encoders=True)
     network, cost = parts.network, _cost(recipe, parts)
-    keep = _equal_keep(cost, recipe.cost.target)
+    keep = equal_keep(cost, recipe.cost.target)
     generator = torch.Generator().manual_seed(recipe.seed)
     objective = Objective(recipe, network, parts.pipeline, None, torch.device("cpu"))
     timesteps = objective.process.timestep(objective.process.even_levels(even_numbers()))
@@ -74,17 +75,6 @@ def random(recipe: Recipe, *, text_encoders: bool = True) -> Parts:
             _randomise_width(router, t_emb, keep, generator)
         _randomise_tokens(recipe, objective, keep, generator)
     return _held(parts)
-
-
-def _equal_keep(cost: ModelCost, target: float) -> float:
-    """The keep rate of heads, groups and tokens alike that costs the target ratio."""
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        rates = torch.full((len(cost.blocks), 1), middle)
-        cheap = float(cost.dynamic(KeepRates(rates, rates, rates)) / cost.static) < target
-        low, high = (middle, high) if cheap else (low, middle)
-    return high
 
 
 def _randomise_width(router: UnitRouter, t_emb: Tensor, keep: float, generator: torch.Generator) -> None:
@@ -104,7 +94,7 @@ def _randomise_width(router: UnitRouter, t_emb: Tensor, keep: float, generator: 
 def _randomise_tokens(recipe: Recipe, objective: Objective, keep: float, generator: torch.Generator) -> None:
     """A random projection scores the tokens; the share ``keep`` of highest score works, over a batch of training
     data."""
-    routers = [module for name, module in objective.network.named_modules() if name.endswith("dy_token")]
+    routers = [block.dy_token for block in objective.network.dynamic_blocks()]
     for router in routers:
         for linear in (m for m in router.modules() if isinstance(m, nn.Linear)):
             bound = linear.in_features**-0.5
@@ -117,14 +107,11 @@ def _randomise_tokens(recipe: Recipe, objective: Objective, keep: float, generat
     batch = next(iter(loader))
     levels = objective.process.even_levels((torch.arange(CALIBRATION) + 0.5) / CALIBRATION)
     inputs = objective.prepare(batch, levels, recipe.seed)
-    for router in routers:  # in the order of the layers: each sees what the ones before it let through
-        seen: list[Tensor] = []
-        hook = router.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+    with shifted(routers, [keep] * len(routers)) as shifts:
         objective.forward_dynamic(objective.network, inputs, "threshold")
-        hook.remove()
-        threshold = torch.cat([s.flatten() for s in seen]).quantile(1 - keep)
+    for router, shift in zip(routers, shifts, strict=True):
         router.up.weight.mul_(SURE)
-        router.up.bias.fill_(-SURE * float(threshold))
+        router.up.bias.fill_(SURE * float(shift))
 
 
 def _cost(recipe: Recipe, parts: Parts) -> ModelCost:

@@ -15,7 +15,7 @@ from benchmarks.evidence.calibration import RULES
 from benchmarks.evidence.claims import BUILT_IN, EMOJI, HALF, LONG, LORA, TEMPERATURES
 from benchmarks.evidence.distance import REFERENCE
 from benchmarks.evidence.emoji import real_emoji
-from benchmarks.evidence.tables import MEASURES, Row, comparisons, is_worse, of, table
+from benchmarks.evidence.tables import MEASURES, Row, comparisons, is_worse, of, spread, table
 from benchmarks.evidence.units import LONGER, VARIANTS, Place
 
 Found = dict[str, Any]
@@ -156,11 +156,13 @@ class _Page:
             "|---" * 7 + "|",
         ]
         for variant, tau in zip(TEMPERATURES, (1, 2, 5), strict=True):
-            head = f"{tau} | {_mean(of(units, variant, 'ratio_training'))} | {_mean(of(units, variant, 'ratio'))}"
+            ratios = (spread(of(units, variant, measure), "{:.3f}") for measure in ("ratio_training", "ratio"))
+            head = " | ".join([str(tau), *ratios])
             for rule, title in RULES.items():
                 own = [row for row in rows if (row["variant"], row["rule"]) == (variant, rule)]
-                ratio, score, distance = ([row[m] for row in own] for m in ("ratio", "score", "frechet"))
-                lines.append(f"| {head} | {title} | {_mean(ratio)} | {_mean(score)} | {_mean(distance, 2)} |")
+                styles = {"ratio": "{:.3f}", "score": "{:.3f}", "frechet": "{:.2f}"}
+                cells = [spread([row[measure] for row in own], style) for measure, style in styles.items()]
+                lines.append(f"| {head} | {title} | {' | '.join(cells)} |")
                 head = " | | "
         return self.link("ratio in training and by threshold", "calibration.svg") + "\n\n" + "\n".join(lines)
 
@@ -226,8 +228,3 @@ def answer(units: Sequence[Row]) -> str:
     return (
         f"**It fails here: at {ratio:.2f} of the MACs {said} {verb} worse than the fine-tuned static model's.**{kept}"
     )
-
-
-def _mean(values: Sequence[float], digits: int = 3) -> str:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.evidence.claims import CLAIMS
 from benchmarks.evidence.distance import distance, real_distance
-from benchmarks.evidence.units import Place, Unit, settings_digest
+from benchmarks.evidence.units import Place, Unit, recipe_of, settings_digest
 
 Found = dict[str, Any]
 WHERE = ("machine", "versions", "date")
@@ -56,7 +56,7 @@ def of_claim(place: Place, name: str) -> Found:
 
 def _unit(place: Place, unit: Unit) -> Found:
     record = _read(place.record(unit))
-    if record["settings"] != settings_digest(place, unit):
+    if record["settings"] != settings_digest(recipe_of(place, unit), place, unit):
         raise ValueError(f"{place.record(unit)} was made with other settings: run its claim again")
     return record | {"frechet": distance(place, unit.trial, np.load(place.pictures(unit))["arr_0"])}
 

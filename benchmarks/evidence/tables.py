@@ -38,9 +38,15 @@ def table(units: Sequence[Row], variants: Sequence[str], measures: Sequence[str]
 def _cell(values: Sequence[float], style: str) -> str:
     if not values:
         return ""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     written = style.format(np.mean(values))
-    return written if style in ("{:,.0f}", "{:.2f}") and deviation < 0.005 else f"{written} ± {style.format(deviation)}"
+    same = style in ("{:,.0f}", "{:.2f}") and np.std(values) < 0.005
+    return written if same else spread(values, style)
+
+
+def spread(values: Sequence[float], style: str) -> str:
+    """Mean ± standard deviation."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return f"{style.format(np.mean(values))} ± {style.format(deviation)}"
 
 
 def comparisons(units: Sequence[Row], pairs: Sequence[tuple[str, str, str]], measures: Sequence[str]) -> str:

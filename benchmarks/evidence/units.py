@@ -268,7 +268,7 @@ def run_unit(place: Place, unit: Unit) -> dict[str, Any]:
     quiet_libraries()
     began, done = time.monotonic(), place.record(unit)
     recipe, variant, trial = recipe_of(place, unit), VARIANTS[unit.variant], place.size.trials[unit.trial]
-    digest = settings_digest(place, unit)
+    digest = settings_digest(recipe, place, unit)
     if done.is_file() and (record := json.loads(done.read_text()))["settings"] == digest:
         return record
     if unit.variant == "base":
@@ -286,9 +286,9 @@ def run_unit(place: Place, unit: Unit) -> dict[str, Any]:
     return record
 
 
-def settings_digest(place: Place, unit: Unit) -> str:
-    """Of everything that decides what a unit measures, wherever its files lie."""
-    values = recipe_of(place, unit).as_dict()
+def settings_digest(recipe: Recipe, place: Place, unit: Unit) -> str:
+    """Of everything that decides what a unit with this recipe measures, wherever its files lie."""
+    values = recipe.as_dict()
     del values["run"], values["data"]["path"], values["model"]["base"]
     decides = [values, asdict(place.size.trials[unit.trial]), unit.variant]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,6 +20,7 @@ from dydit_scale.evaluation.i3d import load_i3d, video_features
 from dydit_scale.evaluation.inception import Inception, InceptionFeatures, load_inception
 from dydit_scale.evaluation.statistics import SPLIT, inception_score, precision_recall
 from dydit_scale.workflows.metric_inputs import Checked, MetricsConfig, check_inputs
+from dydit_scale.workflows.runs import pick_device
 
 
 class Row(NamedTuple):
@@ -37,7 +38,7 @@ def compute_metrics(config: MetricsConfig) -> list[Row]:
     weights that are missing, broken, or do not go together.
     """
     checked = check_inputs(config)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(pick_device(config.device))
     rows: dict[str, list[Row]] = {}
     if config.need("inception"):
         rows |= _by_inception(config, checked, device)

@@ -14,6 +14,7 @@ import torch
 from benchmarks.evidence import claims, controls, page, plots, pool, results, tables, units
 from benchmarks.evidence.sizes import SIZES
 from benchmarks.evidence.units import VARIANTS, Place, Unit
+from benchmarks.inference_masks import equal_keep
 from dydit_scale.dynamic.cost import KeepRates
 from dydit_scale.sampling.speed import machine
 from dydit_scale.train.build import Parts
@@ -78,7 +79,7 @@ def ratio(cost: Any, heads: int, groups: int, units_: int) -> float:
 def test_random_routers_choose_by_chance_and_learn_nothing(worlds: Path, family: str) -> None:
     recipe = recipe_of(worlds, family)
     parts = controls.random(recipe)
-    keep = controls._equal_keep(controls._cost(recipe, parts), 0.6)
+    keep = equal_keep(controls._cost(recipe, parts), 0.6)
     network = parts.network
     objective = Objective(recipe, network, parts.pipeline, None, torch.device("cpu"))
     levels = objective.process.even_levels(even_numbers())
@@ -100,7 +101,7 @@ def test_random_routers_choose_by_chance_and_learn_nothing(worlds: Path, family:
 def test_random_routers_keep_their_share_of_tokens(worlds: Path) -> None:
     recipe = recipe_of(worlds, "dit")
     parts = controls.random(recipe)
-    keep = controls._equal_keep(controls._cost(recipe, parts), 0.6)
+    keep = equal_keep(controls._cost(recipe, parts), 0.6)
     objective = Objective(recipe, parts.network, parts.pipeline, None, torch.device("cpu"))
     batch = next(iter(controls.make_loader(
         recipe.data, controls.open_data(recipe.data), seed=3, rank=0, world_size=1, global_batch=64, micro_batch=64,
