@@ -1,14 +1,15 @@
 """How fast samples are read: by this project's reader, by plain webdataset, and as a raw read of the same tars.
 
-    python benchmarks/data.py OUT                 # some minutes; OUT is on the disk to measure
+    python benchmarks/data.py OUT                 # a quarter of an hour; OUT is on the disk to measure
     python benchmarks/data.py OUT --quick         # few samples, to see that it runs; writes to OUT
 
 Two kinds of data: pictures of about 40 KB, and encoded samples of 196 KB. For each, with 0, 2 and 4 workers and all of
 them in turn within each repetition: "reader" and "webdataset" get the bytes of samples, the reader in its shuffled
 order and with checksums, webdataset in the order of the shards; the bytes stay in the workers, since otherwise the pipe
 between processes is measured. "decoded" are tensors, of pictures by the same functions, and come back. "raw" is one
-process that reads the tars from end to end. The files lie in the page cache. Beside it: the time to index, and the most
-memory that reading all over an index of ten million samples takes.
+process that reads the tars from end to end; "raw, checked" takes the CRC32 of their bytes, too. The files lie in the
+page cache. Beside it: the time to index, and the most memory that reading all over an index of ten million samples
+takes.
 
 Writes benchmarks/results/data.json.
 """
@@ -36,6 +37,7 @@ import numpy as np
 import psutil
 import torch
 import webdataset
+from isal.isal_zlib import crc32
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -143,7 +145,7 @@ def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
         "load_index_seconds": timed(lambda: load_index(folder))[0],
         "bytes_per_sample": sum(shard.bytes for shard in index.shards) / index.num_samples,
     }
-    ways: dict[str, Callable[[], float]] = {"raw": lambda: raw(index)}
+    ways: dict[str, Callable[[], float]] = {"raw": lambda: raw(index), "raw, checked": lambda: raw(index, check=True)}
     for workers in WORKERS:
         ways[f"reader {workers}"] = lambda n=workers: rate(bytes_of_reader(index, n), index)
         ways[f"webdataset {workers}"] = lambda n=workers: rate(bytes_of_webdataset(index, n), index)
@@ -162,6 +164,7 @@ def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
     result["reader_of_webdataset"] = {str(n): medians[f"reader {n}"] / medians[f"webdataset {n}"] for n in WORKERS}
     for way in ("reader", "decoded reader"):
         result[f"raw_of_{way.replace(' ', '_')}"] = {str(n): medians["raw"] / medians[f"{way} {n}"] for n in WORKERS}
+    result["checked_raw_of_reader"] = {str(n): medians["raw, checked"] / medians[f"reader {n}"] for n in WORKERS}
     return result | {"rows": rows}
 
 
@@ -179,14 +182,15 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, found
 
 
-def raw(index: ShardIndex) -> float:
-    """One process reads every shard from end to end."""
+def raw(index: ShardIndex, check: bool = False) -> float:
+    """One process reads every shard from end to end, and takes the CRC32 of its bytes if ``check``."""
 
     def read() -> None:
         for shard in index.shards:
             with (index.folder / shard.name).open("rb", buffering=0) as file:
-                while file.read(1 << 20):
-                    pass
+                while data := file.read(1 << 20):
+                    if check:
+                        crc32(data)
 
     return index.num_samples / timed(read)[0]
 

@@ -22,7 +22,7 @@ from benchmarks.evidence.page import write_page
 from benchmarks.evidence.pool import Task, run_all
 from benchmarks.evidence.results import collect
 from benchmarks.evidence.sizes import ROOT, SIZES
-from benchmarks.evidence.units import PARTS, Place, parts_of, prepare, run_unit
+from benchmarks.evidence.units import STAGES, Place, parts_of, prepare, run_unit
 
 
 def main() -> None:
@@ -53,14 +53,15 @@ def main() -> None:
 def run_claims(place: Place, names: list[str], workers: int) -> None:
     """Everything that these claims need and OUT does not hold yet."""
     claims, size, logs = [CLAIMS[name] for name in names], place.size, place.out / "logs"
-    trials = list(dict.fromkeys(trial for claim in claims for trial in claim.trials))
-    for part in PARTS:
+    trials = sorted({trial for claim in claims for trial in claim.trials}, key=lambda t: -size.trials[t].base_steps)
+    for title, parts in STAGES.items():
         tasks: list[Task] = [
             (f"{part}-{trial}", prepare, (place, trial, part))
-            for trial in trials
+            for trial in trials  # those that take longest first
+            for part in parts
             if part in parts_of(size.trials[trial])
         ]
-        run_all(tasks, workers=workers, logs=logs, title=part)
+        run_all(tasks, workers=workers, logs=logs, title=title)
     units = dict.fromkeys(unit for claim in claims for unit in claim.units(size))
     ordered = sorted(units, key=lambda unit: unit.seed)  # so that a run that is cut off has whole seeds
     run_all([(u.name, run_unit, (place, u)) for u in ordered], workers=workers, logs=logs, title="units")

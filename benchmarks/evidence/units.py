@@ -141,18 +141,19 @@ class Place:
         return self.out / "pictures" / f"{unit.name}.npz"
 
 
-PARTS = ("shards", "held-out", "base", "narrow")
+STAGES = {"shards": ("shards",), "held-out": ("held-out",), "bases": ("base", "narrow")}
+"""What families need before their units run; the parts of a stage are made side by side."""
 
 
 def parts_of(trial: Trial) -> tuple[str, ...]:
-    """What a family needs before its units run, in this order."""
+    """Which of those parts a family has."""
     if not trial.base_steps:  # the base ships with the repository, and a narrow one would take as long to train
-        return PARTS[:2]
-    return PARTS[:3] if trial.emoji else PARTS
+        return ("shards", "held-out")
+    return ("shards", "held-out", "base") if trial.emoji else ("shards", "held-out", "base", "narrow")
 
 
 def prepare(place: Place, name: str, part: str) -> None:
-    """Make a part of :data:`PARTS`, unless it is there; it appears when it is whole.
+    """Make a part of :data:`STAGES`, unless it is there; it appears when it is whole.
 
     Raises ValueError if it was made with other settings.
     """

@@ -16,7 +16,7 @@ GAP = 1 << 16
 """Bytes between the files of a sample that are read along with them; behind more, the second is read by itself."""
 TOGETHER = 1 << 25
 """Files of more bytes in all are read one by one, each into memory of its own."""
-LOOKED_AT = 1 << 13
+LOOKED_AT = 1 << 12
 """After so many samples the index gives its pages back; by then most are of shards that are done."""
 
 
