@@ -23,6 +23,8 @@ from dydit_scale.data.video import VIDEO_EXTENSIONS, decode_clip, scan_clip
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 """Means and covariances that ADM's reference files hold: of the pooled and of the spatial features."""
+GENEVAL_LINE, GENEVAL_PICTURES = "metadata.jsonl", "samples"
+"""GenEval has a folder for each prompt, which holds its line and a folder of its pictures (and a grid of them)."""
 
 Batches = Iterator[np.ndarray]
 
@@ -38,6 +40,8 @@ class SampleSet:
     """Of each: [height, width, 3], or [frames, height, width, 3]; () without any."""
     batches: Callable[[int], Batches]
     """uint8 [batch, *shape], so many at a time, in the order of the file or of the names."""
+    files: tuple[Path, ...] = ()
+    """Each one's, if it has a file of its own."""
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
     """Those of ``STATISTICS`` that the file holds."""
 
@@ -56,7 +60,8 @@ def open_set(path: Path, *, progress: bool = True) -> SampleSet:
 
     A ``.npz`` holds ``arr_0``, uint8 [n, height, width, 3] or [n, frames, height, width, 3], or ADM's statistics, or
     both. A folder, and the folders in it, hold PNG, JPEG and WebP pictures, or MP4, WebM and Matroska clips (the extra
-    ``video``), not both; they count in the order of their names.
+    ``video``), not both; they count in the order of their names. Of a folder as GenEval writes it, only the pictures
+    in ``*/samples`` count.
     Raises ValueError with the fault if it is neither of the two, holds nothing, or its members are not of one size.
     """
     if path.is_dir():
@@ -142,7 +147,8 @@ def _npz_batches(path: Path, shape: tuple[int, ...], batch: int) -> Batches:
 
 
 def _open_folder(path: Path, progress: bool) -> SampleSet:
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    places = _geneval_folders(path) or [path]
+    files = sorted(p for place in places for p in place.rglob("*") if p.is_file() and not p.name.startswith("."))
     pictures = [p for p in files if p.suffix.lower()[1:] in PICTURE_EXTENSIONS]
     clips = [p for p in files if p.suffix.lower()[1:] in VIDEO_EXTENSIONS]
     if pictures and clips:
@@ -164,7 +170,17 @@ def _open_folder(path: Path, progress: bool) -> SampleSet:
         for start in range(0, len(chosen), batch):
             yield np.stack([read(file, shape) for file in chosen[start : start + batch]])
 
-    return SampleSet(path=path, count=len(chosen), shape=shape, batches=batches)
+    return SampleSet(path=path, count=len(chosen), shape=shape, batches=batches, files=tuple(chosen))
+
+
+def _geneval_folders(path: Path) -> list[Path]:
+    """The folders of pictures, if ``path`` is one that GenEval wrote."""
+    told = {line.parent for line in path.glob(f"*/{GENEVAL_LINE}")}
+    folders = sorted(path.glob(f"*/{GENEVAL_PICTURES}"))
+    untold = [folder.parent.name for folder in folders if folder.parent not in told]
+    if told and untold:
+        raise ValueError(f"{path}: no {GENEVAL_LINE} in {', '.join(untold[:5])}, as there is in the other folders")
+    return folders if told else []
 
 
 def _picture_shape(file: Path) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dydit_scale.evaluation.batches import PICTURE_EXTENSIONS, SampleSet, open_set
+from dydit_scale.evaluation.batches import GENEVAL_LINE, GENEVAL_PICTURES, SampleSet, open_set
 from dydit_scale.evaluation.geneval import check_line
 from dydit_scale.evaluation.i3d import MIN_FRAMES
 from dydit_scale.evaluation.statistics import NEIGHBOUR
@@ -61,7 +61,8 @@ class MetricsConfig:
     weights: Mapping[str, Path]
     """By name, see ``WEIGHTS``."""
     captions: Path | None = None
-    """Text file, one prompt a line, or JSON lines with "prompt"; None to look for ``PROMPT_FILES``."""
+    """Text file, one prompt a line, or JSON lines with "prompt"; None to look for ``PROMPT_FILES``, or for the lines
+    of a folder as GenEval writes it."""
     trust_torchscript: bool = False
     batch: int = 32
     device: str = "auto"
@@ -110,7 +111,7 @@ def check_inputs(config: MetricsConfig) -> Checked:
     reference = open_set(config.reference) if config.reference is not None and users else None
     if reference is not None:
         _check_reference(config, samples, reference)
-    return Checked(samples, reference, _read_prompts(config, samples.count) if config.need("prompts") else [])
+    return Checked(samples, reference, _read_prompts(config, samples) if config.need("prompts") else [])
 
 
 def _check_weights(config: MetricsConfig) -> None:
@@ -153,32 +154,56 @@ def _check_reference(config: MetricsConfig, samples: SampleSet, reference: Sampl
         raise ValueError(f"fvd: expected clips of equally many frames, got {frames}")
 
 
-def _read_prompts(config: MetricsConfig, count: int) -> list[dict[str, Any]]:
-    _check_order(config)
+def _read_prompts(config: MetricsConfig, samples: SampleSet) -> list[dict[str, Any]]:
+    places = None if config.captions else _geneval_lines(samples)
+    lines = _lines_of_file(config, samples) if places is None else [_only_line(place) for place in places]
+    if "geneval" in config.metrics:
+        for line, where in lines:
+            check_line(line, where)
+    return [line for line, _ in lines]
+
+
+def _geneval_lines(samples: SampleSet) -> list[Path] | None:
+    """The file with each picture's line, if they lie as GenEval writes them."""
+    folders = [file.parent.parent for file in samples.files if file.parent.name == GENEVAL_PICTURES]
+    if len(folders) < samples.count or any(folder.parent != samples.path for folder in folders):
+        return None
+    lines = [folder / GENEVAL_LINE for folder in folders]
+    return lines if lines and lines[0].is_file() else None
+
+
+def _only_line(path: Path) -> tuple[dict[str, Any], str]:
+    texts = path.read_text(encoding="utf-8").split("\n")
+    if any(text.strip() for text in texts[1:]):
+        raise ValueError(f"{path}: expected one line, that of the prompt of the pictures beside it")
+    return _line(texts[0], str(path), path.suffix), str(path)
+
+
+def _lines_of_file(config: MetricsConfig, samples: SampleSet) -> list[tuple[dict[str, Any], str]]:
+    """Those of the file of prompts, which take turns, each with its place."""
+    _check_order(config, samples)
     path = config.captions or _find_prompts(config)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of prompts")
-    texts = [text.strip() for text in path.read_text(encoding="utf-8").splitlines()]
-    lines = [_line(text, f"{path}: line {n}", path.suffix) for n, text in enumerate(texts, 1) if text]
-    if not lines or count % len(lines):
+    texts = [(text.strip(), f"{path}: line {n}") for n, text in enumerate(path.read_text("utf-8").splitlines(), 1)]
+    lines = [(_line(text, where, path.suffix), where) for text, where in texts if text]
+    if not lines or samples.count % len(lines):
         raise ValueError(
-            f"{path}: {len(lines)} prompts for {count} samples; expected one each, or every prompt equally often, "
-            "taking turns"
+            f"{path}: {len(lines)} prompts for {samples.count} samples; expected one each, or every prompt equally "
+            "often, taking turns"
         )
-    if "geneval" in config.metrics:
-        for n, line in enumerate(lines, 1):
-            check_line(line, f"{path}: line {n}")
     return lines
 
 
-def _check_order(config: MetricsConfig) -> None:
-    """Prompts go by a picture's place, which several folders do not tell: GenEval's own has one for each prompt."""
-    folders = {path.parent for path in config.samples.rglob("*.*") if path.suffix.lower()[1:] in PICTURE_EXTENSIONS}
+def _check_order(config: MetricsConfig, samples: SampleSet) -> None:
+    """Prompts go by a picture's place, which several folders do not tell."""
+    folders = {file.parent for file in samples.files}
     if len(folders) > 1:
         users = ", ".join(config.need("prompts"))
         raise ValueError(
             f"{users}: {config.samples} holds pictures in {len(folders)} folders, which do not tell each one's prompt; "
-            "put them into one, prompts taking turns"
+            f"put them into one, prompts taking turns, or lay them out as GenEval does: PROMPT/{GENEVAL_LINE} beside "
+            f"PROMPT/{GENEVAL_PICTURES}/"
         )
 
 

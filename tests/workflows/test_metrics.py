@@ -18,6 +18,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from dydit_scale.cli.main import main
+from dydit_scale.evaluation.batches import open_set
 from dydit_scale.evaluation.frechet import moments
 from dydit_scale.evaluation.statistics import precision_recall
 from dydit_scale.workflows import metric_inputs
@@ -293,34 +294,58 @@ FAULTS: dict[str, tuple[list[Callable[[Path], object]], dict[str, Any], str]] = 
 
 def test_prompts_are_found_where_sampling_leaves_them(folder: Path) -> None:
     (folder / "prompts.txt").write_text("beside\n")
-    wanted = config(folder, metrics=["clip"])
-    assert metric_inputs._read_prompts(wanted, 4) == [{"prompt": "beside"}]
+    wanted, samples = config(folder, metrics=["clip"]), open_set(folder / "samples.npz")
+    assert metric_inputs._read_prompts(wanted, samples) == [{"prompt": "beside"}]
     (folder / "samples").mkdir()
     (folder / "samples" / "prompts.txt").write_text("a dog\na cat\n")
-    assert metric_inputs._read_prompts(wanted, 4) == [{"prompt": "a dog"}, {"prompt": "a cat"}]
+    assert metric_inputs._read_prompts(wanted, samples) == [{"prompt": "a dog"}, {"prompt": "a cat"}]
+
+
+def by_prompt(folder: Path, inner: str = "") -> Path:
+    """Two pictures in each of two folders, and a grid of them if they lie in a folder ``inner``."""
+    for prompt in ("00000", "00001"):
+        (folder / prompt / inner).mkdir(parents=True)
+        for n in range(2):
+            Image.new("RGB", (8, 8)).save(folder / prompt / inner / f"{n:04d}.png")
+        if inner:
+            Image.new("RGB", (16, 8)).save(folder / prompt / "grid.png")
+    return folder
 
 
 def test_pictures_in_folders_by_prompt_are_refused(folder: Path) -> None:
-    for prompt in ("00000", "00001"):
-        (folder / "geneval" / prompt).mkdir(parents=True)
-        for n in range(2):
-            Image.new("RGB", (8, 8)).save(folder / "geneval" / prompt / f"{n}.png")
+    samples = by_prompt(folder / "pictures")
     (folder / "prompts.txt").write_text("a dog\na cat\n")
-    wanted = config(folder, samples=folder / "geneval", metrics=["clip"])
-    with pytest.raises(ValueError, match=r"clip: .*geneval holds pictures in 2 folders, which do not tell"):
-        metric_inputs._read_prompts(wanted, 4)
+    wanted = config(folder, samples=samples, metrics=["clip"])
+    with pytest.raises(ValueError, match=r"clip: .*pictures holds pictures in 2 folders, which do not tell"):
+        metric_inputs._read_prompts(wanted, open_set(samples))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_told_before_a_network_is_loaded(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metric_inputs, "find_spec", lambda name: None if fault == "no scipy" else name)
-    for name in ("load_inception", "load_i3d", "Clip", "Detector"):
-        monkeypatch.setattr(workflow, name, lambda *_: pytest.fail("a network was loaded"))
-    changes, options, told = FAULTS[fault]
-    for change in changes:
-        change(folder)
-    with pytest.raises(ValueError, match=re.escape(told)):
-        workflow.compute_metrics(config(folder, **options))
+def test_genevals_folders_tell_the_prompts(folder: Path) -> None:
+    samples = by_prompt(folder / "geneval", "samples")
+    lines = [
+        {"tag": "single_object", "prompt": f"a {n}", "include": [{"class": n, "count": 1}]} for n in ("dog", "tie")
+    ]
+    for number, line in enumerate(lines):
+        (samples / f"{number:05d}" / "metadata.jsonl").write_text(json.dumps(line))
+    found = open_set(samples)
+    assert found.count == 4 and found.shape == (8, 8, 3)  # without the grids
+    wanted = config(folder, samples=samples, metrics=["clip", "geneval"])
+    assert metric_inputs._read_prompts(wanted, found) == [lines[0], lines[0], lines[1], lines[1]]
+
+    (folder / "own.txt").write_text("a cat\n")
+    with pytest.raises(ValueError, match="in 2 folders, which do not tell"):
+        metric_inputs._read_prompts(
+            config(folder, samples=samples, metrics=["clip"], captions=folder / "own.txt"), found
+        )
+    (samples / "00001" / "metadata.jsonl").write_text('{"prompt": "a tie"}\n')
+    with pytest.raises(ValueError, match=r"00001/metadata.jsonl: expected GenEval metadata"):
+        metric_inputs._read_prompts(wanted, found)
+    (samples / "00001" / "metadata.jsonl").write_text(f"{json.dumps(lines[1])}\n" * 2)
+    with pytest.raises(ValueError, match=r"00001/metadata.jsonl: expected one line"):
+        metric_inputs._read_prompts(wanted, found)
+    (samples / "00001" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"geneval: no metadata.jsonl in 00001, as"):
+        open_set(samples)
 
 
 def test_every_metric_needs_weights_that_are_described() -> None:
