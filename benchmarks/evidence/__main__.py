@@ -53,11 +53,11 @@ def main() -> None:
 def run_claims(place: Place, names: list[str], workers: int) -> None:
     """Everything that these claims need and OUT does not hold yet."""
     claims, size, logs = [CLAIMS[name] for name in names], place.size, place.out / "logs"
-    trials = sorted({trial for claim in claims for trial in claim.trials}, key=lambda t: -size.trials[t].base_steps)
+    trials = dict.fromkeys(trial for claim in claims for trial in claim.trials)
     for title, parts in STAGES.items():
         tasks: list[Task] = [
             (f"{part}-{trial}", prepare, (place, trial, part))
-            for trial in trials  # those that take longest first
+            for trial in sorted(trials, key=lambda name: -size.trials[name].base_steps)
             for part in parts
             if part in parts_of(size.trials[trial])
         ]

@@ -39,6 +39,8 @@ class ModelScore(NamedTuple):
 
     overall: float
     categories: dict[str, float | None]
+    frechet: float | None = None
+    """Fréchet distance from real scenes of the same prompts."""
 
 
 class Scores(NamedTuple):
@@ -47,6 +49,8 @@ class Scores(NamedTuple):
     prompts: int
     steps: int
     models: dict[str, ModelScore]
+    frechet_real: float | None = None
+    """That of as many other real scenes."""
 
 
 class Speed(NamedTuple):
@@ -204,11 +208,14 @@ def _read_scores(path: Path) -> Scores:
         score = mapping(entry, f"models.{name}")
         categories = mapping(score.get("categories", {}), f"models.{name}.categories")
         models[name] = ModelScore(
-            number(score, "overall", high=1.0), {key: maybe(categories, key, high=1.0) for key in categories}
+            number(score, "overall", high=1.0),
+            {key: maybe(categories, key, high=1.0) for key in categories},
+            maybe(score, "frechet"),
         )
     if not models:
         raise ValueError("models: expected at least one, got none")
-    return Scores(int(number(found, "prompts", low=1)), int(number(found, "steps")), models)
+    real = maybe(found, "frechet_real")
+    return Scores(int(number(found, "prompts", low=1)), int(number(found, "steps")), models, real)
 
 
 def _read_speed(path: Path) -> Speed:

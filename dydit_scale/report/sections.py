@@ -242,7 +242,7 @@ def scores(run: RunData) -> Html:
     control = "Control is the static model, fine-tuned equally long. " if "control" in found.models else ""
     lead = (
         f"Share of {count(found.prompts)} prompts whose picture the judge found right, {found.steps} sampling steps. "
-        f"{control}The ± is one standard error."
+        f"{control}The ± is one standard error.{_distance_words(found)}"
     )
     legend = el("figcaption", el("h3", "By category"), bar_legend([*zip(names, colours, strict=True)]))
     return section("scores", "Prompt scores", lead, el("figure", legend, chart), _score_table(found, categories))
@@ -253,10 +253,23 @@ def _score_table(found: Scores, categories: list[str]) -> Html:
         Column("model", list(found.models), "left"),
         Column("overall, %", [_with_error(found, name) for name in found.models]),
     ]
+    if _has_distances(found):
+        columns.append(Column("Fréchet distance", [fixed(score.frechet, 2) for score in found.models.values()]))
     for key in categories:
         shares = [score.categories.get(key) for score in found.models.values()]
         columns.append(Column(_words(key), [DASH if share is None else fixed(100 * share, 1) for share in shares]))
     return table(columns)
+
+
+def _has_distances(found: Scores) -> bool:
+    return any(score.frechet is not None for score in found.models.values())
+
+
+def _distance_words(found: Scores) -> str:
+    if not _has_distances(found):
+        return ""
+    real = "" if found.frechet_real is None else f"; as many real scenes have {fixed(found.frechet_real, 2)}"
+    return f" The Fréchet distance is that from real scenes, on a small classifier's features; less is better{real}."
 
 
 def standard_error(share: float, prompts: int) -> float:

@@ -76,10 +76,11 @@ def write_scores(path: Path) -> None:
         name: {
             "overall": share,
             "categories": {key: round(share + shift, 3) for key, shift in zip(names, shifts, strict=True)},
+            "frechet": round(14 - 10 * share, 2),
         }
         for name, share in OVERALL.items()
     }
-    path.write_text(json.dumps({"prompts": 256, "steps": 12, "models": models}))
+    path.write_text(json.dumps({"prompts": 256, "steps": 12, "models": models, "frechet_real": 2.31}))
 
 
 def write_speed(path: Path) -> None:

@@ -102,6 +102,8 @@ def test_complete_run_shows_its_numbers(complete: tuple[str, Page]) -> None:
     for expected in ("48 %", "1.05 G instead of 2.01 G", "1.64×", "ideal 1.92×", "62.9 %", "control 64.8 %", "356 kB"):
         assert expected in head
     assert "60.9 ± 3.0" in page.text("scores") and "attribute binding" in page.text("scores")
+    assert "Fréchet distance" in page.text("scores") and "7.71" in page.text("scores")
+    assert "as many real scenes have 2.31" in page.text("scores")
     assert "2 cores of an Intel Xeon" in page.text("speed") and "85 %" in page.text("speed")
     assert "4.8 × 10⁻⁷" in page.text("export") and page.text("export").count("verified") == 3
     assert "ramp: 900" in page.text("settings")
@@ -243,6 +245,7 @@ def test_all_text_is_escaped(bare: Path) -> None:
     assert "script" not in page.tags
     assert page.text("samples").endswith(evil) and page.text("export").count(evil) == 2
     assert "not verified" in page.text("export") and "<script" not in written
+    assert "Fréchet" not in page.text("scores")  # an older evaluation's
 
 
 def test_experts_are_shown_where_a_run_has_them(bare: Path) -> None:
