@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dydit_scale.adapters.td_lora import add_td_lora
+from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.sampling.execution import Execution
 from tests.adapters.tiny import flux_config, shake
 from tests.models.tiny import inputs, scramble, tiny_dynamic
@@ -27,11 +28,15 @@ def check(family: Family) -> None:
 
 
 @torch.no_grad()
-def check_execution(family: Family) -> None:
-    """Packed sub-networks share compiled code, and compute what they do op by op."""
+def check_execution(family: Family, *, fixed: bool) -> None:
+    """Packed sub-networks share compiled code, and compute what they do op by op; ``fixed``: with a capacity."""
     model, times = scramble(family.make()), (0.9, 0.7, 0.5, 0.3)
-    runs = [family.x(t) for t in times]
-    plan = model.pack(family.steps(*times), kernel_layout=False)
+    runs, steps = [family.x(t) for t in times], family.steps(*times)
+    capacity = None
+    if fixed:
+        counts = torch.randint(1, 6, (len(times), len(model.dynamic_blocks())), generator=torch.manual_seed(0))
+        capacity = TokenCapacity(steps, counts)
+    plan = model.pack(steps, capacity=capacity, kernel_layout=False)
     expected = [model(**x).sample for x in runs]
     torch._dynamo.reset()
     compiled = 0
@@ -63,11 +68,11 @@ def check_adapted(gate_scope: str) -> None:
 
 
 if __name__ == "__main__":
-    for each in FAMILIES:
+    for number, each in enumerate(FAMILIES):
         check(each)
         print(each.name)
-    check_execution(FAMILIES[1])
-    print("execution")
+        check_execution(each, fixed=bool(number % 2))  # both of all would take ten minutes
+        print(f"{each.name} execution")
     for scope in ("layer", "network"):
         check_adapted(scope)
         print(f"td_lora {scope}")
