@@ -52,7 +52,13 @@ class KernelLinear(nn.Module):
         return self.weight.numel() * self.weight.element_size()
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        """The product, through the GELU if there is one."""
+        """The product, through the GELU if there is one; under autocast computed as the weights are, and cast after
+        it."""
+        if torch.is_autocast_enabled("cpu"):  # which does not know this operation
+            return self._product(x.to(self.weight.dtype)).to(torch.get_autocast_dtype("cpu"))
+        return self._product(x)
+
+    def _product(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         kind, algorithm = ("none", "") if self.gelu is None else ("gelu", self.gelu)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, kind, [], algorithm)
 

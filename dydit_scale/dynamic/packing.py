@@ -32,8 +32,8 @@ def shallow(module: M, **changes: object) -> M:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a linear layer computes with more than its ``weight``: TD-LoRA (``weight_at``) or a LoRA of peft."""
-    return hasattr(module, "weight_at") or hasattr(module, "get_delta_weight")
+    """Whether a linear layer computes with more than its ``weight``: TD-LoRA (``weight_at``) or a layer of peft."""
+    return hasattr(module, "weight_at") or hasattr(module, "get_base_layer")
 
 
 def depends_on_timestep(module: nn.Module) -> bool:
@@ -43,21 +43,54 @@ def depends_on_timestep(module: nn.Module) -> bool:
 
 def effective_weight(linear: Any, t_emb: Float[Tensor, "1 dim"] | None) -> Float[Tensor, "out in"]:
     """The weight that the layer computes with, dequantised, its active adapters folded in: those of TD-LoRA at
-    ``t_emb``, or, where that is None, without them."""
+    ``t_emb``, or, where that is None, without them.
+
+    Raises:
+        ValueError: an adapter of peft that is neither LoRA nor DoRA alone.
+    """
     if isinstance(linear, LinearColumns):
         return effective_weight(linear.layer, t_emb).narrow(1, linear.start, linear.in_features)
     if hasattr(linear, "weight_at"):
         return linear.base_weight() if t_emb is None else linear.weight_at(t_emb)
-    if hasattr(linear, "get_delta_weight"):
+    if hasattr(linear, "get_base_layer"):
         return _with_lora(linear)
     return dense_weight(linear)
 
 
-def _with_lora(layer: Any) -> Tensor:
-    weight = dense_weight(layer.get_base_layer())
+def effective_bias(linear: Any) -> Float[Tensor, " out"] | None:
+    """The bias that the layer computes with, those of its active LoRAs added."""
+    bias = getattr(linear, "bias", None)
+    if not hasattr(linear, "get_base_layer") or hasattr(linear, "weight_at"):
+        return bias
+    own = [(name, linear.lora_B[name].bias) for name in _active_loras(linear)]
+    added = [linear.scaling[name] * extra for name, extra in own if extra is not None]
+    if not added:
+        return bias
+    return sum(x.detach().to(bias.dtype) for x in added) + bias.detach()
+
+
+def _active_loras(layer: Any) -> list[str]:
+    """Names of the adapters that a layer of peft computes with; ValueError if they are of a kind that cannot be
+    folded."""
     if layer.disable_adapters or layer.merged:
-        return weight
+        return []
+    if not hasattr(layer, "lora_A"):
+        raise ValueError(
+            f"{type(layer).__module__.split('.')[-2]}: of peft's adapters only LoRA and DoRA can be cut into packed "
+            "sub-networks; merge this one into the weights (fuse_lora, merge_and_unload), or remove it"
+        )
     active = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in active:
+        if name in getattr(layer, "lora_variant", {}) and not layer.use_dora.get(name):
+            kind = type(layer.lora_variant[name]).__name__
+            raise ValueError(f"adapter {name!r} ({kind}): only plain LoRA and DoRA can be cut; merge or remove it")
+    return active
+
+
+def _with_lora(layer: Any) -> Tensor:
+    weight, active = dense_weight(layer.get_base_layer()), _active_loras(layer)
+    if not active:
+        return weight
     updated = weight + sum(layer.get_delta_weight(name).to(weight.dtype) for name in active)
     if not any(layer.use_dora.get(name) for name in active):
         return updated
@@ -78,7 +111,7 @@ class LinearColumns(nn.Module):
         super().__init__()
         self.layer, self.start = layer, start
         self.in_features, self.out_features = length, layer.out_features
-        self.bias = layer.bias if bias else None
+        self.bias = effective_bias(layer) if bias else None
 
     def low_rank_at(self, t_emb: Float[Tensor, "1 dim"]) -> tuple[Tensor, Tensor] | None:
         """As the layer's."""
@@ -111,7 +144,7 @@ class CutLinear(nn.Linear):
         bias: bool = True,
     ) -> None:
         weights = [_own(_cut(effective_weight(layer, t_emb).detach(), rows, cols), layer) for layer in layers]
-        biases = [getattr(layer, "bias", None) if bias else None for layer in layers]
+        biases = [effective_bias(layer) if bias else None for layer in layers]
         weight = _alternating(weights, run)
         with torch.device("meta"):
             super().__init__(weight.shape[1], weight.shape[0], bias=any(b is not None for b in biases))

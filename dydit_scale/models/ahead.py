@@ -1,13 +1,14 @@
 """The modulation of coming steps, computed together.
 
 At batch 1 a modulation layer is a product of one row with a matrix of 6 dim^2 weights: nearly no arithmetic, but half
-as much memory to read as for all else in the block. A sampler's timesteps are planned and its conditions stay: one
-product serves many steps.
+as much memory to read as for all else in the block. A sampler's timesteps are planned and its conditions stay, or two
+take turns where the branches of guidance run one after the other: one product serves many steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 BYTES = 64 * 2**20
-"""What the stored modulations may take; as many steps are computed at once as fit."""
+"""What the modulations stored for a branch may take; as many steps are computed at once as fit."""
+BRANCHES = 2
+"""Of guidance: as many conditions are remembered."""
 
 Embed = Callable[[Shaped[Tensor, " batch_t"]], Float[Tensor, "batch dim"]]
 Layers = tuple[nn.Module, ...]
+_Seen = tuple[tuple[Any, int | None], ...]
+"""Conditions, tensors with their versions."""
 
 
 class Ready(NamedTuple):
@@ -28,6 +33,15 @@ class Ready(NamedTuple):
     timestep: float
     modulations: list[Tensor]
     """[blocks]"""
+
+
+@dataclass(eq=False)
+class _Branch:
+    """What was seen and computed with some conditions."""
+
+    conditions: _Seen
+    steps: set[int] = field(default_factory=set)
+    ready: dict[int, Ready] = field(default_factory=dict)
 
 
 class AheadModulation:
@@ -40,9 +54,7 @@ class AheadModulation:
 
     def __init__(self, layers: Sequence[Sequence[Layers]], timesteps: Float[Tensor, " steps"]) -> None:
         self.layers, self.timesteps = layers, timesteps.tolist()
-        self._conditions: tuple[tuple[Any, int | None], ...] = ()
-        self._steps: set[int] = set()
-        self._ready: dict[int, Ready] = {}
+        self._branches: list[_Branch] = []  # the one that came last is the first
         self._came: dict[int, float] = {}
 
     def at(
@@ -71,13 +83,18 @@ class AheadModulation:
         if any(isinstance(x, Tensor) and x.is_inference() for x in conditions):
             return None  # such tensors do not tell whether they were changed
         seen = tuple((x, x._version if isinstance(x, Tensor) else None) for x in (*conditions, len(temb), temb.dtype))
-        if not _same(seen, self._conditions):
-            self._conditions, self._steps, self._ready = seen, set(), {}
-        self._steps.add(step)
-        if len(self._steps) > 1 and step not in self._ready:
-            self._ready = self._compute(step, value, timestep, temb, embed)
-        found = self._ready.get(step)
+        branch = self._branch_of(seen)
+        branch.steps.add(step)
+        if len(branch.steps) > 1 and step not in branch.ready:
+            branch.ready = self._compute(step, value, timestep, temb, embed)
+        found = branch.ready.get(step)
         return found.modulations if found is not None and found.timestep == value else None
+
+    def _branch_of(self, seen: _Seen) -> _Branch:
+        branch = next((b for b in self._branches if _same(b.conditions, seen)), None) or _Branch(seen)
+        others = [b for b in self._branches if b is not branch]
+        self._branches = [branch, *others][:BRANCHES]
+        return branch
 
     def _compute(self, step: int, value: float, timestep: Tensor, temb: Tensor, embed: Embed) -> dict[int, Ready]:
         layers: Sequence[Any] = self.layers[step]
@@ -100,7 +117,7 @@ def _alike(a: Sequence[Layers], b: Sequence[Layers]) -> bool:
     return all(x is y for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True))
 
 
-def _same(a: tuple[tuple[Any, int | None], ...], b: tuple[tuple[Any, int | None], ...]) -> bool:
+def _same(a: _Seen, b: _Seen) -> bool:
     return len(a) == len(b) and all(
         (x is y if isinstance(x, Tensor) else x == y) and v == w for (x, v), (y, w) in zip(a, b, strict=True)
     )

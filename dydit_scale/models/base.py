@@ -27,7 +27,7 @@ from dydit_scale.dynamic.timestep import TimestepState
 from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.dynamic.width import Router, WidthRouter
 from dydit_scale.models.ahead import Embed
-from dydit_scale.models.blocks import BlockGates, block_gates
+from dydit_scale.models.blocks import BlockGates, block_gates, check_branches
 from dydit_scale.models.hooks import HookedModelMixin
 from dydit_scale.models.plan import PackedPlan, StepTable, StorageOptions, TokenPlan
 
@@ -197,7 +197,8 @@ class DynamicModelMixin(HookedModelMixin):
                 beside them. None takes up to half of the memory that is free.
             capacity: work on fixed numbers of tokens, those of the highest scores; None takes those above the router's
                 threshold, as in training's evaluation.
-            share_scores: let the branches of guidance, the halves of a batch, skip the same tokens.
+            share_scores: let the branches of guidance, equal halves of a batch, skip the same tokens. FLUX's pipelines
+                run their branches one after the other: there it is refused when the model runs.
             kernel_layout: False leaves copied weights plain, as torch.compile needs them.
             weights: keep the copies in int8 or (CUDA) fp8, cast at each call: half the memory, no more speed.
             fused_tokens: run the MLP of chosen tokens in two Triton kernels (CUDA, half precision) in place of gather,
@@ -226,9 +227,12 @@ class DynamicModelMixin(HookedModelMixin):
         """Which units work at each of the timesteps."""
         return StepTable.build(self, timesteps)
 
-    def _planned_steps(self, timestep: Float[Tensor, " batch"], gates: GateMode) -> dict[int | None, list[int]]:
+    def _planned_steps(
+        self, timestep: Float[Tensor, " batch"], gates: GateMode, latents: Shaped[Tensor, "samples *shape"]
+    ) -> dict[int | None, list[int]]:
         """Which rows of the batch go to which planned step (None: to the masked model); empty where nothing is packed,
-        or not for these gates, or adapters have changed since."""
+        or not for these gates, or adapters have changed since. Raises ValueError for latents that are not those of two
+        branches where these share their scores."""
         rows: dict[int | None, list[int]] = {}
         if self._fixed_step is not None:
             return {self._fixed_step: list(range(len(timestep)))}
@@ -254,6 +258,8 @@ class DynamicModelMixin(HookedModelMixin):
             raise ValueError(f"a cache needs one timestep in a batch of packed sampling; got {values}")
         if len(rows) > 1 and self._plan.tokens.share_scores:
             raise ValueError(f"share_scores: the branches of guidance have one timestep; got {values}")
+        if self._plan.tokens.share_scores:
+            check_branches(latents)
         return rows
 
     def _fell_back(self, reason: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -174,10 +174,6 @@ class PackedBlock(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             logits = self.dy_token(image, temb, text)
         if gates.share_scores:
-            if batch % 2:
-                raise ValueError(
-                    f"share_scores: expected the two branches of guidance as the halves of a batch; got {batch} samples"
-                )
             logits = logits.unflatten(0, (2, -1)).mean(0).repeat(2, 1)
         if gates.capacity is not None:
             k = min(gates.capacity, tokens)
@@ -187,6 +183,17 @@ class PackedBlock(nn.Module):
         keep = threshold_gate(logits)
         rows = chosen_rows(keep)
         return PackedTokens(None if len(rows) == batch * tokens else rows, keep)
+
+
+def check_branches(latents: Shaped[Tensor, "batch *shape"]) -> None:
+    """Raise ValueError unless the halves of the batch are equal, as those of the two branches of guidance are."""
+    first, second = latents.tensor_split(2)
+    if first.shape != second.shape or not torch.equal(first, second):
+        raise ValueError(
+            f"share_scores: expected the two branches of guidance as the halves of a batch, with equal latents; got "
+            f"{len(latents)} samples{'' if len(latents) % 2 else ', whose halves differ'}. Pipelines that run the "
+            "branches one after the other, and samples without guidance, cannot share scores: pack without it"
+        )
 
 
 def ones_or(keep: Tensor | None, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens"]:

@@ -208,7 +208,7 @@ class DyDiTTransformer2DModel(DynamicModelMixin, DiTTransformer2DModel, PeftAdap
         """
         self._check_processors()
         self._check_side(hidden_states)
-        steps = self._planned_steps(timestep.float(), gates)
+        steps = self._planned_steps(timestep.float(), gates, hidden_states)
         if len(steps) > 1:
             rows = list(steps.values())
             parts = [

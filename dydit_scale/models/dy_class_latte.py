@@ -177,7 +177,7 @@ class DyClassLatteTransformer3DModel(DynamicModelMixin, ClassLatteTransformer3DM
         """
         self._check_processors()
         axis = self._frame_axis(hidden_states, timestep, class_labels, drop_labels, images)
-        steps = self._planned_steps(timestep.float(), gates)
+        steps = self._planned_steps(timestep.float(), gates, hidden_states)
         if len(steps) > 1:
             rows = list(steps.values())
             parts = [

@@ -131,7 +131,7 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             collect: return :class:`DyFluxOutput` with the masks of all layers.
         """
         self._check(joint_attention_kwargs)
-        steps = self._planned_steps(timestep.float(), gates)
+        steps = self._planned_steps(timestep.float(), gates, hidden_states)
         if len(steps) > 1:
             if controlnet_block_samples or controlnet_single_block_samples:
                 raise ValueError("packed sampling of a batch with several timesteps does not go with ControlNet")

@@ -165,7 +165,7 @@ class DyLatteTransformer3DModel(DynamicModelMixin, PeftAdapterMixin, AttentionMi
         enable_temporal_attentions = enable_temporal_attentions and clip > 0
         self._check(hidden_states, timestep, encoder_hidden_states, enable_temporal_attentions, images)
         batch = len(hidden_states)
-        steps = self._planned_steps(timestep.float(), gates)
+        steps = self._planned_steps(timestep.float(), gates, hidden_states)
         if len(steps) > 1:
             rows = list(steps.values())
             options = {

@@ -90,7 +90,7 @@ class AdapterState:
 
 def _acting(layer: Any) -> tuple[object, ...]:
     """Whether adapters are off, which are active, which are merged, and how strong they are."""
-    scales = tuple(layer.scaling.items())
+    scales = tuple(getattr(layer, "scaling", {}).items())
     return layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), scales
 
 

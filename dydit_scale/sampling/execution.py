@@ -132,7 +132,8 @@ class Execution(AbstractContextManager["Execution"]):
 
     def _replayed(self, *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(*args, **kwargs).arguments
-        steps = self.model._planned_steps(given["timestep"].float(), given.get("gates", "threshold"))
+        timestep, gates = given["timestep"].float(), given.get("gates", "threshold")
+        steps = self.model._planned_steps(timestep, gates, given["hidden_states"])
         leaves, form = pytree.tree_flatten(given)
         plain = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in leaves)
         if len(steps) != 1 or None in steps or given.get("collect") or not plain:

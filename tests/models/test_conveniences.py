@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models._modeling_parallel import TensorParallelConfig
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoraConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -161,6 +162,17 @@ def test_repeated_blocks_compile() -> None:
 
 
 # Adapters
+
+
+@each
+@pytest.mark.parametrize("config", [IA3Config(feedforward_modules=[]), LoHaConfig(r=2)], ids=lambda c: type(c).__name__)
+def test_other_adapters_of_peft_are_refused_when_packing(family: Family, config: Any) -> None:
+    model = family.make()
+    model.add_adapter(dataclasses.replace(config, target_modules=family.adapted))
+    with pytest.raises(ValueError, match=r"(ia3|loha): of peft's adapters only LoRA and DoRA can be cut"):
+        model.pack(family.steps(0.5))
+    model.disable_adapters()
+    model.pack(family.steps(0.5))
 
 
 @each

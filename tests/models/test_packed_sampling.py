@@ -66,10 +66,15 @@ def test_a_capacity_fixes_how_many_tokens_work(family: Family) -> None:
 @torch.no_grad()
 def test_branches_of_guidance_share_their_scores_where_asked(family: Family) -> None:
     model, x = scramble(family.make()), family.x(0.5, 0.5)
+    alone = x["hidden_states"].clone()
+    x["hidden_states"] = alone[:1].repeat(2, *[1] * (alone.ndim - 1))  # both branches see the same latents
     for share in (False, True):
         model.pack(family.steps(0.5), share_scores=share)
         first, second = model(**x, collect=True).masks.tokens.unbind(1)
-        assert torch.equal(first, second) is share
+        assert torch.equal(first, second) or not share
+        assert share or family.name not in CONDITIONS or not torch.equal(first, second)
+    with pytest.raises(ValueError, match=r"share_scores: .* got 2 samples, whose halves differ"):
+        model(**{**x, "hidden_states": alone})  # two pictures without guidance
 
 
 @each
@@ -103,7 +108,9 @@ def test_a_cache_keeps_how_it_was_packed() -> None:
     assert after is not before and (after.tokens, after.storage, after.max_bytes, after.bytes) == (
         before.tokens, before.storage, before.max_bytes, before.bytes
     )  # fmt: skip
-    assert bool((model(**family.x(STEPS[0], STEPS[0]), collect=True).masks.tokens.sum(-1) == 3).all())
+    x = family.x(STEPS[0], STEPS[0])
+    x["hidden_states"] = x["hidden_states"][:1].repeat(2, 1, 1, 1)
+    assert bool((model(**x, collect=True).masks.tokens.sum(-1) == 3).all())
     with pytest.raises(ValueError, match=r"share_scores: expected the two branches .* got 1 samples"):
         model(**family.x(STEPS[0]))
 
@@ -159,6 +166,28 @@ def test_rounded_timesteps_are_foreseen_once_they_are_known() -> None:
     torch.testing.assert_close(found[2][0], layer(torch.nn.functional.silu(embed(rounded[2]))))
 
 
+def test_branches_that_run_one_after_the_other_are_both_foreseen() -> None:
+    layer = torch.nn.Linear(2, 4)
+    values = [0.875, 0.5, 0.25, 0.125]
+    ahead = AheadModulation([[(layer,)]] * 4, torch.tensor(values))
+    prompts = {"with": torch.ones(1), "without": torch.zeros(1)}
+    products: list[int] = []
+    layer.register_forward_hook(lambda m, args, out: products.append(len(out)))
+    for step, value in enumerate(values):
+        for prompt in prompts.values():
+            t = torch.tensor([value])
+
+            def embed(t: torch.Tensor, prompt: torch.Tensor = prompt) -> torch.Tensor:
+                return t[:, None].expand(-1, 2) + prompt
+
+            found = ahead.at(step, value, t, (prompt,), embed(t), embed)
+            assert (found is None) == (step == 0)
+            if found is not None:
+                expected = torch.nn.functional.linear(torch.nn.functional.silu(embed(t)), layer.weight, layer.bias)
+                torch.testing.assert_close(found[0], expected)
+    assert products == [3, 3]  # one product for each branch, at the second step for it and the two behind it
+
+
 def test_what_was_foreseen_for_another_timestep_is_not_used() -> None:
     layer = torch.nn.Linear(2, 4)
     ahead = AheadModulation([[(layer,)]] * 3, torch.tensor([0.9, 0.5, 0.1]))
@@ -197,6 +226,22 @@ def test_steps_of_other_modulation_layers_are_left_alone() -> None:
     for step, t in enumerate((3.0, 2.0, 1.0)):
         found = ahead.at(step, t, torch.tensor([t]), ("same",), torch.zeros(1, 4), lambda t: torch.zeros(1, 4))
         assert found is None
+
+
+@each
+@torch.no_grad()
+def test_autocast_runs_packed_blocks_too(family: Family) -> None:
+    model = scramble(family.make(tokens=False))
+    model.pack(family.steps(*STEPS))
+    exact = model(**family.x(*STEPS)).sample
+    model.unpack()
+    with torch.autocast("cpu", torch.bfloat16):
+        masked = model(**family.x(*STEPS)).sample
+        model.pack(family.steps(*STEPS))
+        packed = model(**family.x(*STEPS)).sample
+    assert packed.dtype == masked.dtype
+    rounding = float((masked.float() - exact).abs().mean())
+    assert 0 < float((packed.float() - exact).abs().mean()) < 1.5 * rounding
 
 
 @each

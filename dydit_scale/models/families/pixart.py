@@ -162,7 +162,7 @@ class DyPixArtTransformer2DModel(DynamicModelMixin, PixArtTransformer2DModel, Pe
             raise ValueError("attention_mask, cross_attention_kwargs: a dynamic PixArt takes neither; leave them out")
         self._check_inputs(hidden_states, encoder_hidden_states, timestep, encoder_attention_mask)
         assert timestep is not None and encoder_hidden_states is not None, "checked above"
-        steps = self._planned_steps(timestep.float(), gates)
+        steps = self._planned_steps(timestep.float(), gates, hidden_states)
         if len(steps) > 1:
             rows = list(steps.values())
             mask = encoder_attention_mask
