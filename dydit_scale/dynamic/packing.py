@@ -66,6 +66,7 @@ def effective_bias(linear: Any) -> Float[Tensor, " out"] | None:
     added = [linear.scaling[name] * extra for name, extra in own if extra is not None]
     if not added:
         return bias
+    assert bias is not None, "peft adds no bias where the layer has none"
     return sum(x.detach().to(bias.dtype) for x in added) + bias.detach()
 
 
