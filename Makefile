@@ -1,6 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 FAULTS_ARGS ?=
 
 VENV := .venv
@@ -28,6 +29,7 @@ help:
 	@echo "               make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
 	@echo '               A torch of that version already in .venv stays, whatever its build.'
 	@echo "  PYTEST_ARGS  more arguments for pytest, e.g. PYTEST_ARGS='-k shapes'"
+	@echo '  TEST_WORKERS processes that run the tests of make test side by side ($(TEST_WORKERS)); 0: none but pytest itself'
 	@echo "  FAULTS_ARGS  more arguments for make faults, e.g. FAULTS_ARGS='--seeds 4'"
 
 install: $(STAMP)
@@ -50,7 +52,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m 'not slow' -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
