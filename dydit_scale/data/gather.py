@@ -117,7 +117,8 @@ class Gatherer:
     def _unnamed(self, length: int, dtype: np.dtype) -> np.ndarray:
         """An array in a file of its own, which lives as long as the array."""
         with tempfile.TemporaryFile(dir=self._folder) as file:
-            os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)  # mapped, a full disk kills the process
+            if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk kills the process that writes to a map
+                os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)
             return np.memmap(file, dtype, mode="w+", shape=(length,)).view(np.ndarray)
 
     def _check_key(self, shard: ScannedShard, key: bytes) -> None:
