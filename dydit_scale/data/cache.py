@@ -1,8 +1,9 @@
 """A folder on a node's own disk that keeps files of an object store for all processes of the node.
 
-Files are named by their SHA-256, so what lies there is whole and right, whoever asks for it. One process downloads,
-under a lock that the system releases if it is killed; the others wait for it. A file's time of change is set whenever
-the file is opened and says which was not used for longest; times of access are not relied upon.
+Files are named by their SHA-256, so what lies there was whole and right when it came, whoever asks for it. One of
+another size is fetched anew, and ``drop`` is for one whose bytes were found to be damaged. One process downloads, under
+a lock that the system releases if it is killed; the others wait for it. A file's time of change is set whenever the
+file is opened and says which was not used for longest; times of access are not relied upon.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,24 +40,47 @@ class FileCache:
     def open(self, wanted: Wanted, chunks: Callable[[], Iterable[bytes]]) -> int | None:
         """A descriptor of the file, downloaded from ``chunks`` if it is not there; closing it ends its use.
 
-        A file in use, by any process, is never removed. None if it is not there and there is no room for it, because
-        all that lies there is in use. Raises ValueError where the disk is full or cannot be written, the download has
-        another size or SHA-256, or on what ``chunks`` raises.
+        A sound file in use, by any process, is never removed. None if it is not there and there is no room for it,
+        because all that lies there is in use. Raises ValueError where the disk is full or cannot be written, the
+        download has another size or SHA-256, or on what ``chunks`` raises.
         """
-        path, part = self.folder / wanted.sha256, self.folder / f"{wanted.sha256}.part"
-        try:
+        path, part = self.path(wanted), self.folder / f"{wanted.sha256}.part"
+        with self._explained(wanted):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if (fd := _open_used(path)) is not None:
+            if (fd := _open_used(path, wanted.size)) is not None:
                 return fd
-            with _locked(self.folder / f"{wanted.sha256}.lock"):
-                if (fd := _open_used(path)) is not None:
+            with self._locked(wanted):
+                if (fd := _open_used(path, wanted.size)) is not None:
                     return fd
+                path.unlink(missing_ok=True)  # cut off
                 part.unlink(missing_ok=True)  # of a process that was killed
                 fd = self._reserve(part, wanted.size)
                 if fd is not None:
                     _fill(fd, part, wanted, chunks)
                     os.replace(part, path)
                 return fd
+
+    def drop(self, wanted: Wanted, fd: int) -> None:
+        """End the use of a file that is damaged, and remove it unless another process has replaced it already."""
+        path = self.path(wanted)
+        try:
+            with self._explained(wanted), self._locked(wanted), suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    path.unlink()
+        finally:
+            os.close(fd)
+
+    def path(self, wanted: Wanted) -> Path:
+        """Where a file lies, if it does."""
+        return self.folder / wanted.sha256
+
+    def _locked(self, wanted: Wanted) -> AbstractContextManager[None]:
+        return _locked(self.folder / f"{wanted.sha256}.lock")
+
+    @contextmanager
+    def _explained(self, wanted: Wanted) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             advice = "free space or lower data.cache_gib" if full else "choose another data.cache"
@@ -114,15 +138,16 @@ def _discard(fd: int, part: Path) -> None:
     os.close(fd)
 
 
-def _open_used(path: Path) -> int | None:
-    """A descriptor with a shared lock, which keeps the file from being removed; None if there is no such file."""
+def _open_used(path: Path, size: int) -> int | None:
+    """A descriptor with a shared lock, which keeps the file from being removed; None if there is none of that size."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     fcntl.flock(fd, fcntl.LOCK_SH)
+    status = os.fstat(fd)
     # It may have been removed between the two calls.
-    if os.fstat(fd).st_nlink == 0:
+    if status.st_nlink == 0 or status.st_size != size:
         os.close(fd)
         return None
     os.utime(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -38,11 +39,25 @@ class SampleFiles:
         self._count = 0
 
     def read(self, sample: int) -> Files:
-        """The files of a sample that has an image; BadSampleError if their bytes are not those that were indexed."""
+        """The files of a sample that has an image; BadSampleError if their bytes are not those that were indexed.
+
+        A shard that was damaged in the cache is downloaded again, once.
+        """
         self._count += 1
         if self._count % LOOKED_AT == 0:
             self._index.release()
         shard = self._index.shards[self._index.shard_of(sample)].name
+        while True:
+            try:
+                return self._checked(sample, shard)
+            except BadSampleError as error:
+                if not isinstance(self._shards, CachedShards) or (file := self._shards.file_of(shard)) is None:
+                    raise
+                if not self._shards.renew(shard):
+                    raise BadSampleError(f"{error}; read from {file}, downloaded twice: is that disk sound?") from error
+                warnings.warn(f"{file} ({shard}): {error}; downloading it again. Is that disk sound?", stacklevel=3)
+
+    def _checked(self, sample: int, shard: str) -> Files:
         image, caption, is_json = self._index.record(sample)
         parts = (image, caption) if caption.offset else (image,)
         views = self._together(shard, parts)

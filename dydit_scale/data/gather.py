@@ -4,6 +4,7 @@ of their own."""
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
 from contextlib import ExitStack
@@ -116,6 +117,8 @@ class Gatherer:
     def _unnamed(self, length: int, dtype: np.dtype) -> np.ndarray:
         """An array in a file of its own, which lives as long as the array."""
         with tempfile.TemporaryFile(dir=self._folder) as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk kills the process that writes to a map
+                os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)
             return np.memmap(file, dtype, mode="w+", shape=(length,)).view(np.ndarray)
 
     def _check_key(self, shard: ScannedShard, key: bytes) -> None:

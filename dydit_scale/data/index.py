@@ -7,15 +7,17 @@ arrays are mapped, and only the pages that were looked at lately count as memory
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
+import shlex
 import sys
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate
@@ -198,26 +200,48 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def save_index(index: ShardIndex) -> None:
-    """Write an index beside its shards: aside first, then renamed, ``index.json`` last."""
-    hashes = {}
-    for name, array in _arrays(index).items():
-        _replace(index.folder / name, partial(np.save, arr=array, allow_pickle=False))
-        hashes[name] = file_sha256(index.folder / name)
-    content = {
-        "format": FORMAT,
-        "digest": index.digest,
-        "shards": [asdict(shard) for shard in index.shards],
-        "arrays": hashes,
-        "broken": index.broken,
-        "ignored": index.ignored,
-        "bad": [{"sample": s, "name": index.name(s), "reason": reason} for s, reason in sorted(index.bad.items())],
-    }
-    if index.encoding is not None:
-        content["encoding"] = encoding_digest(index.encoding)
-    text = json.dumps(content, indent=1, ensure_ascii=False).encode()
-    _replace(index.folder / INDEX_FILE, lambda file: file.write(text))
+    """Write an index beside its shards: all of it aside first, then renamed, ``index.json`` last."""
+    with tempfile.TemporaryDirectory(prefix=".index-", dir=index.folder) as aside:
+        hashes = {}
+        for name, array in _arrays(index).items():
+            _write_synced(Path(aside, name), partial(np.save, arr=array, allow_pickle=False))
+            hashes[name] = file_sha256(Path(aside, name))
+        content = {
+            "format": FORMAT,
+            "digest": index.digest,
+            "shards": [asdict(shard) for shard in index.shards],
+            "arrays": hashes,
+            "broken": index.broken,
+            "ignored": index.ignored,
+            "bad": [{"sample": s, "name": index.name(s), "reason": reason} for s, reason in sorted(index.bad.items())],
+        }
+        if index.encoding is not None:
+            content["encoding"] = encoding_digest(index.encoding)
+        text = json.dumps(content, indent=1, ensure_ascii=False).encode()
+        _write_synced(Path(aside, INDEX_FILE), lambda file: file.write(text))
+        for name in (*hashes, INDEX_FILE):
+            os.replace(Path(aside, name), index.folder / name)
     for name in _OPTIONAL.keys() - hashes.keys():
         (index.folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_unwritten(folder: Path) -> Iterator[None]:
+    """Turn the OSError of a full disk, or of a folder that cannot be written, into a ValueError with advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"{folder}: the disk is full ({error}), so no index was written; free some space, room for the index "
+                "three times, and run it again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ValueError(
+                f"{folder}: no index can be written beside the shards ({error}); index a folder of links to them: "
+                f"mkdir LINKS && ln -s {shlex.quote(str(folder.resolve()))}/* LINKS && dydit data index LINKS"
+            ) from error
+        raise
 
 
 def load_index(folder: Path | str, cache: FileCache | None = None) -> ShardIndex:
@@ -277,11 +301,18 @@ def _load_remote(remote: RemoteFolder, cache: FileCache | None) -> ShardIndex:
             if length is None:
                 raise ValueError(f"{remote}/{name} is missing")
             wanted = Wanted(name=f"{remote}/{name}", size=length, sha256=sha256)
+
+            def chunks() -> Iterator[bytes]:
+                return _with_bar(name, length, remote.chunks(name, length))
+
             for files in folders:  # a cache can be full of what is in use
-                fd = files.open(wanted, lambda: _with_bar(name, length, remote.chunks(name, length)))
+                fd = files.open(wanted, chunks)
+                if fd is not None and file_sha256(files.path(wanted)) != sha256:  # damaged since it came
+                    files.drop(wanted, fd)
+                    fd = files.open(wanted, chunks)
                 if fd is not None:
                     in_use.callback(os.close, fd)
-                    return files.folder / sha256
+                    return files.path(wanted)
             raise AssertionError("a folder without a limit has room")
 
         try:
@@ -395,13 +426,11 @@ def _check_shards(index: ShardIndex, wrong: list[str]) -> None:
         )
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
+def _write_synced(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with path.open("wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def file_sha256(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:

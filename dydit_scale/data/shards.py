@@ -54,6 +54,7 @@ from dydit_scale.data.index import (
     INDEX_FILE,
     ShardIndex,
     ShardInfo,
+    explain_unwritten,
     file_sha256,
     find_shards,
     load_index,
@@ -159,8 +160,9 @@ def index_folder(
 
     Raises ValueError naming shard and sample on a damaged or truncated tar, a shard without samples, members that are
     no regular files or have unsafe names, once there are more of them than ``bad_shards``; on a key that comes twice;
-    on an index file of another tool that does not describe its shard; and on a folder without shards, saying what to
-    run. MissingPackageError where there are clips and no PyAV.
+    on an index file of another tool that does not describe its shard; on a folder that cannot be written, before
+    anything is read, and on a full disk, which leaves an index that is there as it is; and on a folder without shards,
+    saying what to run. MissingPackageError where there are clips and no PyAV.
     """
     if is_url(str(folder)):
         raise ValueError(f"{folder}: index the shards' local folder and upload all of it, index included")
@@ -187,7 +189,7 @@ def index_folder(
     broken: dict[str, str] = {}
     foreign: Counter[str] = Counter()
     reused = 0
-    with Gatherer(folder) as gatherer, closing(results):
+    with explain_unwritten(folder), Gatherer(folder) as gatherer, closing(results):
         for path, found in zip(paths, results, strict=True):
             if isinstance(found, str):
                 broken[path.name] = found
@@ -230,14 +232,14 @@ def _index_shard(
             advance(size)
             return _Unchanged(agreeing_indexes(path, sha256), _count_ignored(path, encoding))
         keys, rows, bad = _scan_whole(path, encoding, advance)
+        info = ShardInfo(name=path.name, bytes=size, sha256=sha256, count=len(rows))
+        return ScannedShard(info, rows, keys, bad, agreeing_indexes(path, sha256), _count_ignored(path, encoding))
     except (MissingPackageError, ForeignIndexError):
         raise
     except OSError as error:
         return f"{path.name}: cannot be read ({error}); {REPAIR}"
     except ValueError as error:
         return str(error)
-    info = ShardInfo(name=path.name, bytes=size, sha256=sha256, count=len(rows))
-    return ScannedShard(info, rows, keys, bad, agreeing_indexes(path, sha256), _count_ignored(path, encoding))
 
 
 def _count_ignored(path: Path, encoding: Encoding | None) -> dict[str, int]:

@@ -17,6 +17,9 @@ from dydit_scale.data.tar import fill
 MAX_OPEN_SHARDS = 64
 MAX_CACHED_SHARDS = 32
 """Shards of the cache that a process keeps from being removed: two groups of those that are mixed with one another."""
+IN_USE = 256
+"""Reads after which a shard of the cache that was not among them may be removed: of the 16 that are mixed with one
+another, each is read every 16th time."""
 
 
 def open_shards(index: ShardIndex) -> ShardFiles | RangeShards:
@@ -91,13 +94,21 @@ class CacheUse(NamedTuple):
 
 
 class CachedShards(ShardFiles):
-    """Shards of an object store, kept whole on this node; by ranges while the cache is full of shards in use."""
+    """Shards of an object store, kept whole on this node; by ranges while the cache is full of shards in use.
+
+    A shard that is held open is in use, and is closed after ``IN_USE`` reads of others. None is closed to make room for
+    another of the same group, which would be downloaded again and again.
+    """
 
     def __init__(self, remote: RemoteFolder, shards: Iterable[ShardInfo], cache: FileCache) -> None:
         super().__init__(cache.folder)
         self._remote, self._cache, self._max_open = remote, cache, MAX_CACHED_SHARDS
         self._wanted = {s.name: Wanted(name=f"{remote}/{s.name}", size=s.bytes, sha256=s.sha256) for s in shards}
         self._ranges, self._use = RangeShards(remote, shards), CacheUse()
+        self._reads = 0
+        self._last_read: dict[str, int] = {}
+        self._ask_again: dict[str, int] = {}
+        self._renewed: set[str] = set()
         largest = max(self._wanted.values(), key=lambda wanted: wanted.size)
         if largest.size > cache.limit:
             raise ValueError(
@@ -107,15 +118,22 @@ class CachedShards(ShardFiles):
 
     def read(self, shard: str, offset: int, buffer: memoryview) -> int:
         """As ``ShardFiles.read``; ValueError, too, if the shard cannot be downloaded or kept."""
-        try:
-            return super().read(shard, offset, buffer)
-        except _NoRoomError:
-            warnings.warn(
-                f"cache {self._cache.folder}: all of its {self._cache.limit / 2**30:g} GiB are in use, so some shards "
-                "are read by ranges; raise data.cache_gib",
-                stacklevel=2,
-            )
-            return self._ranges.read(shard, offset, buffer)
+        self._reads += 1
+        self._last_read[shard] = self._reads
+        oldest = next(iter(self._open), shard)
+        if self._reads - self._last_read[oldest] > IN_USE:
+            os.close(self._open.pop(oldest))
+        if self._reads >= self._ask_again.get(shard, 0):
+            try:
+                return super().read(shard, offset, buffer)
+            except _NoRoomError:
+                self._ask_again[shard] = self._reads + IN_USE
+                warnings.warn(
+                    f"cache {self._cache.folder}: all of its {self._cache.limit / 2**30:g} GiB are in use, so some "
+                    "shards are read by ranges; raise data.cache_gib",
+                    stacklevel=2,
+                )
+        return self._ranges.read(shard, offset, buffer)
 
     def _open_shard(self, shard: str) -> int:
         wanted, missed = self._wanted[shard], False
@@ -127,12 +145,21 @@ class CachedShards(ShardFiles):
 
         fd = self._cache.open(wanted, download)
         if fd is None:
-            self.close()  # some may be of the past
-            fd = self._cache.open(wanted, download)
-        if fd is None:
             raise _NoRoomError
         self._use = CacheUse(self._use.hits + (not missed), self._use.misses + missed)
         return fd
+
+    def file_of(self, shard: str) -> Path | None:
+        """The cache's file that a shard is read from; None while it is read by ranges."""
+        return self._cache.path(self._wanted[shard]) if shard in self._open else None
+
+    def renew(self, shard: str) -> bool:
+        """Drop the cache's file of an open shard, which is then downloaded again; False if this was done before."""
+        if shard in self._renewed:
+            return False
+        self._renewed.add(shard)
+        self._cache.drop(self._wanted[shard], self._open.pop(shard))
+        return True
 
     def take_use(self) -> CacheUse:
         """What this process opened since the last call."""

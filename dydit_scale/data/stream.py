@@ -205,7 +205,7 @@ def _open_shard(place: str, shard: str) -> BinaryIO:
 
 
 def _read_shard(file: BinaryIO, shard: str) -> Iterator[_Files]:
-    """Its samples; what lies behind a damage is one bad sample."""
+    """Its samples; what lies behind a damage is one bad sample, and so is a shard that holds none."""
     key, size = "", file.seek(0, io.SEEK_END)
     try:
         for key, members in groupby(walk_file(file, shard, size), key=lambda member: split_name(member.name)[0]):
@@ -215,6 +215,9 @@ def _read_shard(file: BinaryIO, shard: str) -> Iterator[_Files]:
         raise
     except ValueError as error:
         yield _Files(shard, key, {}, f"left out with all behind it: {error}")
+    else:
+        if not key:
+            yield _Files(shard, key, {}, "the shard holds no samples")
 
 
 def _read_files(file: BinaryIO, shard: str, key: str, members: Iterable[Member]) -> _Files:

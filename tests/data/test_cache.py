@@ -95,6 +95,26 @@ def test_what_is_fetched_once_lies_there(tmp_path: Path) -> None:
     assert held(cache) == {1}
 
 
+def test_a_file_of_another_size_is_fetched_again(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path / "cache", SIZE)
+    os.close(fetch(cache, 1) or -1)
+    os.truncate(cache.path(wanted(1)), SIZE - 1)
+    fd = fetch(cache, 1)
+    assert fd is not None and os.pread(fd, 2 * SIZE, 0) == content(1)
+    os.close(fd)
+
+
+def test_what_is_dropped_is_fetched_again_and_what_replaced_it_stays(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path / "cache", 2 * SIZE)
+    first, second = fetch(cache, 1), fetch(cache, 1)
+    assert first is not None and second is not None
+    cache.drop(wanted(1), first)
+    assert held(cache) == set() and os.pread(second, SIZE, 0) == content(1), "still open elsewhere"
+    os.close(fetch(cache, 1) or -1)
+    cache.drop(wanted(1), second)
+    os.close(must_lie_there(cache, 1))
+
+
 @pytest.mark.launch
 def test_two_processes_fetch_a_file_once(store: WebStore, tmp_path: Path) -> None:
     store.faults = ["stall"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
+import shlex
 import struct
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ import pytest
 from dydit_scale.cli.main import main
 from dydit_scale.data import gather
 from dydit_scale.data import shards as shards_module
+from dydit_scale.data.files import SampleFiles
 from dydit_scale.data.index import load_index
 from dydit_scale.data.processes import Advance, run_jobs
 from dydit_scale.data.shards import build_index, index_folder
@@ -311,3 +315,65 @@ def test_the_command_says_what_agrees_and_what_was_kept(folder: Path, capsys: py
     assert main(["data", "index", str(folder), "--bad-shards", "1", "--update"]) == 0
     assert "unchanged: 3 of 3 shards" in capsys.readouterr().out
     assert load_index(folder).num_samples == 12
+
+
+def oserror(number: int) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    monkeypatch.setattr(shards_module, "_index_shard", lambda *job, **settings: pytest.fail("read"))
+    monkeypatch.setattr(gather.tempfile, "TemporaryFile", oserror(number))
+    assert main(["data", "index", str(folder), "--workers", "1"]) == 64
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {folder}: no index can be written beside the shards") and "Traceback" not in told
+    assert f"mkdir LINKS && ln -s {folder}/* LINKS && dydit data index LINKS" in told
+
+
+def test_the_advice_for_a_folder_that_cannot_be_written_works(folder: Path) -> None:
+    write_energon(folder / "s1.tar")
+    before = {path.name for path in folder.iterdir()}
+    (folder / "it's").mkdir()
+    links = folder / "it's" / "links"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gather.tempfile, "TemporaryFile", oserror(errno.EACCES))
+        with pytest.raises(ValueError, match="no index can be written") as told:
+            index_folder(folder, bad_shards=1, progress=False)
+    advice = str(told.value).partition("links to them: ")[2].replace("LINKS", shlex.quote(str(links)))
+    subprocess.run(advice.rpartition(" && ")[0], shell=True, check=True)
+    done = index_folder(links, bad_shards=1, progress=False)
+    assert done.foreign == {"energon": 1} and done.index.digest == DIGEST
+    files = SampleFiles(load_index(links)).read(0)
+    assert bytes(files.image) == PIXEL and bytes(files.caption or b"") == b"picture 0"
+    assert {path.name for path in folder.iterdir()} == {*before, "it's"}
+
+
+@pytest.mark.parametrize("at", ["TemporaryFile", "posix_fallocate", "save"])
+def test_a_full_disk_is_told_and_leaves_the_old_index_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    build_index(folder, bad_shards=1, progress=False)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write_tar(folder / "s5.tar", files(40))
+    holder = {"TemporaryFile": gather.tempfile, "posix_fallocate": gather.os, "save": np}[at]
+    monkeypatch.setattr(holder, at, oserror(errno.ENOSPC))
+    with pytest.raises(ValueError, match=rf"^{folder}: the disk is full .* no index was written; free some space"):
+        build_index(folder, bad_shards=1, progress=False)
+    monkeypatch.undo()
+    (folder / "s5.tar").unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert load_index(folder).digest == DIGEST
+
+
+def test_an_index_of_another_tool_that_cannot_be_read_counts_as_a_broken_shard(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "agreeing_indexes", oserror(errno.EACCES))
+    with pytest.raises(ValueError, match=r"^s0\.tar: cannot be read .*Permission denied"):
+        build_index(folder, progress=False)

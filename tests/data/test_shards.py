@@ -420,13 +420,13 @@ def test_index_of_an_interrupted_rebuild_is_seen_as_torn(folder: Path, monkeypat
 
     write_tar(folder / "more.tar", [("z.png", png(3)), ("z.txt", b"z")])
 
-    def stop_before_the_end(path: Path, write: Callable[..., object]) -> None:
-        if path.name == "index.json":
+    def stop_before_the_end(source: Path, target: Path) -> None:
+        if target.name == "index.json":
             raise KeyboardInterrupt
-        replace(path, write)
+        replace(source, target)
 
-    replace = index_module._replace
-    monkeypatch.setattr(index_module, "_replace", stop_before_the_end)
+    replace = index_module.os.replace
+    monkeypatch.setattr(index_module.os, "replace", stop_before_the_end)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder)
     with pytest.raises(ValueError, match=r"torn or foreign index .*does not belong to index.json"):

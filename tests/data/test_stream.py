@@ -171,6 +171,17 @@ def test_nothing_but_bad_samples_ends_it(tmp_path: Path) -> None:
         take(loader(tmp_path), 1)
 
 
+def test_shards_without_samples_are_named_and_nothing_else_ends_it(folder: Path) -> None:
+    write_tar(folder / "empty.tar", [])
+    with pytest.warns(UserWarning, match=r"bad empty\.tar sample '': the shard holds no samples") as told:
+        got = joined(take(loader(folder), 60))
+    assert len(told) == 1 and len(set(got.keys)) == COUNT
+    for path in folder.glob("shard-*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"101 bad samples in a row; first: empty\.tar sample '': the shard holds"):
+        take(loader(folder), 1)
+
+
 def test_what_needs_an_index_is_refused() -> None:
     for change in ({"frames": 4}, {"path": "s3://bucket/a", "cache": "/fast"}):
         with pytest.raises(ValueError, match=r"data\.mode stream reads one folder of pictures .* and keeps no shards"):
