@@ -86,7 +86,8 @@ class Encoder:
         return found
 
     def _posterior(self, frames: list[Tensor]) -> Posterior:
-        means, stds = [], []
+        means: list[Tensor] = []
+        stds: list[Tensor] = []
         for start in range(0, len(frames), self.batch):
             # Scaled where training does it: a GPU may round the division otherwise.
             pixels = scale_values(torch.stack(frames[start : start + self.batch])).to(self._device)
