@@ -206,7 +206,7 @@ LEGS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(shards=st.lists(st.integers(1, 7), min_size=1, max_size=5), legs=st.lists(LEGS, min_size=1, max_size=4))
 def test_committed_steps_of_an_elastic_run_read_what_one_rank_reads(shards: list[int], legs: list[Leg]) -> None:
     total = sum(shards)
