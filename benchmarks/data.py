@@ -51,6 +51,7 @@ from dydit_scale.data.encoded import (
     caption_tensor,
     encoding_bytes,
     pack_sample,
+    way_digest,
 )
 from dydit_scale.data.gather import SCANNED, Gatherer, ScannedShard
 from dydit_scale.data.index import ShardIndex, ShardInfo, load_index, save_index
@@ -76,17 +77,21 @@ BATCH = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the shards, on the disk to measure")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=8192, help="in each kind of data")
-    parser.add_argument("--simulated", type=int, default=10_000_000, help="samples of the index whose memory is taken")
+    parser.add_argument("--repeat", type=int, help="(default: 5, with --quick 2)")
+    parser.add_argument("--samples", type=int, help="in each kind of data (default: 8192, with --quick 512)")
+    parser.add_argument(
+        "--simulated", type=int, help="samples of the index whose memory is taken (default: 10 million, 100,000)"
+    )
     parser.add_argument("--quick", action="store_true", help="few samples; write the results to OUT")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory is not None:
         print(json.dumps(memory(args.memory)))
         return
-    if args.quick:
-        args.samples, args.simulated, args.repeat = 512, 100_000, 2
+    usual = {"samples": (8192, 512), "simulated": (10_000_000, 100_000), "repeat": (5, 2)}
+    for name, values in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.quick])
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     result: dict[str, Any] = {**machine(torch.device("cpu")), "samples": args.samples, "repeat": args.repeat}
@@ -119,13 +124,14 @@ def latents(folder: Path, count: int) -> None:
     """As ``dydit data encode`` writes them, of random numbers."""
     folder.mkdir(parents=True)
     (folder / ENCODERS_FILE).write_bytes(encoding_bytes(ENCODING))
+    way = way_digest(ENCODING)
     for number in range(0, count, per_shard(count)):
         shard = folder / f"shard-{number // per_shard(count):06d}.tar"
         with shard.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
             for row in range(number, min(count, number + per_shard(count))):
                 generator, key = torch.Generator().manual_seed(row), f"{row:08d}"
                 source = SourceInfo(shard.name, key, SIDE, SIDE, "0" * 64, "0" * 64)
-                entry = Entry(source=source, height=SIDE, width=SIDE, captions=[f"number {row}"])
+                entry = Entry(encoding=way, source=source, height=SIDE, width=SIDE, captions=[f"number {row}"])
                 shapes = {"mean": (16, 32, 32), "std": (16, 32, 32), caption_tensor(0, "text"): (16, 4096)}
                 tensors = {name: torch.rand(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
                 writer.write({"__key__": key, **pack_sample(entry, tensors)})
@@ -133,7 +139,7 @@ def latents(folder: Path, count: int) -> None:
 
 
 def per_shard(count: int) -> int:
-    return max(64, count // 16)
+    return max(16, count // 16)
 
 
 def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from dydit_scale.data.mixture import whole_shares
 from dydit_scale.data.remote import is_url
 
 
@@ -15,7 +16,8 @@ class SourceConfig:
     path: str
     """Folder with the shards and their index."""
     weight: float = 1.0
-    """Its share of the samples, in proportion to the other sources' weights and whatever its size; positive."""
+    """Its share of the samples, in proportion to the other sources' weights and whatever its size; positive. One that
+    cannot be met within a twentieth in rounds of 1,000 is refused."""
     frames: int | None = None
     """``data.frames`` of this source; 1 makes a source of pictures beside those of clips."""
     frame_stride: int | None = None
@@ -109,6 +111,7 @@ class DataConfig:
                 self._alone(source)
             except ValueError as error:
                 raise ValueError(f"data.sources[{number}]: {error}") from error
+        whole_shares(self.weights)
 
     def split(self) -> tuple[DataConfig, ...]:
         """Each source as if it were read alone, with a ``path`` of its own."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image
 from torch import Tensor
 
@@ -103,8 +103,18 @@ def image_tensor(image: Image.Image, height: int, width: int) -> Float32[Tensor,
         # Resizing this box alone bounds the memory for a long strip; its borders still see their neighbours.
         box = (left, top, left + box_width, top + box_height)
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
-    return rearrange(pixels, "height width channels -> channels height width").contiguous() / 127.5 - 1
+    values = torch.from_numpy(np.array(image, dtype=np.float32))
+    return scale_values(rearrange(values, "height width channels -> channels height width").contiguous())
+
+
+def scale_values(values: Tensor) -> Float32[Tensor, "..."]:
+    """Colours of 8 bits in [-1, 1]."""
+    return values.float() / 127.5 - 1
+
+
+def pixel_values(pixels: Float32[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    """The inverse of ``scale_values``, exactly."""
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
 class Fields(NamedTuple):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -28,7 +28,7 @@ from dydit_scale.data.remote import RemoteFolder
 
 ENCODERS_FILE = "encoders.json"
 EMPTY_FILE = "empty.safetensors"
-FORMAT = "dydit-encoded-v1"
+FORMAT = "dydit-encoded-v2"
 ENTRY_EXTENSION, TENSORS_EXTENSION = "json", "safetensors"
 MAX_ENTRY_BYTES = 1 << 23
 MAX_TENSOR_BYTES = 1 << 31
@@ -104,6 +104,8 @@ class SourceInfo(NamedTuple):
 class Entry:
     """A sample's ``KEY.json``."""
 
+    encoding: str
+    """``way_digest`` of the set that it belongs to."""
     source: SourceInfo
     height: int = 0
     """Pixels that were encoded, after resizing and cropping."""
@@ -148,6 +150,12 @@ def encoding_digest(encoding: Encoding) -> str:
     return hashlib.sha256(encoding_bytes(encoding)).hexdigest()
 
 
+@lru_cache(maxsize=64)
+def way_digest(encoding: Encoding) -> str:
+    """SHA-256 of the way in which samples are encoded: of ``encoders.json`` without the source."""
+    return encoding_digest(replace(encoding, source=""))
+
+
 def find_encoding(folder: Path | RemoteFolder) -> Encoding | None:
     """The ``encoders.json`` of a folder, None if its shards are no encoded ones; ValueError if it is broken or of
     another format, RemoteError if the object store cannot be read."""
@@ -161,8 +169,8 @@ def find_encoding(folder: Path | RemoteFolder) -> Encoding | None:
         return Encoding(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder}/{ENCODERS_FILE}: broken or foreign ({error}); encode the data again, or restore the file from "
-            "its source"
+            f"{folder}/{ENCODERS_FILE}: broken or foreign ({error}); encode the data again into an empty folder, or "
+            "restore the file from its source"
         ) from error
 
 
@@ -203,7 +211,8 @@ def _read_file(folder: Path | RemoteFolder, name: str) -> bytes | None:
 def pack_sample(entry: Entry, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The two files of a sample by extension; of a bad one the entry alone.
 
-    The tensors carry the hash of the entry, so that neither can be exchanged unnoticed.
+    The tensors carry the hash of the entry, so that neither can be exchanged unnoticed, and the entry says in which way
+    they were encoded.
     """
     data = json.dumps(
         {"format": FORMAT, **asdict(entry), "source": entry.source._asdict()}, ensure_ascii=False, sort_keys=True
@@ -238,14 +247,23 @@ def _check_entry(entry: Entry) -> None:
     for name, number in whole.items():
         if type(number) is not int or not -1 <= number <= MAX_LABEL or (number < 0 and name != "label"):
             raise ValueError(f"{name} is {number!r}")
-    texts = [*entry.captions, entry.source.shard, entry.source.key, *([] if entry.bad is None else [entry.bad])]
+    texts = [*entry.captions, entry.encoding, entry.source.shard, entry.source.key]
+    texts += [] if entry.bad is None else [entry.bad]
     if type(entry.captions) is not list or not all(isinstance(text, str) for text in texts):
-        raise ValueError("captions, shard, key and reason must be strings")
+        raise ValueError("captions, encoding, shard, key and reason must be strings")
 
 
 def decode_tensors(data: bytes | memoryview, entry: Entry, encoding: Encoding) -> Decoded:
     """A sample's ``KEY.safetensors``, with the names, shapes and dtype that belong to its entry; else
-    BadSampleError. The tensors lie in ``data`` where that may be written to."""
+    BadSampleError. The tensors lie in ``data`` where that may be written to.
+
+    A plain ValueError if it was encoded in another way than the set: then its whole shard is foreign."""
+    if entry.encoding != (way := way_digest(encoding)):
+        raise ValueError(
+            f"{entry.source.shard}: sample {entry.source.key!r} was encoded otherwise ({entry.encoding[:12]}) than "
+            f"{ENCODERS_FILE} says ({way[:12]}), so the shard is of another set; put this set's own there, or delete "
+            "it and run `dydit data encode` again"
+        )
     try:
         header = _METADATA.sub(b"{", _header(data), count=1)
         plan = _plan(encoding, header, entry.height, entry.width, entry.frames, len(entry.captions))

@@ -11,6 +11,8 @@ from dydit_scale.data.position import Turns, shuffled_turns
 
 MAX_ROUND = 1000
 """Units after which every source had its share exactly."""
+TOLERANCE = 0.05
+"""How far a share may be from the one that is asked for, relative to it."""
 
 
 class Draw(NamedTuple):
@@ -53,11 +55,26 @@ class Mixture:
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
     """The positive integers of a sum of at most ``MAX_ROUND`` whose proportions are nearest to those of ``weights``;
-    the smallest of those equally near."""
+    the smallest of those equally near.
+
+    Raises ValueError, with weights that are possible, if a share is further than ``TOLERANCE`` from what is asked for.
+    """
     if not 1 <= len(weights) <= MAX_ROUND:
-        raise ValueError(f"mixture: expected 1 to {MAX_ROUND} sources, got {len(weights)}")
+        raise ValueError(f"data.sources: expected 1 to {MAX_ROUND} sources, got {len(weights)}")
+    if len(weights) == 1:
+        return (1,)
     exact = np.array(weights, dtype=np.float64) / sum(weights)
     candidates = [np.maximum(1, np.rint(exact * total)).astype(int) for total in range(len(weights), MAX_ROUND + 1)]
     allowed = [shares for shares in candidates if shares.sum() <= MAX_ROUND]
     errors = [round(float(abs(shares / shares.sum() - exact).max()), 9) for shares in allowed]
-    return tuple(allowed[int(np.argmin(errors))].tolist())
+    nearest = allowed[int(np.argmin(errors))]
+    off = nearest / nearest.sum() / exact - 1
+    if abs(off).max() > TOLERANCE:
+        worst = int(np.argmax(abs(off)))
+        raise ValueError(
+            f"data.sources[{worst}]: its weight {weights[worst]:g} asks for {100 * exact[worst]:.3g} % of the samples, "
+            f"but {100 * nearest[worst] / nearest.sum():.3g} % is the nearest possible (shares are whole numbers of a "
+            f"sum of at most {MAX_ROUND}); set the weights to {', '.join(map(str, nearest))}, or join small sources "
+            "into one"
+        )
+    return tuple(nearest.tolist())

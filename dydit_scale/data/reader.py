@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dydit_scale.data.buckets import Bucket, bucket_numbers, config_buckets
 from dydit_scale.data.config import DataConfig
 from dydit_scale.data.dataset import DataSet
-from dydit_scale.data.decode import BadSampleError, decode_caption, decode_fields, decode_image, image_tensor
+from dydit_scale.data.decode import (
+    BadSampleError,
+    decode_caption,
+    decode_fields,
+    decode_image,
+    image_tensor,
+    pixel_values,
+)
 from dydit_scale.data.encoded import EncodedBatch, decode_entry, decode_tensors, join_texts
 from dydit_scale.data.files import Files, SampleFiles
 from dydit_scale.data.index import ShardIndex
@@ -91,7 +98,8 @@ class Failure(NamedTuple):
 class Source(NamedTuple):
     """A sample as it is encoded: all of its frames, nothing drawn by lot."""
 
-    pixels: Float32[Tensor, "*frames 3 height width"]
+    pixels: UInt8[Tensor, "*frames 3 height width"]
+    """Before ``scale_values``: long clips are held and handed on in a quarter of the bytes."""
     captions: Sequence[str]
     label: int
     """-1 for none."""
@@ -256,7 +264,7 @@ class SourceReader:
         files = self._files.read(sample)
         media, caption = bytes(files.image), bytes(files.caption or b"")
         pixels = _decode(media, range(self._frames_of(sample)), self._sizes[self._order.bucket_of(sample)])
-        return Source(pixels, _captions(files), self._label(sample), media, caption)
+        return Source(pixel_values(pixels), _captions(files), self._label(sample), media, caption)
 
     def _label(self, sample: int) -> int:
         return -1 if self._index.labels is None else int(self._index.labels[sample])

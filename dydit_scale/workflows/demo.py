@@ -93,6 +93,12 @@ def _final_ratio(run: Path) -> float:
     return [r["ratio_eval"] for r in read_metrics(run / "metrics.jsonl") if "ratio_eval" in r][-1]
 
 
+def data_share(run: Path) -> float:
+    """Share of the steps' seconds that the main process waited for its batches."""
+    steps = [record for record in read_metrics(run / "metrics.jsonl") if "data_seconds" in record]
+    return sum(step["data_seconds"] for step in steps) / sum(step["seconds"] for step in steps)
+
+
 def _achieved(
     runs: dict[str, Path],
     recipes: Path,
@@ -118,6 +124,7 @@ def _achieved(
         "exports": [
             {"format": row["format"], "bytes": row["bytes"], "output_error": row["output_error"]} for row in exports
         ],
+        "data_share": data_share(runs["td_lora"]),
         "seconds": seconds,
         "settings": recipe.as_dict(),
         **machine(),
@@ -139,6 +146,7 @@ def _table(achieved: dict[str, Any]) -> str:
             f"{mean['bytes'] / 1e6:.2f} MB",
             f"error {mean['output_error']:.2f} of the adapter's effect",
         ),
+        ("waiting for data", f"{achieved['data_share']:.1%}", "of the steps' time; under 1% is wanted"),
         ("time", f"{achieved['seconds'] / 60:.1f} min", "without installation"),
     ]
     return "\n" + "\n".join(f"  {what:26}{value:>10}   {note}" for what, value, note in rows)

@@ -18,16 +18,20 @@ from dydit_scale.data.encoded import (
     DTYPES,
     EMPTY_FILE,
     ENCODERS_FILE,
+    MAX_ENTRY_BYTES,
     Encoding,
+    Entry,
+    decode_entry,
     encoding_bytes,
-    encoding_digest,
     find_encoding,
     read_empty,
+    way_digest,
 )
-from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
+from dydit_scale.data.index import INDEX_FILE, ShardIndex, file_sha256, load_index
 from dydit_scale.data.loader import BadDataError
 from dydit_scale.data.processes import default_workers
 from dydit_scale.data.shards import index_folder
+from dydit_scale.data.tar import read_at, walk_members
 from dydit_scale.models.loading import encoder_digests, family_of_base
 from dydit_scale.parallel.world import World, barrier, on_main
 from dydit_scale.train.checks import check_data
@@ -75,7 +79,8 @@ def encode_data(
     Args:
         dtype: of what is stored, one of ``DTYPES``; None for the precision in which the encoders compute (the
             recipe's), which loses nothing.
-        batch: pictures, frames or captions that go through an encoder at a time.
+        batch: pictures, frames or captions that go through an encoder at a time; as many pictures are held, or of clips
+            so many that they have as many frames.
         update: encode again the shards whose source changed since, and take away those whose source is gone.
 
     Raises ValueError, before anything is loaded, if ``out`` holds something else, was made by other encoders (naming
@@ -179,17 +184,25 @@ def _making(index: ShardIndex, number: int, encoding: Encoding) -> dict[str, Any
     shard = index.shards[number]
     rows = range(*index.starts[number : number + 2])
     bad = [[row - rows.start, index.bad[row]] for row in rows if row in index.bad] if index.bad else []
-    how = encoding_digest(replace(encoding, source=""))
-    return {"shard": shard.name, "source_sha256": shard.sha256, "bad": bad, "encoding": how}
+    return {"shard": shard.name, "source_sha256": shard.sha256, "bad": bad, "encoding": way_digest(encoding)}
 
 
 def _made(out: Path, shard: str) -> dict[str, Any] | None:
-    """What a shard in ``out`` was made of; None if it is not there as it was written."""
+    """What a shard in ``out`` was made of; None if it is not there, or its size or first sample are others."""
     try:
         made = json.loads(_made_file(out, shard).read_text(encoding="utf-8"))
-        return made if made.pop("bytes") == (out / shard).stat().st_size else None
-    except (OSError, ValueError, KeyError, AttributeError):
+        del made["sha256"]
+        whole = made.pop("bytes") == (out / shard).stat().st_size
+        return made if whole and _first_entry(out / shard).encoding == made["encoding"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _first_entry(shard: Path) -> Entry:
+    for member in walk_members(shard):
+        with shard.open("rb") as file:
+            return decode_entry(read_at(file.fileno(), member.offset, min(member.size, MAX_ENTRY_BYTES)))
+    raise ValueError(f"{shard}: holds no samples")
 
 
 def _begin(out: Path, plan: Plan, encoder: Encoder | None) -> Encoding:
@@ -216,6 +229,10 @@ def _finish(out: Path, source: ShardIndex) -> ShardIndex:
     if missing := [shard.name for shard in source.shards if not (out / shard.name).is_file()]:
         raise ValueError(f"{out}: {_listed(missing)} are missing; have all ranks written to the same folder?")
     index = load_index(out) if (out / INDEX_FILE).is_file() else index_folder(out, workers=default_workers()).index
+    written = {shard.name: json.loads(_made_file(out, shard.name).read_bytes())["sha256"] for shard in index.shards}
+    if other := [shard.name for shard in index.shards if shard.sha256 != written[shard.name]]:
+        (out / INDEX_FILE).unlink()
+        raise ValueError(f"{out}: {_listed(other)} are not as they were written here; delete them and run it again")
     shards = [[(shard.name, shard.count) for shard in of.shards] for of in (index, source)]
     assert shards[0] == shards[1], f"{out}: other shards than the source"
     assert bytes(index.key_bytes) == bytes(source.key_bytes), f"{out}: other keys than the source"
@@ -227,7 +244,7 @@ def _encode_share(recipe: Recipe, index: ShardIndex, out: Path, plan: Plan, enco
     own = plan.shards[world.rank :: world.world_size]
     ranges = [range(*index.starts[n : n + 2]) for n in own]
     sources = read_sources(recipe, index, [sample for samples in ranges for sample in samples])
-    packer = Packer(index, encoder, recipe.data.bad_samples)
+    packer = Packer(index, encoder, way_digest(plan.encoding), recipe.data.bad_samples)
     title = "encoding" + (f" (rank 0 of {world.world_size})" if world.world_size > 1 else "")
     hidden = None if world.is_main else True
     with tqdm(total=sum(map(len, ranges)), desc=title, unit="sample", disable=hidden) as bar:
@@ -248,9 +265,9 @@ def _write_shard(out: Path, name: str, samples: Iterator[Packed], making: dict[s
                     bar.update()
             file.flush()
             os.fsync(file.fileno())
-        size = aside.stat().st_size
+        made = {**making, "bytes": aside.stat().st_size, "sha256": file_sha256(aside)}
         os.replace(aside, out / name)
-        _write(_made_file(out, name), json.dumps({**making, "bytes": size}, indent=1, sort_keys=True).encode())
+        _write(_made_file(out, name), json.dumps(made, indent=1, sort_keys=True).encode())
 
 
 def _write(path: Path, data: bytes) -> None:

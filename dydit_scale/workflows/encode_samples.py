@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dydit_scale.data.decode import BadSampleError
+from dydit_scale.data.decode import BadSampleError, scale_values
 from dydit_scale.data.encoded import DTYPES, TEXT, Entry, SourceInfo, caption_tensor, empty_bytes, pack_sample
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.loader import BadDataError
@@ -42,7 +42,7 @@ class Encoder:
     def measure(self) -> dict[str, Any]:
         """What an ``Encoding`` says of the encoders' output."""
         side = self._recipe.data.image_size
-        mean, std = self._posterior(torch.zeros(1, 3, side, side))
+        mean, std = self._posterior([torch.zeros(3, side, side, dtype=torch.uint8)])
         text = {name: list(tensor.shape[1:]) for name, tensor in self._embed([""]).items() if name != "mask"}
         return {
             "channels": mean.shape[1],
@@ -73,25 +73,29 @@ class Encoder:
         return list(source.captions) or [""] * self._family.reads_text
 
     def _latents(self, pictures: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Mean and, if there is one, standard deviation; the pictures and frames of a size go together."""
+        """Mean and, if there is one, standard deviation; the pictures and frames of a size go together, ``batch`` at a
+        time."""
         found: list[dict[str, Tensor]] = [{} for _ in pictures]
         for size in {picture.shape[-2:] for picture in pictures}:
             rows = [n for n, picture in enumerate(pictures) if picture.shape[-2:] == size]
-            frames = torch.cat([pictures[n].reshape(-1, *pictures[n].shape[-3:]) for n in rows])
+            frames = [frame for n in rows for frame in pictures[n].reshape(-1, *pictures[n].shape[-3:])]
             counts = [pictures[n].shape[:-3].numel() for n in rows]
             for name, moments in zip(("mean", "std"), self._posterior(frames), strict=True):
                 for n, own in zip(rows, () if moments is None else moments.split(counts), strict=moments is not None):
                     found[n][name] = _copy(own.reshape(*pictures[n].shape[:-3], *own.shape[1:]))
         return found
 
-    def _posterior(self, frames: Tensor) -> Posterior:
-        with self._precision():
-            parts = [self._family.posterior(self.pipeline, part.to(self._device)) for part in frames.split(self.batch)]
-        means, stds = zip(*parts, strict=True)
-        return Posterior(self._stored(means), None if stds[0] is None else self._stored(stds))
-
-    def _stored(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.to("cpu", self._dtype) for part in parts])
+    def _posterior(self, frames: list[Tensor]) -> Posterior:
+        means: list[Tensor] = []
+        stds: list[Tensor] = []
+        for start in range(0, len(frames), self.batch):
+            # Scaled where training does it: a GPU may round the division otherwise.
+            pixels = scale_values(torch.stack(frames[start : start + self.batch])).to(self._device)
+            with self._precision():
+                mean, std = self._family.posterior(self.pipeline, pixels)
+            means.append(mean.to("cpu", self._dtype))
+            stds += [] if std is None else [std.to("cpu", self._dtype)]
+        return Posterior(torch.cat(means), torch.cat(stds) if stds else None)
 
     def _texts(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """The embeddings of each caption, those of its tokens as long as it is."""
@@ -162,18 +166,27 @@ def _unchanged(found: Any) -> Any:
 class Packer:
     """Encoded samples as they are written; counts those that the encoders could not encode."""
 
-    def __init__(self, index: ShardIndex, encoder: Encoder, budget: int) -> None:
-        self._index, self._encoder, self._budget = index, encoder, budget
+    def __init__(self, index: ShardIndex, encoder: Encoder, way: str, budget: int) -> None:
+        self._index, self._encoder, self._way, self._budget = index, encoder, way, budget
         self._refused: list[str] = []
 
     def pack(self, samples: range, sources: Iterator[Source | str]) -> Iterator[Packed]:
         """A shard's samples in order."""
-        for start in range(samples.start, samples.stop, self._encoder.batch):
-            part = range(start, min(start + self._encoder.batch, samples.stop))
-            found = list(islice(sources, len(part)))
-            encoded = iter(self._encoder.encode([source for source in found if not isinstance(source, str)]))
-            for sample, source in zip(part, found, strict=True):
+        for part in self._parts(samples, islice(sources, len(samples))):
+            encoded = iter(self._encoder.encode([source for _, source in part if not isinstance(source, str)]))
+            for sample, source in part:
                 yield self._packed(sample, source, {} if isinstance(source, str) else next(encoded))
+
+    def _parts(self, samples: range, sources: Iterator[Source | str]) -> Iterator[list[tuple[int, Source | str]]]:
+        """The samples, as many at a time as make a batch of pictures or frames."""
+        part: list[tuple[int, Source | str]] = []
+        frames = 0
+        for sample, source in zip(samples, sources, strict=True):
+            part.append((sample, source))
+            frames += 1 if isinstance(source, str) else source.pixels.shape[:-3].numel()
+            if frames >= self._encoder.batch or sample == samples[-1]:
+                yield part
+                part, frames = [], 0
 
     def _packed(self, sample: int, source: Source | str, tensors: dict[str, Tensor]) -> Packed:
         bad = source if isinstance(source, str) else self._not_finite(sample, tensors)
@@ -191,6 +204,7 @@ class Packer:
         )
         height, width = (0, 0) if isinstance(source, str) else source.pixels.shape[-2:]
         entry = Entry(
+            encoding=self._way,
             source=info,
             height=height,
             width=width,

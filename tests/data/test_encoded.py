@@ -18,6 +18,7 @@ import webdataset
 from safetensors.torch import load, save
 from torch import Tensor
 
+from dydit_scale.data.decode import BadSampleError
 from dydit_scale.data.encoded import (
     EMPTY_FILE,
     ENCODERS_FILE,
@@ -26,9 +27,12 @@ from dydit_scale.data.encoded import (
     Entry,
     SourceInfo,
     caption_tensor,
+    decode_entry,
+    decode_tensors,
     empty_bytes,
     encoding_bytes,
     pack_sample,
+    way_digest,
 )
 from dydit_scale.data.index import load_index
 from dydit_scale.data.loader import DataConfig, make_loader
@@ -45,10 +49,19 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+EMPTY = empty_bytes({"text": drawn(1, 6), "pooled": drawn(5)})
+ENCODING = Encoding(
+    family="flux", encoders={"vae": "v"}, image_size=12, sizes=[[16, 8], [12, 12], [8, 16]], text_tokens=5,
+    computed="fp32", dtype="fp32", source="s",
+    channels=4, stride=2, spread=True, text={"text": [5, 6], "pooled": [5]},
+    empty=hashlib.sha256(EMPTY).hexdigest(),
+)  # fmt: skip
+
+
 def entry(key: str, **changes: Any) -> Entry:
     info = SourceInfo(shard=SHARD, key=key, width=40, height=80, media_sha256="m", caption_sha256="c")
-    values: dict[str, Any] = {"source": info, "height": 16, "width": 8, "captions": ["one", "the other"]}
-    return Entry(**(values | changes))
+    values = {"encoding": way_digest(ENCODING), "source": info, "height": 16, "width": 8}
+    return Entry(**(values | {"captions": ["one", "the other"]} | changes))
 
 
 def tensors(captions: int = 2) -> dict[str, Tensor]:
@@ -61,15 +74,8 @@ def tensors(captions: int = 2) -> dict[str, Tensor]:
 def write_world(folder: Path, spoil: Callable[[Samples], object] = lambda samples: None) -> Path:
     """Four samples of which the third is bad; ``spoil`` may change their files before they are written."""
     folder.mkdir(exist_ok=True)
-    empty = empty_bytes({"text": drawn(1, 6), "pooled": drawn(5)})
-    encoding = Encoding(
-        family="flux", encoders={"vae": "v"}, image_size=12, sizes=[[16, 8], [12, 12], [8, 16]], text_tokens=5,
-        computed="fp32", dtype="fp32", source="s",
-        channels=4, stride=2, spread=True, text={"text": [5, 6], "pooled": [5]},
-        empty=hashlib.sha256(empty).hexdigest(),
-    )  # fmt: skip
-    (folder / ENCODERS_FILE).write_bytes(encoding_bytes(encoding))
-    (folder / EMPTY_FILE).write_bytes(empty)
+    (folder / ENCODERS_FILE).write_bytes(encoding_bytes(ENCODING))
+    (folder / EMPTY_FILE).write_bytes(EMPTY)
     samples: Samples = {key: pack_sample(entry(key), tensors()) for key in KEYS}
     samples["c"] = pack_sample(entry("c", captions=[], height=0, width=0, bad="broken image"), {})
     spoil(samples)
@@ -156,8 +162,10 @@ DAMAGES: dict[str, tuple[Callable[[Samples], object], str]] = {
     "nested header": (header(b"[" * 500_000), "its header is nested"),
     "header of another kind": (header(b"[]"), "its header is no JSON object"),
     "no JSON": (change("json", lambda e: b"{"), "broken entry of an encoded sample"),
-    "another format": (change("json", lambda e: e.update(format="x")), "expected the format 'dydit-encoded-v1'"),
+    "another format": (change("json", lambda e: e.update(format="x")), "expected the format 'dydit-encoded-v2'"),
     "odd captions": (change("json", lambda e: e.update(captions=[1])), "must be strings"),
+    "odd digest": (change("json", lambda e: e.update(encoding=1)), "must be strings"),
+    "no digest": (change("json", lambda e: e.__delitem__("encoding")), "missing 1 required .* 'encoding'"),
     "odd size": (change("json", lambda e: e.update(height=-2)), "height is -2"),
     "odd key": (change("json", lambda e: e.update(more=1)), "unexpected keyword argument 'more'"),
 }  # fmt: skip
@@ -203,6 +211,9 @@ def test_the_encoding_belongs_to_the_index(tmp_path: Path) -> None:
     path.write_bytes(encoding_bytes(replace(index.encoding, encoders={"vae": "w"})))
     with pytest.raises(ValueError, match=r"encoders\.json does not belong to index\.json"):
         load_index(tmp_path)
+    with pytest.raises(ValueError, match="was encoded otherwise"):
+        build_index(tmp_path, progress=False)
+    path.write_bytes(encoding_bytes(replace(index.encoding, source="t")))
     assert build_index(tmp_path, progress=False).digest != index.digest
     path.unlink()
     with pytest.raises(ValueError, match=r"encoders\.json does not belong to index\.json"):
@@ -211,12 +222,31 @@ def test_the_encoding_belongs_to_the_index(tmp_path: Path) -> None:
     assert len(plain.bad) == 4 and plain.encoding is None and "image missing" in plain.bad[0]
 
 
+def test_a_shard_of_another_set_is_refused(tmp_path: Path) -> None:
+    """Shapes, sizes, names and keys are the same, but another autoencoder made it."""
+    other = way_digest(replace(ENCODING, encoders={"vae": "w"}))
+    made = pack_sample(entry("b", encoding=other), tensors())
+    write_world(tmp_path, lambda samples: samples.update(b=made))
+    said = rf"{SHARD}: sample 'b' was encoded otherwise \({other[:12]}\) than encoders\.json says"
+    with pytest.raises(ValueError, match=said):
+        build_index(tmp_path, progress=False)
+    with pytest.raises(ValueError, match=said) as told:
+        decode_tensors(made["safetensors"], decode_entry(made["json"]), ENCODING)
+    assert not isinstance(told.value, BadSampleError), "no other sample may take its place"
+
+
+def test_the_way_of_encoding_is_all_but_the_source() -> None:
+    assert way_digest(replace(ENCODING, source="t")) == way_digest(ENCODING)
+    other = [replace(ENCODING, encoders={"vae": "w"}), replace(ENCODING, computed="bf16"), replace(ENCODING, empty="e")]
+    assert len({way_digest(encoding) for encoding in (ENCODING, *other)}) == 4
+
+
 @pytest.mark.parametrize(
     ("file", "data", "said"),
     [
         (ENCODERS_FILE, b"{", "broken or foreign"),
-        (ENCODERS_FILE, b'{"format": "x"}', "expected 'dydit-encoded-v1'"),
-        (ENCODERS_FILE, b'{"format": "dydit-encoded-v1", "vae": 1}', "unexpected keyword argument"),
+        (ENCODERS_FILE, b'{"format": "x"}', "expected 'dydit-encoded-v2'.; encode the data again into an empty folder"),
+        (ENCODERS_FILE, b'{"format": "dydit-encoded-v2", "vae": 1}', "unexpected keyword argument"),
         (EMPTY_FILE, empty_bytes({"text": drawn(2, 6), "pooled": drawn(5)}), "does not belong to encoders.json"),
         (EMPTY_FILE, None, "no such file"),
     ],

@@ -9,11 +9,17 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from dydit_scale.data.loader import Batch, DataConfig, Loader, make_loader
 from dydit_scale.data.reader import MAX_SUBSTITUTES
@@ -181,6 +187,71 @@ def test_random_plans_of_stops_and_world_sizes_give_one_order(index: ShardIndex)
         assert_same(got, cut(reference, consumed))
         counts = Counter(got.keys)
         assert set(counts.values()) <= {consumed // COUNT, -(-consumed // COUNT)} and len(counts) == COUNT
+
+
+class Leg(NamedTuple):
+    """What one start of an elastic run does before it is killed."""
+
+    world_size: int
+    micro_batch: int
+    accumulation: int
+    committed: int
+    """Steps in the last checkpoint."""
+    lost: int
+    """Steps after it."""
+
+
+LEGS = st.builds(
+    Leg, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), committed=st.integers(0, 3), lost=st.integers(0, 2)
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shards=st.lists(st.integers(1, 7), min_size=1, max_size=5), legs=st.lists(LEGS, min_size=1, max_size=4))
+def test_committed_steps_of_an_elastic_run_read_what_one_rank_reads(shards: list[int], legs: list[Leg]) -> None:
+    total = sum(shards)
+    with TemporaryDirectory() as folder:
+        index = write_sizes(Path(folder), shards)
+        keys: list[str] = []
+        for world_size, micro_batch, accumulation, committed, lost in legs:
+            batch = {"world_size": world_size, "micro_batch": micro_batch}
+            step, count = world_size * micro_batch * accumulation, (committed + lost) * accumulation
+            ranks = [
+                take(loader(index, rank=rank, **batch, global_batch=step, consumed=len(keys)), count)
+                for rank in range(world_size)
+            ]
+            read = [key for together in zip(*ranks, strict=True) for one in together for key in one.keys]
+            assert len(read) == (committed + lost) * step
+            keys += read[: committed * step]
+        uninterrupted = take(loader(index, micro_batch=1, global_batch=1), len(keys))
+    assert keys == [key for batch in uninterrupted for key in batch.keys]
+    counts = Counter(keys)
+    assert {counts[f"{number:04d}"] for number in range(total)} <= {len(keys) // total, -(-len(keys) // total)}
+
+
+def write_sizes(folder: Path, sizes: list[int]) -> ShardIndex:
+    """A folder of shards that hold so many samples each."""
+    found = samples(sum(sizes))
+    for number, size in enumerate(sizes):
+        with webdataset.TarWriter(str(folder / f"{number}.tar"), encoder=False) as writer:
+            for sample in islice(found, size):
+                writer.write({**sample, "txt": str(sample["txt"]).encode()})
+    return build_index(folder, progress=False)
+
+
+def test_prefetching_more_or_less_reads_the_same(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = joined(take(loader(index), 10))
+    for workers, factor in ((1, 1), (1, 7), (3, 1), (3, 5)):
+        loaders = []
+
+        def fetching(*args: Any, made: list[Any] = loaders, ahead: int = factor, **options: Any) -> DataLoader:
+            made.append(DataLoader(*args, **options, prefetch_factor=ahead))
+            return made[-1]
+
+        monkeypatch.setattr("dydit_scale.data.loader.DataLoader", fetching)
+        assert_same(joined(take(loader(index, workers=workers), 10)), reference)
+        (made,) = loaders
+        assert (made.num_workers, made.prefetch_factor) == (workers, factor)
 
 
 def test_iterating_twice_begins_at_the_same_position(index: ShardIndex) -> None:

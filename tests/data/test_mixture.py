@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dydit_scale.data.config import DataConfig, SourceConfig
 from dydit_scale.data.mixture import Draw, Mixture, whole_shares
 from dydit_scale.data.position import SampleOrder
 
@@ -31,7 +33,8 @@ GOLDEN = {
         ([5.0], (1,)),
         ([0.7, 0.3], (7, 3)),
         ([2, 2, 2], (1, 1, 1)),
-        ([1, 1e-9], (999, 1)),
+        ([1, 1e-3], (999, 1)),
+        ([1234567, 4321, 98765], (575, 2, 46)),
         ([3, 1], (3, 1)),
         ([0.333, 0.667], (333, 667)),
     ],
@@ -42,12 +45,31 @@ def test_shares_are_the_nearest_whole_numbers(weights: list[float], shares: tupl
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20))
-def test_shares_are_near_the_weights(weights: list[float]) -> None:
-    shares = whole_shares(weights)
-    assert min(shares) >= 1 and sum(shares) <= 1000
-    for share, weight in zip(shares, weights, strict=True):
-        # Half of a thousandth of rounding, and what the smallest sources are given beyond their weight.
-        assert abs(share / sum(shares) - weight / sum(weights)) < 0.001 * (1 + len(weights))
+def test_shares_are_near_the_weights_or_refused(weights: list[float]) -> None:
+    exact = np.array(weights) / sum(weights)
+    try:
+        shares = np.array(whole_shares(weights))
+    except ValueError as error:
+        assert exact.min() < 0.012, "half a thousandth is a twentieth of a hundredth"
+        assert "the nearest possible" in str(error)
+        return
+    assert shares.min() >= 1 and shares.sum() <= 1000
+    assert (abs(shares / shares.sum() - exact) <= 0.05 * exact * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ((1, 1e-4), r"data\.sources\[1\]: its weight 0\.0001 asks for 0\.01 % .* 0\.1 % is .* the weights to 999, 1,"),
+        ((5e-4, 1), r"data\.sources\[0\]: its weight 0\.0005 asks for 0\.05 % .* 0\.1 % is .* the weights to 1, 999,"),
+        ((0.001,) * 3 + (5,), r"data\.sources\[0\]: .* asks for 0\.02 % .* the weights to 1, 1, 1, 997,"),
+    ],
+)
+def test_weights_that_cannot_be_met_are_refused_with_those_that_can(weights: tuple[float, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as told:
+        DataConfig(sources=tuple(SourceConfig(path=f"{n}", weight=weight) for n, weight in enumerate(weights)))
+    nearest = [int(word) for word in re.findall(r"\d+", str(told.value).split("weights to ")[1].split(", or")[0])]
+    assert whole_shares(nearest) == tuple(nearest)
 
 
 def test_too_many_sources_are_refused() -> None:

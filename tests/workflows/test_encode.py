@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from torch import Tensor
 from dydit_scale.cli.main import main
 from dydit_scale.data.index import load_index
 from dydit_scale.data.loader import BadDataError
+from dydit_scale.data.reader import Source
 from dydit_scale.data.shards import build_index, index_folder
 from dydit_scale.data.tar import split_name, walk_members
+from dydit_scale.models import family
 from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
 from dydit_scale.train.checks import check_data
@@ -213,6 +215,78 @@ def test_two_ways_of_encoding_are_not_mixed(world: Path, options: dict[str, Any]
         with pytest.raises(ValueError, match=said):
             encode(world, "flux", world / "encoded", update=update, **options)
     assert content(world / "encoded") == before
+
+
+def test_a_shard_of_another_encoder_is_found_and_made_anew(world: Path) -> None:
+    """Source, names, keys, shapes and sizes are the same."""
+    out, name = world / "encoded", "shard-000001.tar"
+    (world / "base" / "vae").rename(world / "kept")
+    write_vae(world / "base", seed=1)
+    encode(world, "flux", world / "other")
+    shutil.rmtree(world / "base" / "vae")
+    (world / "kept").rename(world / "base" / "vae")
+    before, (theirs, ours) = content(out), (world / folder / name for folder in ("other", "encoded"))
+    assert theirs.stat().st_size == ours.stat().st_size and theirs.read_bytes() != ours.read_bytes()
+    shutil.copy2(theirs, ours)
+    with pytest.raises(ValueError, match=r"shard-000001\.tar: sample '000005' was encoded otherwise .* another set"):
+        index_folder(out, progress=False)
+    assert encode(world, "flux", out).written == 1
+    assert content(out) == before
+
+
+def test_a_shard_of_an_earlier_source_is_refused(world: Path) -> None:
+    """By the same encoders, of the same size: every sample is sound."""
+    out, name = world / "encoded", "shard-000001.tar"
+    old = (out / name).read_bytes()
+    (caption,) = json.loads(samples_of(out / name)["000007"]["json"])["captions"]
+    recaption(world, name, "000007", caption[::-1])
+    encode(world, "flux", out, update=True)
+    new = content(out)
+    assert len(new[name]) == len(old) and new[name] != old
+    (out / name).write_bytes(old)
+    build_index(out, progress=False)
+    with pytest.raises(ValueError, match=rf"{name} are not as they were written here; delete them"):
+        encode(world, "flux", out)
+    assert not (out / "index.json").exists(), "nothing trains on it"
+    (out / name).unlink()
+    assert encode(world, "flux", out).written == 1
+    assert content(out) == new
+
+
+def test_long_clips_go_through_the_encoder_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six clips of 17 frames in two shards: few are held and fewer encoded at a time; what comes of it is the same, but
+    for the rounding of convolutions over another number of frames."""
+    write_world(tmp_path, "latte", samples=6)
+    held: list[int] = []
+    encoded: list[int] = []
+    encode_sources, posterior_of = Encoder.encode, family.posterior_of
+
+    def encode_counted(self: Encoder, sources: Sequence[Source]) -> list[dict[str, Tensor]]:
+        assert all(source.pixels.dtype == torch.uint8 for source in sources)
+        held.append(sum(len(source.pixels) for source in sources))
+        return encode_sources(self, sources)
+
+    def posterior_counted(vae: Any, pixels: Tensor) -> Any:
+        encoded.append(len(pixels))
+        return posterior_of(vae, pixels)
+
+    monkeypatch.setattr(Encoder, "encode", encode_counted)
+    monkeypatch.setattr(family, "posterior_of", posterior_counted)
+    recipe = encoded_recipe(tmp_path, "latte", tmp_path / "shards")
+    few, more = (4, [17] * 6, [1, *[4, 4, 4, 4, 1] * 6]), (20, [34, 34, 17, 17], [1, 20, 14, 20, 14, 17, 17])
+    for batch, clips, parts in (few, more):
+        held.clear()
+        encoded.clear()
+        encode_data(recipe, tmp_path / f"{batch}", World(), batch=batch)
+        assert (held, encoded) == (clips, parts), batch
+    encode_data(recipe, tmp_path / "1000", World(), batch=1000)
+    assert held[-2:] == [85, 17]
+    few_at_a_time, all_at_once = (
+        {key: load(sample["safetensors"]) for n in (0, 1) for key, sample in samples_of(found[n]).items()}
+        for found in (sorted((tmp_path / name).glob("*.tar")) for name in ("4", "1000"))
+    )
+    assert len(few_at_a_time) == 6 and few_at_a_time["000000"]["mean"].shape == (17, 12, 8, 8)
+    torch.testing.assert_close(few_at_a_time, all_at_once, atol=1e-5, rtol=1e-5)
 
 
 def test_folders_of_other_things_are_refused(world: Path) -> None:
