@@ -88,7 +88,7 @@ def _findings(folder: Path, shards: tuple[ShardInfo, ...], quick: bool, workers:
         return
     paths = [folder / shards[number].name for number in present]
     digests = run_jobs(
-        _sha256,
+        read_sha256,
         paths,
         workers=min(workers, len(paths)),
         total_bytes=sum(path.stat().st_size for path in paths),
@@ -102,7 +102,7 @@ def _findings(folder: Path, shards: tuple[ShardInfo, ...], quick: bool, workers:
             yield from _changed_shard(folder, shards[number], number, index)
 
 
-def _sha256(path: Path, advance: Advance) -> tuple[str, str]:
+def read_sha256(path: Path, advance: Advance) -> tuple[str, str]:
     """The digest of a file, or why there is none."""
     try:
         return file_sha256(path, advance), ""

@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
+from data_tools.check import read_sha256
 from data_tools.packing.config import PackConfig
 from data_tools.packing.inputs import CLIP_EXTENSIONS, Dropped, extension_of
-from data_tools.packing.plan import PLAN_FILE, Plan, make_plan, replace_file
-from data_tools.packing.sources import list_source
-from data_tools.packing.writing import Desk, find_record, write_all
+from data_tools.packing.plan import PLAN_FILE, Plan, PlannedShard, make_plan, replace_file
+from data_tools.packing.sources import Listing, list_source
+from data_tools.packing.writing import Desk, ShardRecord, find_record, write_all
 from data_tools.shapes import CLASSES_FILE
 from dydit_scale.data.index import INDEX_FILE, ShardIndex, load_index
-from dydit_scale.data.processes import default_workers
+from dydit_scale.data.processes import default_workers, run_jobs
 from dydit_scale.data.shards import index_folder
 from dydit_scale.data.video import require_av
 
 STATE_FOLDER = ".pack"
 REPORT_FILE = "pack-report.jsonl"
+UNUSABLE = "packed, but unusable"
 
 
 class Part(NamedTuple):
@@ -45,6 +51,7 @@ class PackSummary:
     total: int
     """Inputs of this part."""
     packed: int
+    """Some of them may be ``bad`` in the index."""
     dropped: Counter[str]
     """Inputs by reason."""
     changes: Counter[str]
@@ -78,7 +85,8 @@ def pack(
 
     Args:
         source: see ``list_source``.
-        part: write only this part's shards, and leave the index to a run without parts.
+        part: write only this part's shards, and leave the index to a run without parts; one that is there goes with
+            the first shard that is written.
         workers: processes that convert and write; None for one on each core, at most 8.
 
     Raises ValueError, before anything is written, for a source without inputs, a folder with other shards or begun
@@ -91,28 +99,35 @@ def pack(
     if any(extension_of(item.name) in CLIP_EXTENSIONS for item in listing.inputs):
         require_av()
     with _desk(out, part) as desk:
-        plan = make_plan(listing, config, state=desk.state, workers=workers, progress=progress)
-        mine = plan.shards[part.number - 1 :: part.of]
+        with _planning(desk):
+            plan = make_plan(listing, config, state=desk.state, run=desk.name, workers=workers, progress=progress)
         _check_foreign(out, plan)
-        records = {shard.name: record for shard in mine if (record := find_record(desk, shard)) is not None}
+        mine = plan.shards[part.number - 1 :: part.of]
+        records, index = _find(mine, desk, part, workers, progress)
         missing = [shard for shard in mine if shard.name not in records]
+        if missing:
+            # It would be taken for the index of what is written from here on.
+            (out / INDEX_FILE).unlink(missing_ok=True)
         done = sum(len(shard.samples) for shard in mine if shard.name in records)
         records |= write_all(missing, desk, workers=workers, done=done, progress=progress)
         if listing.classes is not None:
             replace_file(out / CLASSES_FILE, [json.dumps(listing.classes, indent=1, ensure_ascii=False) + "\n"])
-    dropped = [*plan.dropped] if part.number == 1 else []
-    left_out: list[Dropped] = []
-    for record in (records[shard.name] for shard in mine):
-        dropped += record.dropped
-        left_out += record.left_out
-    report = out / (REPORT_FILE if part.of == 1 else f"pack-report-{part.number}-of-{part.of}.jsonl")
-    replace_file(report, (json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in (*dropped, *left_out)))
-    packed = sum(record.packed for record in records.values())
-    total = sum(len(shard.samples) for shard in mine) + (len(plan.dropped) if part.number == 1 else 0)
-    assert total == packed + len(dropped), f"{total} inputs, but {packed} packed and {len(dropped)} dropped"
-    if part.of == 1 and not packed:
-        reasons = Counter(line.reason for line in dropped)
-        raise ValueError(f"{source}: nothing could be packed ({_counts(reasons)}); see {report}")
+        dropped = [*plan.dropped] if part.number == 1 else []
+        left_out: list[Dropped] = []
+        for record in (records[shard.name] for shard in mine):
+            dropped += record.dropped
+            left_out += record.left_out
+        report = out / (REPORT_FILE if part.of == 1 else f"pack-report-{part.number}-of-{part.of}.jsonl")
+        _write_report(report, dropped, left_out)
+        packed = sum(record.packed for record in records.values())
+        total = sum(len(shard.samples) for shard in mine) + (len(plan.dropped) if part.number == 1 else 0)
+        assert total == packed + len(dropped), f"{total} inputs, but {packed} packed and {len(dropped)} dropped"
+        if part.of == 1:
+            if not packed:
+                raise _nothing_packed(source, desk, listing, dropped, report)
+            index = index or index_folder(out, workers=workers, progress=progress).index
+            assert index.num_samples == packed, f"{packed} samples packed, but {index.num_samples} in the index"
+            _write_report(report, dropped, left_out, _unusable(index, mine))
     return PackSummary(
         total=total,
         packed=packed,
@@ -124,7 +139,7 @@ def pack(
         written=len(missing),
         found=len(mine) - len(missing),
         report=report,
-        index=_index(out, len(missing), packed, workers, progress) if part.of == 1 else None,
+        index=index,
     )
 
 
@@ -137,6 +152,8 @@ def describe(summary: PackSummary) -> Iterator[str]:
         yield f"  dropped: {_counts(summary.dropped)}; each with its reason in {summary.report}"
     if summary.left_out:
         yield f"  captions left out of packed samples: {summary.left_out}, in the same file"
+    if summary.index is not None and summary.index.bad:
+        yield f"  {UNUSABLE}: {len(summary.index.bad)}, each with its reason in {summary.report}"
     if summary.changes:
         yield f"  converted: {_counts(summary.changes)}"
     if summary.ignored:
@@ -185,8 +202,87 @@ def _desk(out: Path, part: Part) -> Iterator[Desk]:
         yield Desk(out, state, name)
 
 
-def _index(out: Path, written: int, packed: int, workers: int, progress: bool) -> ShardIndex:
-    fresh = written or not (out / INDEX_FILE).is_file()
-    index = index_folder(out, workers=workers, progress=progress).index if fresh else load_index(out)
-    assert index.num_samples == packed, f"{packed} samples packed, but {index.num_samples} in the index"
-    return index
+@contextmanager
+def _planning(desk: Desk) -> Iterator[None]:
+    """One run at a time plans, and compares inputs; the others wait, and go by its plan."""
+    with (desk.state / "lock-plan").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"{desk.out}: another part makes the plan; waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _find(
+    shards: Sequence[PlannedShard], desk: Desk, part: Part, workers: int, progress: bool
+) -> tuple[dict[str, ShardRecord], ShardIndex | None]:
+    """The records of the shards that are there and whole, by name, and their index if it is there for all of them.
+
+    Where it is not, all shards are about to be read for it, so comparing their SHA-256 before costs little.
+    """
+    records = {shard.name: record for shard in shards if (record := find_record(desk, shard)) is not None}
+    if part.of > 1:
+        return records, None
+    index = _find_index(desk.out, records) if len(records) == len(shards) else None
+    if index is None:
+        for name in _damaged(desk.out, records, workers, progress):
+            del records[name]
+    return records, index
+
+
+def _find_index(out: Path, records: dict[str, ShardRecord]) -> ShardIndex | None:
+    """The index that is there, if it says of all shards what their records do."""
+    if not (out / INDEX_FILE).is_file():
+        return None
+    try:
+        index = load_index(out)
+    except ValueError:  # torn, or of other shards
+        return None
+    written = {name: record for name, record in records.items() if record.packed}
+    is_same = {info.name for info in index.shards} == written.keys() and all(
+        (info.bytes, info.count) == (written[info.name].bytes, written[info.name].packed)
+        and written[info.name].sha256 in ("", info.sha256)
+        for info in index.shards
+    )
+    return index if is_same else None
+
+
+def _damaged(out: Path, records: dict[str, ShardRecord], workers: int, progress: bool) -> list[str]:
+    """Shards whose SHA-256 is no longer that of their record."""
+    known = [name for name, record in records.items() if record.sha256]
+    if not known:
+        return []
+    digests = run_jobs(
+        read_sha256,
+        [out / name for name in known],
+        workers=min(workers, len(known)),
+        total_bytes=sum(records[name].bytes for name in known),
+        title="checking",
+        progress=progress,
+    )
+    return [name for name, (sha256, _) in zip(known, digests, strict=True) if sha256 != records[name].sha256]
+
+
+def _nothing_packed(source: Path, desk: Desk, listing: Listing, dropped: list[Dropped], report: Path) -> ValueError:
+    # Without shards there is nothing that the plan would have to fit: other options or inputs may come here.
+    (desk.state / PLAN_FILE).unlink()
+    message = f"{source}: nothing could be packed ({_counts(Counter(line.reason for line in dropped))}); see {report}"
+    if listing.tables:
+        message += (
+            f". Tables beside the pictures were not read ({', '.join(listing.tables[:5])}); to pack what one of them "
+            f"lists, run `dydit data pack {source / listing.tables[0]} {desk.out}`"
+        )
+    return ValueError(message)
+
+
+def _unusable(index: ShardIndex, shards: Sequence[PlannedShard]) -> list[Dropped]:
+    """A line for each packed sample that the index finds bad."""
+    if not index.bad:
+        return []
+    names = {planned.key: planned.input.name for shard in shards for planned in shard.samples}
+    return [Dropped(names[index.key(sample)], UNUSABLE, reason) for sample, reason in sorted(index.bad.items())]
+
+
+def _write_report(report: Path, *lines: list[Dropped]) -> None:
+    replace_file(report, (json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in chain(*lines)))

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data_tools.packing.config import PackConfig
-from dydit_scale.data.decode import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_LABEL
+from dydit_scale.data.decode import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, MAX_LABEL, BadSampleError, decode_caption
 from dydit_scale.data.video import MAX_VIDEO_BYTES
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif")
@@ -170,11 +170,12 @@ def check_captions(value: object) -> tuple[str, ...]:
         if not isinstance(caption, str):
             raise UnfitError("bad caption", f"{str(caption)[:40]!r} ({type(caption).__name__}), expected a text")
         try:
-            size = len(caption.encode("utf-8"))
-        except UnicodeEncodeError as error:
+            data = caption.encode("utf-8")
+            decode_caption(data)
+        except (UnicodeEncodeError, BadSampleError) as error:
             raise UnfitError("bad caption", str(error)) from error
-        if size > MAX_CAPTION_BYTES:
-            raise UnfitError("over a limit", f"caption of {size} bytes, more than {MAX_CAPTION_BYTES}")
+        if len(data) > MAX_CAPTION_BYTES:
+            raise UnfitError("over a limit", f"caption of {len(data)} bytes, more than {MAX_CAPTION_BYTES}")
     return tuple(captions)
 
 
@@ -184,7 +185,7 @@ def _parse(file: File) -> Texts:
     try:
         text = data.decode("utf-8-sig")
         if extension_of(file.path) != "json":
-            return Texts((text,), None)
+            return Texts(check_captions(text), None)
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UnfitError("bad caption", f"{Path(file.path).name}: {error}") from error

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageColor
 
 from data_tools.packing.config import PackConfig
 from data_tools.packing.inputs import CLIP_EXTENSIONS, UnfitError
-from dydit_scale.data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, TURNS, BadSampleError
+from dydit_scale.data.decode import MAX_IMAGE_BYTES, TURNS, BadSampleError, check_size
 from dydit_scale.data.video import MAX_VIDEO_BYTES, VIDEO_EXTENSIONS, MissingPackageError, require_av, scan_clip
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -63,8 +63,10 @@ def prepare(data: bytes, extension: str, config: PackConfig) -> Media:
 def _prepare_picture(data: bytes, config: PackConfig) -> Media:
     opened = Image.open(io.BytesIO(data), formats=FORMATS)
     kind = str(opened.format)
-    if opened.width * opened.height > MAX_PIXELS:
-        raise UnfitError("over a limit", f"{opened.width} x {opened.height} pixels, more than {MAX_PIXELS}")
+    try:
+        check_size(*opened.size)
+    except BadSampleError as error:
+        raise UnfitError("over a limit", str(error)) from error
     changes = [] if kind in _KEPT_FORMATS else ["format"]
     if kind != "MPO" and getattr(opened, "is_animated", False):
         if config.animated == "refuse":

@@ -9,19 +9,17 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from data_tools.packing.config import PackConfig
-from data_tools.packing.inputs import MAX_BYTES, Dropped, Input, UnfitError, read_file, read_texts
+from data_tools.packing.duplicates import drop_duplicates, forget_hashes, hash_candidates, noted_hashes
+from data_tools.packing.inputs import Dropped, Input
 from data_tools.packing.sources import Listing
 
 PLAN_FILE = "plan.json"
@@ -29,7 +27,6 @@ INPUTS_FILE = "inputs.jsonl"
 FORMAT = "dydit-pack-v1"
 
 _MAX_KEY = 120
-_CHUNK = 4096
 
 
 class Planned(NamedTuple):
@@ -66,21 +63,25 @@ class Plan:
     """Inputs, those left out too."""
 
 
-def make_plan(listing: Listing, config: PackConfig, *, state: Path, workers: int, progress: bool = True) -> Plan:
+def make_plan(
+    listing: Listing, config: PackConfig, *, state: Path, run: str, workers: int, progress: bool = True
+) -> Plan:
     """Drop what cannot be packed as far as that is known, choose keys and cut into shards.
 
     Args:
         state: the folder where the plan is kept; ValueError, saying what differs, if it holds the plan of other inputs
             or options.
+        run: a name for this run, unlike that of any other at the same time.
         workers: threads that read inputs whose sizes are equal, to find those with equal bytes.
     """
     _check_options(state, config)
     known = _check_inputs(state, listing)
     inputs, dropped = _without_texts(listing.inputs, config)
     if not config.keep_duplicates:
-        inputs = _hash_candidates(inputs, known, workers, progress)
+        known = known or noted_hashes(state, inputs)
+        inputs = hash_candidates(inputs, known, state=state, run=run, workers=workers, progress=progress)
         known = {item.name: item.sha256 for item in inputs}
-        inputs, duplicates = _drop_duplicates(inputs, config)
+        inputs, duplicates = drop_duplicates(inputs, config)
         dropped += duplicates
     if config.shuffle:
         inputs = sorted(inputs, key=lambda item: hashlib.sha256(item.name.encode()).digest())
@@ -103,58 +104,6 @@ def _without_texts(inputs: Iterable[Input], config: PackConfig) -> tuple[list[In
         else:
             dropped.append(Dropped(item.name, "no caption", "neither a caption nor a label"))
     return kept, dropped
-
-
-# Duplicates
-
-
-def _hash_candidates(inputs: list[Input], known: dict[str, str], workers: int, progress: bool) -> list[Input]:
-    """``inputs`` with the hashes of those that are not the only ones of their size."""
-    sizes = Counter(item.size for item in inputs)
-    wanted = [place for place, item in enumerate(inputs) if sizes[item.size] > 1 and not item.sha256]
-    hashed, remaining = list(inputs), iter(wanted)
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(wanted), desc="comparing", unit="file", disable=None if progress else True) as bar,
-    ):
-        # Chunks, because a pool takes up all that it is given at once.
-        while chunk := list(islice(remaining, _CHUNK)):
-            for place, sha256 in zip(chunk, pool.map(lambda p: _hash(inputs[p], known), chunk), strict=True):
-                hashed[place] = replace(inputs[place], sha256=sha256)
-                bar.update()
-    return hashed
-
-
-def _hash(item: Input, known: dict[str, str]) -> str:
-    """ "" where the file cannot be read, which is reported when it is to be packed."""
-    try:
-        return known.get(item.name) or hashlib.sha256(read_file(item.file, MAX_BYTES)).hexdigest()
-    except UnfitError:
-        return ""
-
-
-def _drop_duplicates(inputs: list[Input], config: PackConfig) -> tuple[list[Input], list[Dropped]]:
-    """Of inputs with equal bytes, the first whose caption and label will do stays."""
-    groups: dict[str, list[Input]] = defaultdict(list)
-    for item in inputs:
-        if item.sha256:
-            groups[item.sha256].append(item)
-    dropped: list[Dropped] = []
-    for group in groups.values():
-        first = next((item for item in group if _has_texts(item, config)), None) if len(group) > 1 else None
-        if first is not None:
-            rest = (item.name for item in group if item is not first)
-            dropped += [Dropped(name, "duplicate", f"has the bytes of {first.name}") for name in rest]
-    gone = {line.input for line in dropped}
-    return [item for item in inputs if item.name not in gone], dropped
-
-
-def _has_texts(item: Input, config: PackConfig) -> bool:
-    try:
-        read_texts(item, config)
-    except UnfitError:
-        return False
-    return True
 
 
 # Keys and shards
@@ -234,21 +183,24 @@ def _check_inputs(state: Path, listing: Listing) -> dict[str, str]:
 
 
 def _save(state: Path, listing: Listing, config: PackConfig, hashes: dict[str, str]) -> None:
-    if (state / PLAN_FILE).is_file():
-        return
-    lines = (
-        json.dumps({"name": item.name, "stamp": item.stamp, "sha256": hashes.get(item.name, "")}) + "\n"
-        for item in listing.inputs
-    )
-    replace_file(state / INPUTS_FILE, lines)
-    replace_file(state / PLAN_FILE, [json.dumps({"format": FORMAT, "options": asdict(config)}, indent=1) + "\n"])
+    if not (state / PLAN_FILE).is_file():
+        lines = (
+            json.dumps({"name": item.name, "stamp": item.stamp, "sha256": hashes.get(item.name, "")}) + "\n"
+            for item in listing.inputs
+        )
+        replace_file(state / INPUTS_FILE, lines)
+        replace_file(state / PLAN_FILE, [json.dumps({"format": FORMAT, "options": asdict(config)}, indent=1) + "\n"])
+    forget_hashes(state)
 
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:
-    """Write a text aside and rename it into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """Write a text aside and rename it into place; whoever does the same at the same time, on any machine."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with aside.open("x", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ from data_tools.packing.tables import (
     read_rows,
 )
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 _PART_OF_SPLIT = re.compile(r"(.*)-\d+-of-\d+")
 
@@ -57,6 +57,8 @@ class Listing:
     """Found unfit already."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Files that are no inputs, by extension."""
+    tables: list[str] = field(default_factory=list)
+    """Those of them that are tables, by their paths in the source."""
     classes: list[str] | None = None
     """Names of the labels, if they have any."""
     notes: list[str] = field(default_factory=list)
@@ -129,10 +131,10 @@ def _list_folder(source: Path, config: PackConfig, progress: bool) -> Listing:
         else:
             listing.ignored[f".{extension}" if extension else "without extension"] += 1
     metadata = [name for name in tables if PurePosixPath(name).name in METADATA_FILES]
-    if not media and not metadata and tables:
+    if not media and tables and not (metadata and listing.dropped):
         return _list_tables([root / name for name in _one_split(source, sorted(tables))], config, progress)
-    for name in set(tables) - set(metadata):
-        listing.ignored[f".{extension_of(name)}"] += 1
+    listing.tables = sorted(set(tables) - set(metadata))
+    listing.ignored.update(f".{extension_of(name)}" for name in listing.tables)
     for stem in texts.keys() - {_stem(name) for name in media}:
         listing.ignored["texts without a picture"] += len(texts[stem])
     for name in sorted(media):

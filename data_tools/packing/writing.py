@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import webdataset
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from data_tools.packing.inputs import (
 from data_tools.packing.media import kind_of, prepare
 from data_tools.packing.plan import Planned, PlannedShard, replace_file
 from data_tools.packing.tables import read_cell
+from dydit_scale.data.decode import MAX_CAPTION_BYTES
 
 LEFT_OUT = "caption left out"
 
@@ -59,6 +61,19 @@ class ShardRecord:
     dropped: list[Dropped]
     left_out: list[Dropped]
     """Captions beyond a limit of samples that were packed."""
+    sha256: str = ""
+    """Of the tar as it was written, in hex; "" if there is none, or an earlier version wrote it."""
+
+
+class _Hashed:
+    """A file and the SHA-256 of what is written to it from end to end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
 
 
 class _Sample(NamedTuple):
@@ -68,7 +83,7 @@ class _Sample(NamedTuple):
 
 
 def find_record(desk: Desk, shard: PlannedShard) -> ShardRecord | None:
-    """The record of a shard that is there and whole; None if it must be written (again)."""
+    """The record of a shard that is there with its size; None if it must be written (again)."""
     path = _record_file(desk, shard)
     if not path.is_file():
         return None
@@ -149,9 +164,9 @@ def write_shard(shard: PlannedShard, desk: Desk, tick: Callable[[], Any]) -> Sha
     aside = desk.state / f"{shard.name}.{desk.name}"
     try:
         with aside.open("wb") as file:
-            packed = 0
+            packed, hashed = 0, _Hashed(file)
             limits = {"maxcount": len(shard.samples) + 1, "maxsize": float("inf")}
-            options = {"encoder": False, "mtime": 0, "verbose": 0, "opener": lambda name: file}
+            options = {"encoder": False, "mtime": 0, "verbose": 0, "opener": lambda name: hashed}
             with webdataset.ShardWriter("%d", **limits, **options) as writer:
                 for planned in shard.samples:
                     try:
@@ -172,7 +187,13 @@ def write_shard(shard: PlannedShard, desk: Desk, tick: Callable[[], Any]) -> Sha
         ) from error
     size = aside.stat().st_size if packed else 0
     record = ShardRecord(
-        digest=shard.digest, packed=packed, bytes=size, changes=dict(changes), dropped=dropped, left_out=left_out
+        digest=shard.digest,
+        packed=packed,
+        bytes=size,
+        changes=dict(changes),
+        dropped=dropped,
+        left_out=left_out,
+        sha256=hashed.sha256.hexdigest() if packed else "",
     )
     if packed:
         os.replace(aside, desk.out / shard.name)
@@ -202,4 +223,10 @@ def _make_sample(planned: Planned, config: PackConfig) -> _Sample:
         fields["captions"] = texts.captions
     if texts.label is not None:
         members["cls"] = str(texts.label).encode()
-    return _Sample(members | {"json": json.dumps(fields, ensure_ascii=False).encode()}, media.changes, texts.left_out)
+    members["json"] = json.dumps(fields, ensure_ascii=False).encode()
+    if len(members["json"]) > MAX_CAPTION_BYTES:
+        detail = (
+            f"{len(texts.captions)} captions in a json of {len(members['json'])} bytes, more than {MAX_CAPTION_BYTES}"
+        )
+        raise UnfitError("over a limit", detail)
+    return _Sample(members, media.changes, texts.left_out)

@@ -72,12 +72,16 @@ def decode_image(data: bytes) -> Image.Image:
             raise BadSampleError(f"broken image ({type(error).__name__}: {what})") from error
 
 
-def _check_picture(image: Image.Image) -> None:
-    width, height = image.size
+def check_size(width: int, height: int) -> None:
+    """BadSampleError for a picture of more than ``MAX_PIXELS`` pixels or a side of more than ``MAX_SIDE``."""
     if width * height > MAX_PIXELS:
         raise BadSampleError(f"image of {width} x {height} pixels, more than the limit of {MAX_PIXELS}")
     if max(width, height) > MAX_SIDE:
         raise BadSampleError(f"image of {width} x {height} pixels, more on a side than the limit of {MAX_SIDE}")
+
+
+def _check_picture(image: Image.Image) -> None:
+    check_size(*image.size)
     if image.mode not in _MODES | {_GREY16}:
         raise BadSampleError(f"image of mode {image.mode}, expected 8 bits a channel, or 16")
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_tools import pack as pack_module
 from data_tools.pack import REPORT_FILE, Part, describe, pack
-from data_tools.packing import plan, writing
+from data_tools.packing import duplicates, writing
 from data_tools.packing.config import PackConfig
 from data_tools.packing.media import Media
 from dydit_scale.cli.main import main
@@ -334,9 +334,9 @@ def test_only_files_of_equal_size_are_compared(tmp_path: Path, monkeypatch: pyte
     source = captioned(tmp_path / "in", 3)
     put(source, {"02.png": png(2, (20, 20)), "01.png": png(0)})
     read: list[str] = []
-    original = plan.read_file
+    original = duplicates.read_file
     monkeypatch.setattr(
-        plan, "read_file", lambda file, limit: read.append(Path(file.path).name) or original(file, limit)
+        duplicates, "read_file", lambda file, limit: read.append(Path(file.path).name) or original(file, limit)
     )
     assert pack(source, tmp_path / "out").dropped == {"duplicate": 1}
     assert sorted(read) == ["00.png", "01.png"]

@@ -242,6 +242,10 @@ def bomb() -> bytes:
 
 
 NASTY = {
+    "strip": (
+        saved(Image.new("L", ((1 << 16) + 1, 1)), "PNG"),
+        "over a limit: image of 65537 x 1 pixels, more on a side",
+    ),
     "bomb": (bomb(), "broken picture: DecompressionBomb|over a limit"),
     "truncated": (saved(PICTURE, "JPEG")[:-80], "broken picture: OSError"),
     "empty": (b"", "broken picture: UnidentifiedImageError: no picture of a known format"),

@@ -23,6 +23,7 @@ from PIL import Image
 from data_tools.pack import REPORT_FILE, PackSummary, Part, pack
 from data_tools.packing import sources
 from data_tools.packing.config import PackConfig
+from dydit_scale.cli.main import main
 from dydit_scale.data.shards import load_index
 from dydit_scale.data.video import encode_mp4
 
@@ -99,6 +100,8 @@ def test_captions_beside_pictures(tmp_path: Path) -> None:
     [
         ("a.txt", b"\xff\xfe", "bad caption: a.txt: 'utf-8' codec"),
         ("a.txt", b" \n", "no caption: "),
+        ("a.txt", b"zero\0byte", "bad caption: broken caption (zero bytes)"),
+        ("a.json", b'{"caption": "zero\\u0000byte"}', "bad caption: broken caption (zero bytes)"),
         ("a.txt", b"x" * (1 << 20) + b"x", "over a limit: "),
         ("a.json", b"[" * 100_000, "bad caption: a.json: maximum recursion depth|bad caption: a.json: Expecting"),
         ("a.json", b'["a"]', "bad caption: a.json: expected an object, got list"),
@@ -115,6 +118,15 @@ def test_broken_texts_are_reported(tmp_path: Path, name: str, text: bytes, reaso
     _, samples = packed(source, tmp_path / "out")
     assert list(samples) == ["good.png"]
     assert any(reasons(tmp_path / "out")["a.png"].startswith(start) for start in reason.split("|"))
+
+
+def test_captions_that_are_too_long_together_are_reported(tmp_path: Path) -> None:
+    long = "x" * 600_000
+    source = put(tmp_path / "in", {"a.png": png(0), "a.txt": long, "a.json": json.dumps({"caption": f"{long}y"})})
+    _, samples = packed(put(source, {"b.png": png(1), "b.txt": long}), tmp_path / "out")
+    assert list(samples) == ["b.png"]
+    assert reasons(tmp_path / "out")["a.png"].startswith("over a limit: 2 captions in a json of 12000")
+    assert load_index(tmp_path / "out").bad == {}
 
 
 def test_captions_are_filtered_one_by_one(tmp_path: Path) -> None:
@@ -263,6 +275,31 @@ def test_metadata_csv_with_labels(tmp_path: Path) -> None:
         "c.png": (["four"], b"6"),
     }
     assert reasons(tmp_path / "out") == {"metadata.csv#4": "bad label: another row gives c.png the label 6, this one 7"}
+
+
+def test_metadata_parquet_tells_of_the_pictures(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", {"x/a.png": png(0), "b.png": png(1), "b.txt": "beside"})
+    table = pyarrow.table({"file_name": ["a.png"], "text": ["from the table"]})
+    pyarrow.parquet.write_table(table, source / "x" / "metadata.parquet")
+    summary, samples = packed(source, tmp_path / "out")
+    assert {name: sample["captions"] for name, sample in samples.items()} == {
+        "b.png": ["beside"],
+        "x/a.png": ["from the table"],
+    }
+    assert not summary.ignored
+    # Without pictures beside it, it holds them itself.
+    (tmp_path / "table").mkdir()
+    pyarrow.parquet.write_table(hf_table(range(3)), tmp_path / "table" / "metadata.parquet")
+    assert packed(tmp_path / "table", tmp_path / "other")[0].packed == 3
+
+
+def test_where_nothing_is_packed_a_table_beside_the_pictures_is_named(tmp_path: Path) -> None:
+    source = put(tmp_path / "in", {"a.png": png(0), "b.png": png(1), "captions.csv": "image,caption\na.png,one\n"})
+    with pytest.raises(ValueError, match=r"no caption 2.* not read \(captions.csv\); .*`dydit data pack ") as caught:
+        pack(source, tmp_path / "out")
+    asked = str(caught.value).split("`")[1].split()
+    assert main(asked[1:]) == 0, "in the same folder, which holds no shards yet"
+    assert load_index(tmp_path / "out").num_samples == 1
 
 
 # Tables
