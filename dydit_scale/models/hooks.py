@@ -187,7 +187,7 @@ class HookedModelMixin:
 def _forgetting(name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(PeftAdapterMixin, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._drop(f"{name} changes the weights")  # type: ignore[attr-defined]
+        self._drop(f"{name} changes the weights")
         return getattr(super(HookedModelMixin, self), name)(*args, **kwargs)
 
     return method

@@ -204,7 +204,7 @@ class PackedPlan:
             copied,
             model.timestep_tolerance,
             AdapterState.of(model),  # type: ignore[arg-type]
-            WeightState(model, filter(None, (block.dy_token for block in blocks))),  # type: ignore[arg-type]
+            WeightState(model, _token_routers(blocks)),  # type: ignore[arg-type]
             tokens,
             max_bytes,
             storage,
@@ -229,6 +229,10 @@ class PackedPlan:
         distance = (self.table.timesteps - timestep).abs()
         nearest = int(distance.argmin())
         return nearest if float(distance[nearest]) <= self.tolerance * max(abs(timestep), 1e-3) else None
+
+
+def _token_routers(blocks: Iterable[Any]) -> list[nn.Module]:
+    return [block.dy_token for block in blocks if block.dy_token is not None]
 
 
 def _ahead(rows: tuple[tuple[Any, ...], ...], table: StepTable) -> AheadModulation | None:

@@ -233,8 +233,13 @@ def test_mlps_that_fuse_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     adapted: Any = shake(add_td_lora(scramble(tiny_dynamic()), flux_config()))
     folded = counted(adapted)
     assert folded.fused == folded.parts
-    smallest = adapted.pack(torch.tensor([0.9, 0.5])).bytes // 3
-    beside = counted(adapted, max_bytes=smallest)
+
+    def unfolded(stores: list[PartStore], max_bytes: int | None) -> None:
+        for store in stores:
+            store.storage = "own"
+
+    monkeypatch.setattr(plan, "allot", unfolded)
+    beside = counted(adapted)
     assert beside.fused < beside.parts and "TD-LoRA's experts stay beside the slices" in str(beside.reason)
 
 

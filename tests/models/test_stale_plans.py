@@ -173,10 +173,9 @@ def test_training_and_moving_tell_what_they_drop(family: Family, caplog: pytest.
     model.to(torch.float64)
     assert model._plan is None and plan.run.fallback == "the model was moved or cast, and they stayed behind"
     model.train()  # there is nothing left to drop
-    assert len(caplog.records) == 1
     model.float().eval().pack(family.steps(0.5))
-    model.unpack()
-    assert len(caplog.records) == 1, "who asks for it need not be told"
+    model.unpack()  # who asks for it need not be told
+    assert caplog.text.count("the packed sub-networks are dropped") == 1
 
 
 @torch.no_grad()
