@@ -116,8 +116,7 @@ def compare(
             variant, row = first_run(name, setting, device)
         except (Skipped, torch.OutOfMemoryError) as error:
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
-            skipped.append({"variant": name, "reason": reason})
-            tqdm.write(f"{title}: {VARIANTS[name]} is left out: {reason}")
+            _leave_out(name, reason, skipped, title)
             _free(device)
             if name in ("static", "open"):
                 return [], skipped
@@ -130,6 +129,7 @@ def compare(
                 with variant.ready():
                     row["seconds"].append(timed(lambda v=variant: v.run(setting.inputs), device))
                 bar.update()
+    variants, rows = _as_named(variants, rows, skipped, title)
     for variant in variants if profile is not None else ():
         write_profile(profile / f"{setting.size.name}-{variant.name}", variant, setting, device)
     for variant, row in zip(variants, rows, strict=True):
@@ -157,11 +157,32 @@ def first_run(name: str, setting: Setting, device: torch.device) -> tuple[Varian
         before = _allocated(device)
         _reset_peak(device)
         row["first_seconds"] = timed(lambda: _finite(variant, setting), device)
+        variant.check_packed()
         if device.type == "cuda":
             weights = sum(p.numel() * p.element_size() for p in setting.static.parameters())
             own = max(before - held, variant.plan_bytes)  # a variant with a cache shares its plan
             row["peak_bytes"] = weights + own + torch.cuda.max_memory_allocated() - before
     return variant, {**row, "seconds": []}
+
+
+def _as_named(
+    variants: list[Variant], rows: list[dict[str, Any]], skipped: list[dict[str, Any]], title: str
+) -> tuple[list[Variant], list[dict[str, Any]]]:
+    """Those that ran as they are called; the others are ``skipped``."""
+    kept = []
+    for variant, row in zip(variants, rows, strict=True):
+        try:
+            variant.check_packed()
+        except Skipped as error:
+            _leave_out(variant.name, str(error), skipped, title)
+        else:
+            kept.append((variant, row))
+    return [variant for variant, _ in kept], [row for _, row in kept]
+
+
+def _leave_out(name: str, reason: str, skipped: list[dict[str, Any]], title: str) -> None:
+    skipped.append({"variant": name, "reason": reason})
+    tqdm.write(f"{title}: {VARIANTS[name]} is left out: {reason}")
 
 
 def _finite(variant: Variant, setting: Setting) -> None:

@@ -28,6 +28,7 @@ from benchmarks.inference_sizes import Size
 from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks
+from dydit_scale.models.plan import RunState
 from dydit_scale.sampling.execution import Execution
 
 VARIANTS = {
@@ -170,8 +171,15 @@ class Variant:
     """The share of blocks that ran, over all steps."""
     plan_bytes: int = 0
     """Weights that packing copied."""
+    packed: RunState | None = None
+    """Of a packed model."""
     execution: Any = None
     """What compiled or captured it."""
+
+    def check_packed(self) -> None:
+        """Skipped if forwards of a packed model ran masked: its row would not be what it is called."""
+        if self.packed is not None and self.packed.fallback is not None:
+            raise Skipped(f"some forwards ran masked: {self.packed.fallback}")
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -213,7 +221,8 @@ def build(name: str, setting: Setting) -> Variant:
         return Variant(model=setting.open_model, options={"gates": "open"}, **static)
     if name == "open-packed":
         model = setting.size.make_dynamic(setting.static, tokens=False)
-        return Variant(model=model, plan_bytes=model.pack(setting.timesteps).bytes, **static)
+        plan = model.pack(setting.timesteps)
+        return Variant(model=model, plan_bytes=plan.bytes, packed=plan.run, **static)
     if name in ("static-compile", "static-cudagraphs"):
         twin = twin_of(setting.static)
         twin.compile(dynamic=False, mode="reduce-overhead" if name == "static-cudagraphs" else None)
@@ -245,18 +254,18 @@ def _routed(name: str, setting: Setting) -> Variant:
 
 def _of(name: str, routed: Routed, **others: Any) -> Variant:
     plan = routed.model._plan
-    copied = 0 if plan is None else plan.bytes
-    return Variant(name=name, model=routed.model, macs=routed.macs(), before=routed.before, plan_bytes=copied, **others)
+    packed = {} if plan is None else {"plan_bytes": plan.bytes, "packed": plan.run}
+    return Variant(name=name, model=routed.model, macs=routed.macs(), before=routed.before, **packed, **others)
 
 
 def _with_capacity(name: str, setting: Setting) -> Variant:
     routed = setting.routed()
     capacity = TokenCapacity.from_masks(setting.timesteps.tolist(), routed.masks)
-    if name == "fused" and not next(routed.model.parameters()).is_cuda:
-        raise Skipped("the fused kernels need a CUDA device")
-    routed.model.pack(
+    plan = routed.model.pack(
         setting.timesteps, capacity=capacity, kernel_layout=name != "compile", fused_tokens=name == "fused"
     )
+    if plan.fused_tokens is not None and not plan.fused_tokens.fused:
+        raise Skipped(f"no MLP runs in the fused kernels: {plan.fused_tokens.reason}")
     routed.collect(setting.inputs)
     if name in ("capacity", "fused"):
         return _of(name, routed)

@@ -65,6 +65,7 @@ def _run_evaluate(args: argparse.Namespace) -> None:
 
 
 def _judge_run(args: argparse.Namespace) -> None:
+    from dydit_scale.sampling.speed import fallback_lines
     from dydit_scale.workflows.evaluate import evaluate_run
 
     result = evaluate_run(args.folder, control=args.control, prompts=args.prompts, steps=args.steps, cfg=args.cfg)
@@ -74,6 +75,8 @@ def _judge_run(args: argparse.Namespace) -> None:
     print("Fréchet distance from real scenes: " + ", ".join(f"{name} {d:.2f}" for name, d in distances.items()))
     if result.speed:
         print(f"speed-up: {result.speed['ideal']:.2f}x ideal, {result.speed['realised']:.2f}x realised")
+        for line in fallback_lines(result.speed["fallback"]):
+            print(line)
 
 
 def _measure_samples(args: argparse.Namespace) -> None:

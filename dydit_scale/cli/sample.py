@@ -57,6 +57,17 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count tokens in a first pass: no wait for a GPU's answer",
     )
+    parser.add_argument(
+        "--share-scores",
+        action="store_true",
+        help="the branches of guidance skip the same tokens; for models that run both in one batch",
+    )
+    parser.add_argument(
+        "--pack-weights", choices=("int8", "fp8"), help="packed weights in 8 bits: half the memory, no more speed"
+    )
+    parser.add_argument(
+        "--fused-tokens", action="store_true", help="a GPU: MLPs of chosen tokens in Triton kernels where they can"
+    )
     parser.add_argument("--execution", choices=("eager", "compile", "cudagraphs"), default="eager")
     parser.set_defaults(run=_run)
 
@@ -71,7 +82,14 @@ def _run(args: argparse.Namespace) -> None:
     options = ("steps", "height", "width", "cfg", "guidance", "sampler", "batch", "seed")
     config = {name: getattr(args, name) for name in options}
     memory = None if args.pack_memory is None else int(args.pack_memory * 2**30)
-    packing = PackOptions(max_bytes=memory, fixed_tokens=args.fixed_tokens, execution=args.execution)
+    packing = PackOptions(
+        max_bytes=memory,
+        fixed_tokens=args.fixed_tokens,
+        execution=args.execution,
+        share_scores=args.share_scores,
+        weights=args.pack_weights,
+        fused_tokens=args.fused_tokens,
+    )
     run = _compare if args.num is None else _draw_many
     run(args, prompts, config, packing)
 

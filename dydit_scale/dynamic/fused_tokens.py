@@ -137,6 +137,20 @@ def _is_fused(x: Tensor, *weights: Tensor) -> bool:
     return x.is_cuda and x.dtype in FUSED_DTYPES and _capability(x.device) >= ((8, 9) if is_fp8 else (8, 0))
 
 
+def why_plain(x: Tensor, *weights: Tensor) -> str | None:
+    """Why ``mlp_on_rows`` takes the plain path for such tensors; None where it runs the kernels."""
+    if _is_fused(x, *weights):
+        return None
+    if not x.is_cuda:
+        return f"they are for CUDA, and the model is on {x.device.type}"
+    if x.dtype not in FUSED_DTYPES:
+        return f"they are for half precision, and the model is in {x.dtype}"
+    if not find_spec("triton"):
+        return "Triton is not installed"
+    major, minor = _capability(x.device)
+    return f"they need compute capability 8.0, or 8.9 for fp8 weights, and the GPU has {major}.{minor}"
+
+
 @torch.compiler.assume_constant_result
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -202,7 +202,7 @@ class DynamicModelMixin(HookedModelMixin):
             kernel_layout: False leaves copied weights plain, as torch.compile needs them.
             weights: keep the copies in int8 or (CUDA) fp8, cast at each call: half the memory, no more speed.
             fused_tokens: run the MLP of chosen tokens in two Triton kernels (CUDA, half precision) in place of gather,
-                MLP and scatter. No GPU has measured them yet.
+                MLP and scatter, where they can (``plan.fused_tokens``). No GPU has measured them yet.
 
         Raises:
             ValueError: ``max_bytes`` is too little for views even, a capacity for other timesteps, or a hook that the
@@ -216,6 +216,8 @@ class DynamicModelMixin(HookedModelMixin):
         tokens = TokenPlan(None if counts is None else counts.tolist(), share_scores)
         storage = StorageOptions(kernel_layout=kernel_layout, weights=weights, fused_tokens=fused_tokens)
         plan = PackedPlan.build(self, timesteps, max_bytes=max_bytes, storage=storage, tokens=tokens)
+        if (kernels := plan.fused_tokens) is not None and not kernels.fused:
+            logger.warning("fused_tokens: no MLP runs in the fused kernels: %s", kernels.reason)
         object.__setattr__(self, "_plan", plan)
         return plan
 
@@ -231,8 +233,8 @@ class DynamicModelMixin(HookedModelMixin):
         self, timestep: Float[Tensor, " batch"], gates: GateMode, latents: Shaped[Tensor, "samples *shape"]
     ) -> dict[int | None, list[int]]:
         """Which rows of the batch go to which planned step (None: to the masked model); empty where nothing is packed,
-        or not for these gates, or adapters have changed since. Raises ValueError for latents that are not those of two
-        branches where these share their scores."""
+        or not for these gates, or weights or adapters have changed since. Raises ValueError for latents that are not
+        those of two branches where these share their scores."""
         rows: dict[int | None, list[int]] = {}
         if self._fixed_step is not None:
             return {self._fixed_step: list(range(len(timestep)))}
@@ -241,14 +243,16 @@ class DynamicModelMixin(HookedModelMixin):
         if torch.is_grad_enabled():
             self._fell_back("gradients are recorded; sample under torch.no_grad()")
             return rows
-        if not self._plan.adapters.still_holds(self):  # type: ignore[arg-type]
-            logger.warning("adapters have changed since pack: the packed sub-networks are dropped; pack again")
-            self.unpack()
+        if (change := self._plan.stale(self)) is not None:
+            self._drop(change)
             return rows
         values = timestep.tolist()
         object.__setattr__(self, "_values", values)
         for row, t in enumerate(values):
             rows.setdefault(self._plan.step_of(t), []).append(row)
+        if 0 in rows and not self._plan.weights.have_contents():  # once a picture: a GPU must be waited for
+            self._drop("weights have changed since pack")
+            return {}
         if None in rows:
             self._fell_back(
                 f"timestep {values[rows[None][0]]:g} is not among the {len(self._plan.table.timesteps)} packed ones; "
@@ -268,6 +272,14 @@ class DynamicModelMixin(HookedModelMixin):
         if self._plan.run.fallback is None:
             self._plan.run.fallback = reason
             logger.warning("a forward runs masked, at the static model's cost: %s", reason)
+
+    def _drop(self, reason: str) -> None:
+        """Forget packed sub-networks that are no longer the model's own, and tell it, their holders too."""
+        if self._plan is None:
+            return
+        logger.warning("the packed sub-networks are dropped: %s; pack again", reason)
+        self._plan.run.fallback = self._plan.run.fallback or reason
+        self.unpack()
 
     @contextmanager
     def at_planned_step(self, step: int) -> Iterator[None]:
@@ -351,16 +363,13 @@ class DynamicModelMixin(HookedModelMixin):
         before = _places(self)
         out = super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
         if self._plan is not None and _places(self) != before:
-            logger.warning(
-                "the model was moved or cast: its packed sub-networks stayed behind and are dropped; pack it again"
-            )
-            self.unpack()
+            self._drop("the model was moved or cast, and they stayed behind")
         return out
 
     def train(self, mode: bool = True) -> Any:
-        """As any module's; training changes the weights, so it forgets the packed sub-networks."""
+        """As any module's; training changes the weights, so it drops the packed sub-networks."""
         if mode:
-            self.unpack()
+            self._drop("train() was called, and training changes the weights")
         return super().train(mode)  # type: ignore[misc]
 
 

@@ -164,7 +164,7 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
         return {
             "attn": AttentionSource(streams, attn.head_dim, self.dy_head_unit, attn.processor),
             "ff": MLPSource.of(self.ff, self.dy_channel_unit),
-            "ff_context": MLPSource.of(self.ff_context, self.dy_context_channel_unit),
+            "ff_context": MLPSource.of(self.ff_context, self.dy_context_channel_unit, on_chosen=False),
         }
 
     def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedFluxBlock:
@@ -281,9 +281,10 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         attn, dim, channels = self.attn, self.attn.inner_dim, self.mlp_hidden_dim
         out_attn = LinearColumns(self.proj_out, 0, dim, bias=True)
         out_mlp = LinearColumns(self.proj_out, dim, channels, bias=False)
+        mlp_alone = self.dynamic.single_bypass == "mlp"  # else chosen tokens need both in one sum
         return {
             "attn": AttentionSource((Stream.of(attn, out_attn),), attn.head_dim, self.dy_head_unit, attn.processor),
-            "mlp": MLPSource(self.proj_mlp, self.act_mlp, out_mlp, self.dy_channel_unit),
+            "mlp": MLPSource(self.proj_mlp, self.act_mlp, out_mlp, self.dy_channel_unit, mlp_alone),
         }
 
     def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedFluxSingleBlock:

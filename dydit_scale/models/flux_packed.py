@@ -91,7 +91,7 @@ class PackedFluxSingleBlock(PackedBlock):
         attn = _attend(self.attn, self.attn.project(x), image_rotary_emb, joint_attention_kwargs)
         if tokens.rows is None:
             stream = gated_sum(stream, gate, self.attn.project_out(attn).add_(self.mlp(x)))
-        elif self.keeps_attention and self.mlp.fuses:
+        elif self.mlp.fuses:  # the attention is kept, then
             stream = gated_sum(stream, gate, self.attn.project_out(attn))
             stream = self.mlp.add_on_rows(x, _among_all(tokens.rows, len(x), texts, images), gate, stream)
         else:

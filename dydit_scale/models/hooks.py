@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -27,8 +26,6 @@ from torch import nn
 
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.precise import UpcastLinear
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_CHANGES = (
     "load_lora_adapter",
@@ -190,9 +187,7 @@ class HookedModelMixin:
 def _forgetting(name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(PeftAdapterMixin, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._plan is not None:
-            logger.warning("%s changes the weights: the packed sub-networks are dropped; pack again", name)
-            self.unpack()
+        self._drop(f"{name} changes the weights")
         return getattr(super(HookedModelMixin, self), name)(*args, **kwargs)
 
     return method

@@ -145,7 +145,7 @@ class PartStore:
 
     def _with_kernels(self, part: Part) -> Part:
         if self.fused_tokens and isinstance(part, MLPPart):
-            part.fused = True
+            part.fused = self.source.on_chosen  # type: ignore[union-attr]
         return part
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dydit_scale.dynamic.fused_tokens import mlp_on_rows
+from dydit_scale.dynamic.fused_tokens import mlp_on_rows, why_plain
 from dydit_scale.dynamic.kernel_layout import KernelLinear, without_weight
 from dydit_scale.dynamic.packing import (
     CutLinear,
@@ -166,15 +166,17 @@ class MLPSource:
     activation: nn.Module
     down: nn.Module
     unit_of: Int64[Tensor, " channels"]
+    on_chosen: bool = True
+    """Whether it is a work on chosen tokens alone, all of it; not so the MLP of FLUX's text."""
 
     @classmethod
-    def of(cls, ff: Any, unit_of: Int64[Tensor, " channels"]) -> MLPSource:
+    def of(cls, ff: Any, unit_of: Int64[Tensor, " channels"], *, on_chosen: bool = True) -> MLPSource:
         """diffusers' FeedForward. Raises ValueError for an activation with a gating projection."""
         up, _, down = ff.net
         if isinstance(up, GELU):
-            return cls(up.proj, nn.GELU(approximate=up.approximate), down, unit_of)
+            return cls(up.proj, nn.GELU(approximate=up.approximate), down, unit_of, on_chosen)
         if isinstance(up, LinearActivation):
-            return cls(up.proj, up.activation, down, unit_of)
+            return cls(up.proj, up.activation, down, unit_of, on_chosen)
         raise ValueError(f"pack: expected a GELU or SiLU behind one projection; got {type(up).__name__}")
 
     def part(
@@ -200,7 +202,7 @@ class MLPPart(nn.Module):
     """An MLP with some of its channels."""
 
     fused = False
-    """Whether the chosen tokens' MLP runs in Triton kernels where it can (``fused_tokens``)."""
+    """Whether this is an MLP of chosen tokens that was asked to run in Triton kernels (``fused_tokens``)."""
 
     def __init__(self, up: nn.Module, activation: nn.Module, down: nn.Module, unit_channels: int) -> None:
         super().__init__()
@@ -248,8 +250,22 @@ class MLPPart(nn.Module):
     @property
     def fuses(self) -> bool:
         """Whether ``add_on_rows`` can be asked: a GELU between two layers whose weights a kernel can read."""
-        readable = all(isinstance(layer, (CutLinear, CompressedLinear)) for layer in (self.up, self.down))
-        return self.fused and readable and isinstance(self.activation, nn.GELU)
+        return self.fused and self._unreadable() is None
+
+    def _unreadable(self) -> str | None:
+        """Why the kernels cannot compute what this does; None where they can."""
+        layers = (self.up, self.down)
+        if not isinstance(self.activation, nn.GELU):
+            return f"they compute a GELU, and the MLP has a {type(self.activation).__name__}"
+        if any(isinstance(layer, LowRankLinear) for layer in layers):
+            return "TD-LoRA's experts stay beside the slices; a larger max_bytes folds them in"
+        if any(isinstance(layer, KernelLinear) for layer in layers):
+            return "weights are in the layout of the CPU's kernels"
+        return None
+
+    def why_unfused(self, x: Tensor) -> str | None:
+        """Why tokens such as ``x`` do not pass through the fused kernels; None where they do."""
+        return why_plain(x) or self._unreadable() or why_plain(x, self.up.weight, self.down.weight)  # type: ignore[arg-type]
 
 
 class CompressedLinear(WeightOnlyLinear):

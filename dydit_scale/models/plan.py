@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,8 @@ from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.models.ahead import AheadModulation
 from dydit_scale.models.hooks import copy_hooks
 from dydit_scale.models.part_store import PartStore, allot, copied_bytes
-from dydit_scale.models.parts import AttentionSource, Source
+from dydit_scale.models.parts import AttentionSource, MLPPart, Source
+from dydit_scale.models.weight_state import WeightState
 
 if TYPE_CHECKING:
     from dydit_scale.models.base import DynamicModelMixin
@@ -118,7 +120,18 @@ class RunState:
     """What happened since the plan was made."""
 
     fallback: str | None = None
-    """Why a forward ran masked, if one did."""
+    """Why forwards run masked, if they do."""
+
+
+class FusedTokens(NamedTuple):
+    """Where the MLPs of chosen tokens run, if the fused kernels were asked for."""
+
+    parts: int
+    """Distinct ones."""
+    fused: int
+    """Those that run in the kernels."""
+    reason: str | None
+    """Why one does not."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,8 @@ class PackedPlan:
     """How far, as a share, a timestep may be from the planned one."""
     adapters: AdapterState
     """What is folded into the sub-blocks."""
+    weights: WeightState
+    """What they are cut from, and what their steps were found with."""
     tokens: TokenPlan = TokenPlan()
     """How tokens are chosen."""
     max_bytes: int | None = None
@@ -145,6 +160,7 @@ class PackedPlan:
     run: RunState = field(default_factory=RunState)
     ahead: AheadModulation | None = None
     """The modulations of coming steps, for models whose blocks have layers for them."""
+    fused_tokens: FusedTokens | None = None
 
     @classmethod
     @torch.no_grad()
@@ -156,6 +172,7 @@ class PackedPlan:
         max_bytes: int | None,
         storage: StorageOptions = StorageOptions(),
         tokens: TokenPlan = TokenPlan(),
+        run: RunState | None = None,
     ) -> PackedPlan:
         table = model.step_table(timesteps)
         steps, blocks = len(table.timesteps), model.dynamic_blocks()
@@ -187,17 +204,25 @@ class PackedPlan:
             copied,
             model.timestep_tolerance,
             AdapterState.of(model),  # type: ignore[arg-type]
+            WeightState(model, _token_routers(blocks)),  # type: ignore[arg-type]
             tokens,
             max_bytes,
             storage,
+            RunState() if run is None else run,
             ahead=_ahead(rows, table),
+            fused_tokens=_fused_tokens(distinct.values(), model) if storage.fused_tokens else None,
         )
 
     def again(self, model: DynamicModelMixin) -> PackedPlan:
-        """The plan anew, asked for alike."""
-        return self.build(
-            model, self.table.timesteps, max_bytes=self.max_bytes, storage=self.storage, tokens=self.tokens
-        )
+        """The plan anew, asked for alike; what happens to it is told to this one's holders too."""
+        options: dict[str, Any] = {"max_bytes": self.max_bytes, "storage": self.storage, "tokens": self.tokens}
+        return self.build(model, self.table.timesteps, **options, run=self.run)
+
+    def stale(self, model: DynamicModelMixin) -> str | None:
+        """What has changed in the model since, so that the sub-networks are no longer its own; None if nothing has."""
+        if not self.adapters.still_holds(model):  # type: ignore[arg-type]
+            return "adapters have changed since pack"
+        return None if self.weights.still_holds() else "weights have changed since pack"
 
     def step_of(self, timestep: float) -> int | None:
         """The planned step nearest to ``timestep``, or None where none is near."""
@@ -206,10 +231,23 @@ class PackedPlan:
         return nearest if float(distance[nearest]) <= self.tolerance * max(abs(timestep), 1e-3) else None
 
 
+def _token_routers(blocks: Iterable[Any]) -> list[nn.Module]:
+    return [block.dy_token for block in blocks if block.dy_token is not None]
+
+
 def _ahead(rows: tuple[tuple[Any, ...], ...], table: StepTable) -> AheadModulation | None:
     if not all(block.modulation for block in rows[0]):
         return None
     return AheadModulation([[block.modulation for block in row] for row in rows], table.timesteps)
+
+
+def _fused_tokens(blocks: Iterable[nn.Module], model: Any) -> FusedTokens:
+    parts = {id(part): part for block in blocks for part in block.modules() if isinstance(part, MLPPart) and part.fused}
+    if not model.dynamic.tokens:
+        return FusedTokens(0, 0, "no token is routed, so that all pass through every MLP")
+    reasons = [part.why_unfused(torch.empty(0, dtype=model.dtype, device=model.device)) for part in parts.values()]
+    unfused = [reason for reason in reasons if reason is not None]
+    return FusedTokens(len(parts), len(parts) - len(unfused), unfused[0] if unfused else None)
 
 
 def _masks_of(table: StepTable, layer: int, source: Source) -> Bool[Tensor, "steps units"] | None:

@@ -68,6 +68,8 @@ class Speed(NamedTuple):
     ideal: float
     realised: float
     share: float
+    fallback: str | None = None
+    """Why forwards of the dynamic model ran masked, if some did."""
 
 
 class Widths(NamedTuple):
@@ -231,6 +233,7 @@ def _read_speed(path: Path) -> Speed:
         date=str(found.get("date", "")),
         batch=int(number(found, "batch", low=1)),
         steps=int(number(found, "steps", low=1)),
+        fallback=None if found.get("fallback") is None else str(found["fallback"]),
         **positive,
     )
 

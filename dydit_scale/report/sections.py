@@ -312,6 +312,8 @@ def speed(run: RunData) -> Html:
     body = el(
         "div", el("figure", head, chart, class_="half"), el("div", _speed_table(found), class_="half"), class_="figures"
     )
+    if found.fallback is not None:
+        lead += f" Some forwards of the dynamic model ran masked, at the static one's cost: {found.fallback}."
     return section("speed", "Speed", lead, body, el("p", f"Measured on {measured}.", class_="note") if measured else "")
 
 

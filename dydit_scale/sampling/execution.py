@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dydit_scale.dynamic.kernel_layout import KernelLinear
+from dydit_scale.dynamic.packing import depends_on_timestep
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Execution(AbstractContextManager["Execution"]):
         self.recompilations = 0
         """Codes compiled or graphs captured."""
         self._plan: Any = None
-        self._inside = self._full = False
+        self._inside = self._full = self._follows_timestep = False
         self._graphs: dict[tuple, _Graph] = {}
         self._inputs: dict[tuple, list[Any]] = {}
         self._pool: Any = None
@@ -106,6 +107,7 @@ class Execution(AbstractContextManager["Execution"]):
             return
         self._check()
         self._plan = self.model._plan
+        self._follows_timestep = depends_on_timestep(self.model)
         self._graphs.clear()
         if self.backend == "compile":
             for block in self._sub_blocks():
@@ -140,8 +142,7 @@ class Execution(AbstractContextManager["Execution"]):
             return self._plain(*args, **kwargs)
         (step,) = steps
         shapes = (form, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
-        counts = self._plan.tokens.counts
-        key = (*map(id, self._plan.blocks[step]), *(counts[step] if counts else ()), shapes)
+        key = (*self._network(step), shapes)
         if key not in self._graphs:
             if len(self._graphs) >= GRAPH_LIMIT:
                 if not self._full:
@@ -150,6 +151,13 @@ class Execution(AbstractContextManager["Execution"]):
                 return self._plain(*args, **kwargs)
             self._graphs[key] = self._captured(step, shapes, leaves, form)
         return self._graphs[key].replay(leaves)
+
+    def _network(self, step: int) -> tuple:
+        """What a graph holds of a step; equal for steps that may share one."""
+        counts = self._plan.tokens.counts
+        # Layers outside the blocks hold TD-LoRA's experts of the step that was captured.
+        own = step if self._follows_timestep else None
+        return (own, *map(id, self._plan.blocks[step]), *(counts[step] if counts else ()))
 
     def _captured(self, step: int, shapes: tuple, leaves: list[Any], form: Any) -> _Graph:
         start = time.perf_counter()

@@ -38,6 +38,8 @@ class SpeedReport:
     """realised / ideal."""
     execution: str = "eager"
     """How the dynamic model's steps were launched; the static one's always op by op."""
+    fallback: str | None = None
+    """Why forwards of the dynamic model ran masked, at the static one's cost, if some did."""
 
     def table(self) -> str:
         """For the terminal."""
@@ -59,14 +61,20 @@ class SpeedReport:
         if self.execution == "eager":  # else the launching counts, too
             rows.append(("share of the ideal", "", "", f"{self.share:.0%}"))
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        return "\n".join(
+        lines = [
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
             for r in rows
-        )
+        ]
+        return "\n".join([*lines, *fallback_lines(self.fallback)])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def fallback_lines(reason: str | None) -> list[str]:
+    """What a terminal says of forwards that ran masked; nothing where none did."""
+    return [] if reason is None else [f"some forwards ran masked, at the static model's cost: {reason}"]
 
 
 def compare_speed(

@@ -12,7 +12,7 @@ from typing import Any
 
 from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.report.page import write_report
-from dydit_scale.sampling.speed import machine
+from dydit_scale.sampling.speed import fallback_lines, machine
 from dydit_scale.train.recipe import load_recipe
 from dydit_scale.workflows.evaluate import EvaluationResult, evaluate_run
 from dydit_scale.workflows.export import export_run
@@ -149,7 +149,8 @@ def _table(achieved: dict[str, Any]) -> str:
         ("waiting for data", f"{achieved['data_share']:.1%}", "of the steps' time; under 1% is wanted"),
         ("time", f"{achieved['seconds'] / 60:.1f} min", "without installation"),
     ]
-    return "\n" + "\n".join(f"  {what:26}{value:>10}   {note}" for what, value, note in rows)
+    lines = [f"  {what:26}{value:>10}   {note}" for what, value, note in rows]
+    return "\n".join(["", *lines, *fallback_lines(speed["fallback"])])
 
 
 def _step(title: str, began: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +71,11 @@ def evaluate_run(
     if run.recipe.dynamic is None:
         pictures["fine-tuned"] = generate(run.pipeline, captions, config, progress=run.recipe.name)
     else:
-        run.network.pack(sampler_timesteps(run.pipeline, config))
+        plan = run.network.pack(sampler_timesteps(run.pipeline, config))
         with recorded(run.network) as recording:
             pictures["dynamic"] = generate(run.pipeline, captions, config, progress="dynamic, packed")
         _save_gates(out, run, recording, config, pictures["dynamic"])
-        report = measure(run, captions[:timed], config, pairs=pairs)
+        report = replace(measure(run, captions[:timed], config, pairs=pairs), fallback=plan.run.fallback)
         speed = report.as_dict()
         (out / "speed.json").write_text(json.dumps(speed, indent=1))
     scores: dict[str, dict[str, Any]] = {name: dict(judge.score(p, captions)) for name, p in pictures.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
+from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.models.family import SampleConfig
 from dydit_scale.models.plan import PackedPlan
 from dydit_scale.models.registry import family_of
@@ -39,6 +40,12 @@ class PackOptions:
     fixed_tokens: bool = False
     """Each block works on a number of tokens that a first pass over the first prompts has found."""
     execution: Backend = "eager"
+    share_scores: bool = False
+    """The branches of guidance skip the same tokens."""
+    weights: Kind | None = None
+    """Keep packed weights in 8 bits."""
+    fused_tokens: bool = False
+    """Run the MLPs of chosen tokens in Triton kernels where they can."""
 
 
 def sample_run(
@@ -73,12 +80,10 @@ def sample_run(
             pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
             rows = [generate(static, prompts, settings, progress="static")]
             report = measure(run, list(prompts)[: settings.batch], settings)
-            report = replace(report, execution=packing.execution)
+            report = replace(report, execution=packing.execution, fallback=plan.run.fallback)
         print(report.table())
         if execution.recompilations:
             print(f"{packing.execution}: {execution.recompilations} made in {execution.warmup_seconds:.1f} s, once")
-        if plan.run.fallback is not None:
-            print(f"some forwards ran masked, at the static model's cost: {plan.run.fallback}")
     out.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([*rows, pictures])
     columns = len(pictures) if rows else min(8, len(pictures))
@@ -97,19 +102,41 @@ def sample_run(
 
 def pack_run(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, packing: PackOptions) -> PackedPlan:
     """Cut a dynamic run's sub-networks for the sampler's steps; ``prompts`` are drawn if tokens are to be counted."""
+    _check_guidance(run, config, packing)
     capacity = calibrated_capacity(run.pipeline, prompts, config) if packing.fixed_tokens else None
     return run.network.pack(
         sampler_timesteps(run.pipeline, config),
         max_bytes=packing.max_bytes,
         capacity=capacity,
+        share_scores=packing.share_scores,
         kernel_layout=packing.execution != "compile",
+        weights=packing.weights,
+        fused_tokens=packing.fused_tokens,
     )
+
+
+def _check_guidance(run: LoadedRun, config: SampleConfig, packing: PackOptions) -> None:
+    """ValueError if scores are to be shared by branches that no batch holds together."""
+    if not packing.share_scores:
+        return
+    family = family_of(run.pipeline)
+    if family.guidance_layout == "in_turn":
+        raise ValueError(
+            f"share_scores: {type(run.pipeline).__name__} runs the branches of guidance one after the other, not in "
+            "one batch; leave it out"
+        )
+    if config.cfg == 1:
+        raise ValueError("share_scores: expected two branches of guidance, got cfg 1, which has one; leave it out")
 
 
 def packed_line(plan: PackedPlan) -> str:
     """For the terminal."""
-    steps = len(plan.blocks)
-    return f"packed: {plan.distinct} sub-blocks for {steps} steps, {plan.bytes / 2**20:.0f} MiB of copies"
+    steps, kernels = len(plan.blocks), plan.fused_tokens
+    line = f"packed: {plan.distinct} sub-blocks for {steps} steps, {plan.bytes / 2**20:.0f} MiB of copies"
+    if kernels is None:
+        return line
+    reason = "" if kernels.reason is None else f" ({kernels.reason})"
+    return f"{line}, {kernels.fused} of {kernels.parts} MLPs in fused kernels{reason}"
 
 
 def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pairs: int = 3) -> SpeedReport:

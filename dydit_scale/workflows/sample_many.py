@@ -29,7 +29,7 @@ from dydit_scale.sampling.blocks import Blocks, block_bytes
 from dydit_scale.sampling.execution import Execution
 from dydit_scale.sampling.generate import generate
 from dydit_scale.sampling.npz import write_npz
-from dydit_scale.sampling.speed import machine
+from dydit_scale.sampling.speed import fallback_lines, machine
 from dydit_scale.sampling.video import write_video
 from dydit_scale.workflows.folders import locked, told_when_full
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config
@@ -125,8 +125,9 @@ def _prepared(
         print(packed_line(plan))
     with Execution(run.network, packing.execution):
         yield
-    if world.is_main and plan.run.fallback is not None:
-        print(f"some forwards ran masked, at the static model's cost: {plan.run.fallback}")
+    if world.is_main:
+        for line in fallback_lines(plan.run.fallback):
+            print(line)
 
 
 def _batch_that_fits(run: LoadedRun, settings: SampleConfig, subjects: Subjects, num: int) -> int:

@@ -142,7 +142,13 @@ def made_by(run: LoadedRun, settings: SampleConfig, subjects: Subjects, packing:
         "prompts": subjects.digest,
         "fixed_tokens": packing.fixed_tokens,
         "execution": packing.execution,
+        **{name: value for name, value in _rounding(packing).items() if value},
     }
+
+
+def _rounding(packing: PackOptions) -> dict[str, Any]:
+    """Ways to run that change pictures, too; absent where they are off, as from sets without these options."""
+    return {name: getattr(packing, name) for name in ("share_scores", "weights", "fused_tokens")}
 
 
 def recorded_batch(wanted: Wanted, making: dict[str, Any], batch: int | None) -> int | None:

@@ -144,6 +144,28 @@ def test_packed_and_masked_choose_the_same_tokens() -> None:
 
 
 @torch.no_grad()
+def test_a_packed_variant_that_ran_masked_has_no_row() -> None:
+    here = setting()
+    elsewhere = replace(here, timesteps=here.timesteps + 0.5)  # packed for others than those that come
+    wanted = ["static", "open", "masked", "both", "fused"]
+    rows, skipped = inference.compare(elsewhere, wanted, 1, CPU)
+    assert [row["variant"] for row in rows] == ["static", "open", "masked"]
+    reasons = {row["variant"]: row["reason"] for row in skipped}
+    assert "some forwards ran masked: timestep" in reasons["both"] and "fused kernels" in reasons["fused"]
+
+
+@torch.no_grad()
+def test_a_variant_that_falls_back_while_it_is_timed_is_left_out() -> None:
+    here = setting()
+    variants = [build(name, here) for name in ("static", "both")]
+    rows: list[dict[str, Any]] = [{"variant": variant.name} for variant in variants]
+    variants[1].model.train()
+    skipped: list[dict[str, Any]] = []
+    kept, named = inference._as_named(variants, rows, skipped, "a size")
+    assert kept == variants[:1] and named == rows[:1] and "train() was called" in skipped[0]["reason"]
+
+
+@torch.no_grad()
 def test_peers_compute_what_they_say() -> None:
     here = setting()
     ff, x = here.static.transformer_blocks[0].ff, torch.randn(2, 16, 384)
@@ -167,6 +189,7 @@ def test_the_page_shows_every_row(result: dict[str, Any], tmp_path: Path) -> Non
     for row in result["rows"]:
         (line,) = (line for line in lines if line.startswith(f"| {VARIANTS[row['variant']]} |"))
         assert f"| {row['ideal']:.2f} | {row['realised']:.2f} (" in line
+        assert f" | {row['setup_seconds']:.1f} | {row['first_seconds']:.2f} | " in line
         assert f">{VARIANTS[row['variant']]}<" in plot
     assert "There is no result from a GPU yet." in page and "There is no result from a CPU yet." not in page
     write_page([], tmp_path)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dydit_scale.dynamic import fused_tokens
 from dydit_scale.dynamic.fused_tokens import fixed_rows, mlp_on_rows
 from dydit_scale.dynamic.packing import chosen_rows
 
@@ -50,6 +51,13 @@ def keep_mask() -> Tensor:
     keep = (torch.arange(BATCH * TOKENS) % 3 != 1).view(BATCH, TOKENS)
     assert 0 < keep.sum() < keep.numel()
     return keep
+
+
+def test_the_plain_path_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    assert fused_tokens.why_plain(x, x) == "they are for CUDA, and the model is on cpu"
+    monkeypatch.setattr(fused_tokens, "_is_fused", lambda x, *weights: True)
+    assert fused_tokens.why_plain(x, x) is None
 
 
 @pytest.mark.parametrize("activation", ["gelu-approximate", "gelu"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dydit_scale.cli.main import main
 from dydit_scale.parallel.world import World
 from dydit_scale.train.loop import train
 from dydit_scale.train.recipe import load_recipe
+from dydit_scale.workflows import evaluate
 from dydit_scale.workflows.runs import load_run, sample_config, static_pipeline
 from tests.train.small_run import small_world
 
@@ -136,6 +138,20 @@ def test_evaluation_export_and_report(folder: Path, capsys: pytest.CaptureFixtur
     assert str(run / "report.html") in capsys.readouterr().out
     assert "dydit evaluate RUN" not in page and "dydit export RUN" not in page  # nothing is missing
     assert re.search(r'(src|href)="https?://', page) is None
+
+
+@pytest.mark.slow  # two models draw and are judged
+def test_evaluation_tells_of_forwards_that_ran_masked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(folder / "dynamic", tmp_path / "dynamic"))
+    real = evaluate.sampler_timesteps
+    monkeypatch.setattr(evaluate, "sampler_timesteps", lambda *args: real(*args)[:-1])
+    monkeypatch.setattr(evaluate, "_save_gates", lambda *args: None)  # its tables want the whole schedule
+    assert main(["evaluate", str(run), "--prompts", "2", "--steps", "2"]) == 0
+    assert "some forwards ran masked, at the static model's cost: timestep" in capsys.readouterr().out
+    speed = json.loads((run / "evaluation" / "speed.json").read_text())
+    assert "is not among the 1 packed ones" in speed["fallback"]
 
 
 @torch.no_grad()

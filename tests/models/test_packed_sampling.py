@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 
+from dydit_scale.adapters.td_lora import add_td_lora
 from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.masks import DynamicMasks
 from dydit_scale.models.ahead import AheadModulation
 from dydit_scale.sampling.execution import Execution
-from tests.models.tiny import scramble
+from tests.adapters.tiny import flux_config, shake
+from tests.models.tiny import inputs, scramble, tiny_dynamic
 from tests.models.tiny_families import FAMILIES, STEPS, Family, each
 
 
@@ -283,6 +285,44 @@ def test_backends_that_cannot_run_say_why() -> None:
     model.unpack()
     with pytest.raises(ValueError, match="the model is not packed"):
         Execution(model)
+
+
+@torch.no_grad()
+def test_steps_share_a_graph_unless_layers_outside_the_blocks_tell_them_apart() -> None:
+    steps = torch.tensor([0.9, 0.5])
+
+    def networks(target: str) -> set[tuple]:
+        model: Any = tiny_dynamic(tokens=False)  # all gates open: every step's blocks are the same
+        if target:
+            model = shake(add_td_lora(model, flux_config(target_modules=target)))
+        model.pack(steps)
+        with Execution(model) as run:
+            run._follow()
+            return {run._network(step) for step in range(2)}
+
+    assert len(networks("")) == 1
+    assert len(networks("proj_out|x_embedder")) == 2
+    model: Any = shake(add_td_lora(tiny_dynamic(tokens=False), flux_config(target_modules="proj_out")))
+    plan = model.pack(steps)
+    assert plan.blocks[0] == plan.blocks[1], "the blocks alone do not tell the steps apart"
+    x = inputs([0.5])
+    with model.at_planned_step(0):
+        early = model(**x).sample
+    assert not torch.allclose(early, model(**x).sample, atol=1e-4)  # what a shared graph would have replayed
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_follow_experts_outside_the_blocks() -> None:
+    model: Any = shake(add_td_lora(tiny_dynamic(tokens=False), flux_config(target_modules="proj_out"))).cuda()
+    model.pack(torch.tensor([0.9, 0.5]))
+    runs = [{name: value.cuda() for name, value in inputs([t]).items()} for t in (0.9, 0.5, 0.9)]
+    expected = [model(**x).sample for x in runs]
+    with Execution(model, "cudagraphs") as run:
+        found = [model(**x).sample for x in runs]
+    assert run.recompilations == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import nn
 from dydit_scale.adapters.td_lora import add_td_lora
 from dydit_scale.dynamic.kernel_layout import KernelLinear, has_kernel_layout
 from dydit_scale.dynamic.packing import CutLinear, LowRankLinear
-from dydit_scale.models import part_store, plan
+from dydit_scale.models import part_store, parts, plan
 from dydit_scale.models.part_store import PartStore, allot
 from dydit_scale.models.parts import CompressedLinear, MLPPart, MLPSource, Part
 from tests.adapters.tiny import flux_config, shake
@@ -185,9 +185,62 @@ def test_the_kernels_plain_path_computes_what_gather_and_scatter_do(family: Fami
     model, x = scramble(family.make()), family.x(*STEPS)
     expected = model(**x).sample
     plan = model.pack(family.steps(*STEPS), kernel_layout=False, fused_tokens=True)
-    parts = [m for row in plan.blocks for block in row for m in block.modules() if isinstance(m, MLPPart)]
-    assert parts and all(part.fuses for part in parts)
+    mlps = [m for row in plan.blocks for block in row for n, m in block.named_modules() if isinstance(m, MLPPart)]
+    texts = [b.ff_context for row in plan.blocks for b in row if hasattr(b, "ff_context")]
+    chosen = [mlp for mlp in mlps if all(mlp is not text for text in texts)]
+    assert chosen and all(mlp.fuses for mlp in chosen) and not any(text.fuses for text in texts)
     torch.testing.assert_close(model(**x).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+FUSED = {"fused_tokens": True}
+
+
+@each
+@torch.no_grad()
+def test_fused_kernels_that_cannot_run_are_told(family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    model = scramble(family.make())
+    plan = model.pack(family.steps(*STEPS), **FUSED)
+    reason = "they are for CUDA, and the model is on cpu"
+    assert plan.fused_tokens == (plan.fused_tokens.parts, 0, reason) and plan.fused_tokens.parts >= 2
+    assert caplog.messages == [f"fused_tokens: no MLP runs in the fused kernels: {reason}"]
+    assert model.pack(family.steps(*STEPS)).fused_tokens is None and len(caplog.messages) == 1
+    whole = family.make(tokens=False).pack(family.steps(0.5), **FUSED).fused_tokens
+    assert (whole.parts, whole.fused) == (0, 0) and "no token is routed" in caplog.messages[1]
+
+
+@torch.no_grad()
+def test_mlps_that_fuse_are_counted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As on a GPU whose kernels run."""
+    monkeypatch.setattr(parts, "why_plain", lambda x, *weights: None)
+
+    def counted(model: Any, **options: Any) -> plan.FusedTokens:
+        return model.pack(torch.tensor([0.9, 0.5]), **FUSED, **{"kernel_layout": False, **options}).fused_tokens
+
+    model = scramble(tiny_dynamic())
+    everything = counted(model)
+    assert everything.parts == everything.fused > 0 and everything.reason is None and not caplog.records
+    assert counted(model, weights="int8").fused > 0
+    laid_out = counted(model, kernel_layout=True)
+    assert laid_out.fused == 0 and laid_out.reason == "weights are in the layout of the CPU's kernels"
+    assert laid_out.reason in caplog.text
+    together = counted(scramble(tiny_dynamic(single_bypass="attn_out+mlp")))
+    assert 0 < together.fused == together.parts < everything.parts, "single blocks do not fuse"
+    silu = scramble(tiny_dynamic())
+    for block in silu.single_transformer_blocks:
+        block.act_mlp = nn.SiLU()
+    some = counted(silu)
+    assert 0 < some.fused < some.parts == everything.parts and "the MLP has a SiLU" in str(some.reason)
+    adapted: Any = shake(add_td_lora(scramble(tiny_dynamic()), flux_config()))
+    folded = counted(adapted)
+    assert folded.fused == folded.parts
+
+    def unfolded(stores: list[PartStore], max_bytes: int | None) -> None:
+        for store in stores:
+            store.storage = "own"
+
+    monkeypatch.setattr(plan, "allot", unfolded)
+    beside = counted(adapted)
+    assert beside.fused < beside.parts and "TD-LoRA's experts stay beside the slices" in str(beside.reason)
 
 
 @each

@@ -129,6 +129,15 @@ def test_page_loads_nothing_from_elsewhere(complete: tuple[str, Page]) -> None:
     assert "script" not in page.tags and "default-src &#x27;none&#x27;" in written
 
 
+def test_forwards_that_ran_masked_are_said_beside_the_speed(complete: tuple[str, Page], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "evaluation" / "speed.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fallback": "timestep <7> is not among them"}))
+    _, page = page_of(run)
+    assert "ran masked, at the static one's cost: timestep <7> is not among them." in page.text("speed")
+    assert "ran masked" not in complete[1].text("speed")
+
+
 def test_page_says_nan_nowhere(complete: tuple[str, Page]) -> None:
     written, _ = complete
     outside_pictures = re.sub(r"data:image/[^\"')]*", "", written)

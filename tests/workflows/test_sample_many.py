@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(run: Path, out: Path, num: int = 10, *, npz: bool = True, **options: Any) -> Drawn:
     config = {**CONFIG, **options.pop("config", {})}
-    packing = PackOptions(fixed_tokens=options.pop("fixed_tokens", False))
+    packing = options.pop("packing", PackOptions(fixed_tokens=options.pop("fixed_tokens", False)))
     wanted = Wanted(num=num, out=out, npz=out.with_suffix(".npz") if npz else None, **options)
     return sample_many(run, wanted, World(), config=config, packing=packing)
 
@@ -331,6 +331,43 @@ def test_the_command(runs: Path, made: Path, tmp_path: Path, capsys: pytest.Capt
     result = json.loads((tmp_path / "new" / "set" / "drawn.json").read_text())
     assert result["drawn"] == 10 and result["pictures_per_second"] == pytest.approx(10 / result["seconds"])
     assert main(words) == 0 and "all of them there already" in capsys.readouterr().out
+
+
+def unplanned(*args: Any) -> torch.Tensor:
+    """The sampler's timesteps without the last."""
+    return sampler_timesteps(*args)[:-1]
+
+
+def test_forwards_that_ran_masked_are_told(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "some forwards ran masked, at the static model's cost: timestep"
+    words = ["sample", str(runs / "dit"), "--steps", "2", "--cfg", "2", "--batch", "4", "--share-scores"]
+    few = [*words, "--prompt", NAMES[0], "--out", str(tmp_path / "few"), "--pack-weights", "int8", "--fused-tokens"]
+    many = [*words, "--num", "4", "--npz", str(tmp_path / "set.npz")]
+    assert main(few) == 0
+    printed = capsys.readouterr().out
+    assert said not in printed and "MLPs in fused kernels (they are for CUDA, and the model is on cpu)" in printed
+    assert json.loads((tmp_path / "few" / "speed.json").read_text())["fallback"] is None
+    monkeypatch.setattr("dydit_scale.workflows.sample.sampler_timesteps", unplanned)
+    assert main(few) == 0 and said in capsys.readouterr().out
+    assert "is not among the 1 packed" in json.loads((tmp_path / "few" / "speed.json").read_text())["fallback"]
+    assert main(many) == 0 and said in capsys.readouterr().out
+
+
+def test_ways_to_pack_are_part_of_how_a_set_was_made(runs: Path, tmp_path: Path) -> None:
+    shared = PackOptions(share_scores=True, weights="int8")
+    draw(runs / "dit", tmp_path / "set", 4, packing=shared)
+    assert draw(runs / "dit", tmp_path / "set", packing=shared).drawn == 6
+    draw(runs / "dit", tmp_path / "other")
+    ours, plain = (read_member(tmp_path / f"{name}.npz", "arr_0").astype(int) for name in ("set", "other"))
+    assert np.abs(ours - plain).max() > 0
+    with pytest.raises(ValueError, match="otherwise: share_scores True, now None; weights int8, now None"):
+        draw(runs / "dit", tmp_path / "set")
+    with pytest.raises(ValueError, match="FluxPipeline runs the branches of guidance one after the other"):
+        draw(runs / "flux", tmp_path / "flux", prompts=["a red circle"], packing=shared)
+    with pytest.raises(ValueError, match="share_scores: expected two branches of guidance, got cfg 1"):
+        draw(runs / "dit", tmp_path / "alone", config={"cfg": 1.0}, packing=shared)
 
 
 @contextmanager
