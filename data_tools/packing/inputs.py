@@ -184,9 +184,7 @@ def _parse(file: File) -> Texts:
     data = read_file(file, MAX_CAPTION_BYTES)
     try:
         text = data.decode("utf-8-sig")
-        if extension_of(file.path) != "json":
-            return Texts(check_captions(text), None)
-        fields = json.loads(text)
+        fields = json.loads(text) if extension_of(file.path) == "json" else {"caption": text}
     except (ValueError, RecursionError) as error:
         raise UnfitError("bad caption", f"{Path(file.path).name}: {error}") from error
     if not isinstance(fields, dict):
