@@ -23,8 +23,8 @@ class WeightState:
     """The parameters and buffers of a model as they are when this is made.
 
     ``still_holds`` reads nothing from the device. It sees other tensors (``load_state_dict(assign=True)``), other
-    memory (``p.data = ...``) and changes in place, which torch counts in ``_version``. ``have_contents`` sees, by the first
-    element of each plain weight, those that torch does not count: ``p.data.copy_(...)``, as in diffusers'
+    memory (``p.data = ...``) and changes in place, which torch counts in ``_version``. ``have_contents`` sees, by the
+    first element of each plain weight, those that torch does not count: ``p.data.copy_(...)``, as in diffusers'
     ``EMAModel.copy_to``. A write through ``.data`` that leaves all first elements as they were goes unseen.
 
     Args:
