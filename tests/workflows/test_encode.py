@@ -25,6 +25,7 @@ from dydit_scale.data.reader import Source
 from dydit_scale.data.shards import build_index, index_folder
 from dydit_scale.data.tar import split_name, walk_members
 from dydit_scale.models import family
+from dydit_scale.models.loading import encoder_digests
 from dydit_scale.monitoring.records import read_metrics
 from dydit_scale.parallel.world import World
 from dydit_scale.train.checks import check_data
@@ -222,9 +223,11 @@ def test_a_shard_of_another_encoder_is_found_and_made_anew(world: Path) -> None:
     out, name = world / "encoded", "shard-000001.tar"
     (world / "base" / "vae").rename(world / "kept")
     write_vae(world / "base", seed=1)
+    encoder_digests.cache_clear()
     encode(world, "flux", world / "other")
     shutil.rmtree(world / "base" / "vae")
     (world / "kept").rename(world / "base" / "vae")
+    encoder_digests.cache_clear()
     before, (theirs, ours) = content(out), (world / folder / name for folder in ("other", "encoded"))
     assert theirs.stat().st_size == ours.stat().st_size and theirs.read_bytes() != ours.read_bytes()
     shutil.copy2(theirs, ours)
