@@ -146,7 +146,8 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(family
         model.disable_gradient_checkpointing()
 
 
-@pytest.mark.slow  # compiling takes most of a minute
+@pytest.mark.slow  # compiling takes some minutes
+@pytest.mark.timeout(1200)
 def test_repeated_blocks_compile() -> None:
     """In a process of its own: dynamo cannot trace the shape checks that these tests install."""
     done = subprocess.run(
