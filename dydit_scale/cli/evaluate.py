@@ -5,28 +5,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+OF_RUN = {"control": None, "prompts": 256, "steps": 12, "cfg": 3.0}
+OF_SAMPLES = {
+    "reference": None, "metrics": ["fid", "sfid", "is", "precision", "recall"], "weights": [], "captions": None,
+    "trust_torchscript": False, "batch": 32, "device": "auto", "out": None,
+}  # fmt: skip
+"""Options that the other use of the command does not take, and what they are if not given."""
+
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Options for a run, or for samples."""
     run = parser.add_argument_group("a run on the built-in scenes or clips")
     run.add_argument("folder", type=Path, metavar="RUN", nargs="?")
     run.add_argument("--control", type=Path, help="run of the static model fine-tuned equally long")
-    run.add_argument("--prompts", type=int, default=256, help="how many (default: 256)")
-    run.add_argument("--steps", type=int, default=12)
-    run.add_argument("--cfg", type=float, default=3.0, help="classifier-free guidance")
+    run.add_argument("--prompts", type=int, help="how many (default: 256)")
+    run.add_argument("--steps", type=int, help="of the sampler (default: 12)")
+    run.add_argument("--cfg", type=float, help="classifier-free guidance (default: 3)")
     files = parser.add_argument_group("samples on disk (docs/metrics.md)")
     files.add_argument("--samples", type=Path, metavar="FOLDER|FILE.npz", help="pictures or clips")
     files.add_argument("--reference", type=Path, metavar="FOLDER|FILE.npz", help="real ones, or their statistics")
     files.add_argument(
         "--metrics",
         nargs="+",
-        default=["fid", "sfid", "is", "precision", "recall"],
         help="fid sfid is precision recall (default), fvd, clip, geneval",
     )
     files.add_argument(
         "--weights",
         nargs="+",
-        default=[],
         type=_named,
         metavar="NAME=PATH",
         help="inception=FILE i3d=FILE clip=FOLDER detector=FOLDER; without them it says what to get",
@@ -37,9 +42,11 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="for clip and geneval: a prompt a line, or GenEval's jsonl (default: prompts.jsonl or .txt beside them)",
     )
-    files.add_argument("--trust-torchscript", action="store_true", help="load the i3d file, which may run any code")
-    files.add_argument("--batch", type=int, default=32)
-    files.add_argument("--device", default="auto", help="cuda or cpu (default: cuda where there is one)")
+    files.add_argument(
+        "--trust-torchscript", action="store_true", default=None, help="load the i3d file, which may run any code"
+    )
+    files.add_argument("--batch", type=int, help="samples at a time (default: 32)")
+    files.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     files.add_argument("--out", type=Path, metavar="FILE.json", help="write the values there too")
     parser.set_defaults(run=_run_evaluate)
 
@@ -55,6 +62,13 @@ def _named(text: str) -> tuple[str, Path]:
 def _run_evaluate(args: argparse.Namespace) -> None:
     if (args.folder is None) == (args.samples is None):
         raise ValueError("expected either a RUN, or --samples FOLDER or FILE.npz")
+    own, others = (OF_RUN, OF_SAMPLES) if args.folder is not None else (OF_SAMPLES, OF_RUN)
+    if foreign := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
+        use = "a RUN" if args.folder is not None else "--samples"
+        raise ValueError(f"{', '.join(foreign)}: not an option of evaluating {use}; see dydit evaluate --help")
+    for name, usual in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
     from dydit_scale.models.quiet import quiet_libraries
 
     quiet_libraries()

@@ -19,7 +19,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     """The options of ``dydit sample``."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, LAUNCH
     parser.add_argument("folder", type=Path, metavar="RUN")
-    parser.add_argument("--prompts", type=Path, help="text file, one prompt (or class) a line")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt (or class) a line, or GenEval's jsonl")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument(
         "--out",
@@ -76,7 +76,8 @@ def _run(args: argparse.Namespace) -> None:
     from dydit_scale.models.quiet import quiet_libraries
 
     quiet_libraries()
-    from dydit_scale.workflows.sample import PackOptions, read_prompts
+    from dydit_scale.workflows.prompt_files import read_prompts
+    from dydit_scale.workflows.sample import PackOptions
 
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
     options = ("steps", "height", "width", "cfg", "guidance", "sampler", "batch", "seed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from dydit_scale.evaluation.batches import GENEVAL_LINE, GENEVAL_PICTURES, Sampl
 from dydit_scale.evaluation.geneval import check_line
 from dydit_scale.evaluation.i3d import MIN_FRAMES
 from dydit_scale.evaluation.statistics import NEIGHBOUR
+from dydit_scale.workflows.prompt_files import prompt_lines
 
 PROMPT_FILES = ("prompts.jsonl", "prompts.txt")
 """Looked for in the folder of the samples, or beside their file."""
@@ -173,20 +173,17 @@ def _geneval_lines(samples: SampleSet) -> list[Path] | None:
 
 
 def _only_line(path: Path) -> tuple[dict[str, Any], str]:
-    texts = path.read_text(encoding="utf-8").split("\n")
-    if any(text.strip() for text in texts[1:]):
+    lines = prompt_lines(path)
+    if len(lines) != 1:
         raise ValueError(f"{path}: expected one line, that of the prompt of the pictures beside it")
-    return _line(texts[0], str(path), path.suffix), str(path)
+    return lines[0][0], str(path)
 
 
 def _lines_of_file(config: MetricsConfig, samples: SampleSet) -> list[tuple[dict[str, Any], str]]:
     """Those of the file of prompts, which take turns, each with its place."""
     _check_order(config, samples)
     path = config.captions or _find_prompts(config)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file of prompts")
-    texts = [(text.strip(), f"{path}: line {n}") for n, text in enumerate(path.read_text("utf-8").splitlines(), 1)]
-    lines = [(_line(text, where, path.suffix), where) for text, where in texts if text]
+    lines = prompt_lines(path)
     if not lines or samples.count % len(lines):
         raise ValueError(
             f"{path}: {len(lines)} prompts for {samples.count} samples; expected one each, or every prompt equally "
@@ -217,15 +214,3 @@ def _find_prompts(config: MetricsConfig) -> Path:
         users, missing = ", ".join(config.need("prompts")), " and no ".join(map(str, places))
         raise ValueError(f"{users}: need the prompts; there is no {missing}: add --captions FILE")
     return found
-
-
-def _line(text: str, where: str, suffix: str) -> dict[str, Any]:
-    if suffix != ".jsonl":
-        return {"prompt": text}
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
-        raise ValueError(f'{where}: expected an object with "prompt", got {text[:80]}')
-    return line

@@ -165,13 +165,3 @@ def macs_of(run: LoadedRun, recording: Recording, config: SampleConfig) -> float
 
 def _cost(run: LoadedRun, config: SampleConfig) -> ModelCost:
     return family_of(run.pipeline).cost(run.network, run.pipeline, config.size, config.text_tokens)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, without empty ones.
-
-    Raises ValueError if there is no such file.
-    """
-    if not path.is_file():
-        raise ValueError(f"prompts {path}: no such file; expected a text file with one prompt a line")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]

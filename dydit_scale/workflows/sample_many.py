@@ -44,7 +44,6 @@ from dydit_scale.workflows.sample_set import (
     find_subjects,
     made_by,
     missing_blocks,
-    picture_name,
     recorded_batch,
     write_whole,
 )
@@ -198,9 +197,9 @@ def _write_pictures(wanted: Wanted, blocks: Blocks, world: World) -> None:
             for block in tqdm(own, desc="writing files", unit="block", disable=not world.is_main, dynamic_ncols=True):
                 for number, picture in zip(blocks.numbers(block), blocks.read(block), strict=True):
                     if picture.ndim == 4:
-                        write_video(folder / picture_name(number, clip=True), picture, wanted.fps)
+                        write_video(folder / wanted.picture_name(number, clip=True), picture, wanted.fps)
                     else:
-                        Image.fromarray(picture).save(folder / picture_name(number, clip=False))
+                        Image.fromarray(picture).save(folder / wanted.picture_name(number, clip=False))
     except (ValueError, OSError) as error:
         problem = str(error)
     if failed := first_problem(world, problem):

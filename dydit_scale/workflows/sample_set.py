@@ -78,6 +78,10 @@ class Wanted:
         """Of PNG and MP4."""
         return self.out / "pictures"
 
+    def picture_name(self, number: int, *, clip: bool) -> str:
+        """Of one file; names sort as numbers do."""
+        return f"{number:0{max(6, len(str(self.num - 1)))}d}.{'mp4' if clip else 'png'}"
+
 
 @dataclass(frozen=True)
 class Subjects:
@@ -100,6 +104,8 @@ class Subjects:
 def find_subjects(run: LoadedRun, prompts: Sequence[str]) -> Subjects:
     """The prompts that are given, or all classes; ValueError if the model does not know one, or needs them."""
     family = family_of(run.pipeline)
+    if odd := [prompt for prompt in prompts if not prompt.strip() or len(prompt.splitlines()) > 1]:
+        raise ValueError(f"prompt {odd[0]!r}: expected one line of text, for prompts are noted a line each")
     if family.reads_text:
         if not prompts:
             raise ValueError(f"run {run.folder}: its model reads text; give --prompts FILE or --prompt TEXT")
@@ -119,17 +125,12 @@ def check_request(run: LoadedRun, settings: SampleConfig, wanted: Wanted) -> Non
         return
     if settings.frames > 1:
         require_av()
-    expected = {picture_name(i, clip=settings.frames > 1) for i in range(wanted.num)}
+    expected = {wanted.picture_name(i, clip=settings.frames > 1) for i in range(wanted.num)}
     if others := sorted(path.name for path in wanted.picture_folder.glob("*") if path.name not in expected):
         raise ValueError(
             f"{wanted.picture_folder}: holds {others[0]} and {len(others) - 1} more files that are none of these "
             f"{wanted.num} pictures; take them away, or choose another --out"
         )
-
-
-def picture_name(number: int, *, clip: bool) -> str:
-    """Of one file."""
-    return f"{number:06d}.{'mp4' if clip else 'png'}"
 
 
 def made_by(run: LoadedRun, settings: SampleConfig, subjects: Subjects, packing: PackOptions) -> dict[str, Any]:

@@ -360,6 +360,10 @@ def test_the_command_wants_a_run_or_samples(capsys: pytest.CaptureFixture[str], 
         assert "expected either a RUN, or --samples" in capsys.readouterr().err
     assert main(["evaluate", "--samples", "none", "--out", str(tmp_path / "none" / "out.json")]) == 64
     assert "--out: there is no folder" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path), "--out", "a.json", "--trust-torchscript"]) == 64
+    assert "--trust-torchscript, --out: not an option of evaluating a RUN" in capsys.readouterr().err
+    assert main(["evaluate", "--samples", "none", "--cfg", "3"]) == 64
+    assert "--cfg: not an option of evaluating --samples" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--samples", "none", "--weights", "inception"])
     assert "expected NAME=PATH" in capsys.readouterr().err

@@ -211,6 +211,11 @@ def test_prompts_take_turns_and_become_files(runs: Path, tmp_path: Path) -> None
         draw(runs / "flux", tmp_path / "set", 3, pictures=True, prompts=prompts)
 
 
+def test_names_sort_as_numbers_do(tmp_path: Path) -> None:
+    wanted = Wanted(num=1_000_001, out=tmp_path, npz=None, pictures=True)
+    assert [wanted.picture_name(n, clip=False) for n in (7, 10**6)] == ["0000007.png", "1000000.png"]
+
+
 def test_clips(runs: Path, tmp_path: Path) -> None:
     draw(runs / "latte-classes", tmp_path / "set", 3, pictures=True, config={"batch": 2})
     clips = read_member(tmp_path / "set.npz", "arr_0")
@@ -301,6 +306,8 @@ def test_mistakes_are_told_in_one_line(runs: Path, tmp_path: Path, capsys: pytes
         ("dit", ["--num", "4", "--sampler", "euler", *npz], "sampler 'euler'"),
         ("dit", ["--num", "4", "--height", "18", *npz], "picture height 18"),
         ("flux", ["--num", "4", *npz], "its model reads text; give --prompts"),
+        ("flux", ["--num", "4", "--prompt", "a\nb", *npz], r"prompt 'a\nb': expected one line of text"),
+        ("flux", ["--num", "4", "--prompt", " ", *npz], "prompt ' ': expected one line of text"),
     ]
     for run, words, said in cases:
         assert main(["sample", str(runs / run), *words]) == 64, words
