@@ -1,6 +1,6 @@
 """How fast samples are read: by this project's reader, by plain webdataset, and as a raw read of the same tars.
 
-    python benchmarks/data.py OUT                 # a quarter of an hour; OUT is on the disk to measure
+    python benchmarks/data.py OUT                 # a quarter of an hour, 9 GB; OUT is on the disk to measure
     python benchmarks/data.py OUT --quick         # few samples, to see that it runs; writes to OUT
 
 Two kinds of data: pictures of about 40 KB, and encoded samples of 196 KB. For each, with 0, 2 and 4 workers and all of
@@ -72,13 +72,17 @@ ENCODING = Encoding(
 )  # fmt: skip
 """Mean and deviation of a 256-pixel picture in 16 channels and some text, in 16 bits: 192 KiB."""
 BATCH = 16
+MORE_LATENTS = 4
+"""Times as many encoded samples as pictures: a pass over fewer is so short that it measures the workers' start."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the shards, on the disk to measure")
     parser.add_argument("--repeat", type=int, help="(default: 5, with --quick 2)")
-    parser.add_argument("--samples", type=int, help="in each kind of data (default: 8192, with --quick 512)")
+    parser.add_argument(
+        "--samples", type=int, help="pictures, and a quarter of the encoded samples (default: 8192, with --quick 512)"
+    )
     parser.add_argument(
         "--simulated", type=int, help="samples of the index whose memory is taken (default: 10 million, 100,000)"
     )
@@ -96,10 +100,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     result: dict[str, Any] = {**machine(torch.device("cpu")), "samples": args.samples, "repeat": args.repeat}
     result["versions"] |= {name: version(name) for name in ("webdataset", "isal", "pillow", "numpy")}
-    for kind, make in (("pictures", pictures), ("latents", latents)):
-        folder = args.out / f"{kind}-{args.samples}"
+    for kind, make, count in (("pictures", pictures, args.samples), ("latents", latents, MORE_LATENTS * args.samples)):
+        folder = args.out / f"{kind}-{count}"
         if not folder.exists():
-            make(folder, args.samples)
+            make(folder, count)
         result[kind] = compare(folder, kind, args.repeat)
     result["memory"] = memory_of_many(args.out, args.simulated)
     out = (args.out if args.quick else ROOT / "benchmarks" / "results") / "data.json"
@@ -147,6 +151,7 @@ def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
     began = time.perf_counter()
     index = build_index(folder)
     result: dict[str, Any] = {
+        "samples": index.num_samples,
         "index_seconds": time.perf_counter() - began,
         "load_index_seconds": timed(lambda: load_index(folder))[0],
         "bytes_per_sample": sum(shard.bytes for shard in index.shards) / index.num_samples,
@@ -219,18 +224,18 @@ class ReaderBytes(Dataset[Any]):
 
     def __getitem__(self, number: int) -> list[int]:
         self.reader._files.forget()
-        places = [self.order[position] for position in range(number * BATCH, (number + 1) * BATCH)]
+        places = self.order.places(range(number * BATCH, (number + 1) * BATCH))
         found = [self.reader._files.read(self.index.starts[place.shard] + place.row) for place in places]
         return [len(files.image) + len(files.caption or b"") for files in found]
 
 
 def bytes_of_reader(index: ShardIndex, workers: int) -> Iterator[int]:
-    return map(len, DataLoader(ReaderBytes(index), batch_size=None, num_workers=workers))
+    return map(len, DataLoader(ReaderBytes(index), batch_size=None, num_workers=workers, collate_fn=list))
 
 
 def bytes_of_webdataset(index: ShardIndex, workers: int) -> Iterator[int]:
     sizes = plain(index).map(size_of_sample).batched(BATCH, collation_fn=list)
-    return map(len, DataLoader(sizes, batch_size=None, num_workers=workers))
+    return map(len, DataLoader(sizes, batch_size=None, num_workers=workers, collate_fn=list))
 
 
 def size_of_sample(sample: dict[str, Any]) -> int:

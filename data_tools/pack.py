@@ -112,28 +112,21 @@ def pack(
         records |= write_all(missing, desk, workers=workers, done=done, progress=progress)
         if listing.classes is not None:
             replace_file(out / CLASSES_FILE, [json.dumps(listing.classes, indent=1, ensure_ascii=False) + "\n"])
-        dropped = [*plan.dropped] if part.number == 1 else []
-        left_out: list[Dropped] = []
-        for record in (records[shard.name] for shard in mine):
-            dropped += record.dropped
-            left_out += record.left_out
+        told = _tally(plan, [records[shard.name] for shard in mine], part)
         report = out / (REPORT_FILE if part.of == 1 else f"pack-report-{part.number}-of-{part.of}.jsonl")
-        _write_report(report, dropped, left_out)
-        packed = sum(record.packed for record in records.values())
-        total = sum(len(shard.samples) for shard in mine) + (len(plan.dropped) if part.number == 1 else 0)
-        assert total == packed + len(dropped), f"{total} inputs, but {packed} packed and {len(dropped)} dropped"
+        _write_report(report, told.dropped, told.left_out)
         if part.of == 1:
-            if not packed:
-                raise _nothing_packed(source, desk, listing, dropped, report)
+            if not told.packed:
+                raise _nothing_packed(source, desk, listing, told.dropped, report)
             index = index or index_folder(out, workers=workers, progress=progress).index
-            assert index.num_samples == packed, f"{packed} samples packed, but {index.num_samples} in the index"
-            _write_report(report, dropped, left_out, _unusable(index, mine))
+            assert index.num_samples == told.packed, f"{told.packed} samples packed, {index.num_samples} in the index"
+            _write_report(report, told.dropped, told.left_out, _unusable(index, mine))
     return PackSummary(
-        total=total,
-        packed=packed,
-        dropped=Counter(line.reason for line in dropped),
-        changes=sum((Counter(record.changes) for record in records.values()), Counter()),
-        left_out=len(left_out),
+        total=told.packed + len(told.dropped),
+        packed=told.packed,
+        dropped=Counter(line.reason for line in told.dropped),
+        changes=told.changes,
+        left_out=len(told.left_out),
         ignored=listing.ignored,
         notes=listing.notes,
         written=len(missing),
@@ -262,6 +255,31 @@ def _damaged(out: Path, records: dict[str, ShardRecord], workers: int, progress:
         progress=progress,
     )
     return [name for name, (sha256, _) in zip(known, digests, strict=True) if sha256 != records[name].sha256]
+
+
+class _Tally(NamedTuple):
+    """What the shards of a part say."""
+
+    packed: int
+    dropped: list[Dropped]
+    left_out: list[Dropped]
+    changes: Counter[str]
+
+
+def _tally(plan: Plan, records: Sequence[ShardRecord], part: Part) -> _Tally:
+    """The records of a part's shards in one; what the plan drops is the first part's."""
+    mine, planned = plan.shards[part.number - 1 :: part.of], plan.dropped if part.number == 1 else []
+    told = _Tally(
+        packed=sum(record.packed for record in records),
+        dropped=[*planned, *(line for record in records for line in record.dropped)],
+        left_out=[line for record in records for line in record.left_out],
+        changes=sum((Counter(record.changes) for record in records), Counter()),
+    )
+    total = sum(len(shard.samples) for shard in mine) + len(planned)
+    assert total == told.packed + len(told.dropped), (
+        f"{total} inputs, but {told.packed} packed and {len(told.dropped)} dropped"
+    )
+    return told
 
 
 def _nothing_packed(source: Path, desk: Desk, listing: Listing, dropped: list[Dropped], report: Path) -> ValueError:

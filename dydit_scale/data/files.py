@@ -61,13 +61,9 @@ class SampleFiles:
         image, caption, is_json = self._index.record(sample)
         parts = (image, caption) if caption.offset else (image,)
         views = self._together(shard, parts)
-        for part, view, name in zip(parts, views, (self._kind(sample), "caption"), strict=False):
-            if len(view) != part.bytes:
-                raise BadSampleError(
-                    f"{name} has {len(view)} bytes, expected {part.bytes}: the shard was cut off since it was indexed"
-                )
-            if crc32(view) != part.crc:
-                raise BadSampleError(f"{name} checksum (CRC32) differs from the index: its bytes changed since")
+        for part, view in zip(parts, views, strict=True):
+            if len(view) != part.bytes or crc32(view) != part.crc:
+                raise BadSampleError(_fault("caption" if part is caption else self._kind(sample), part, view))
         return Files(views[0], views[1] if caption.offset else None, is_json)
 
     def forget(self) -> None:
@@ -87,12 +83,20 @@ class SampleFiles:
 
     def _together(self, shard: str, parts: tuple[Part, ...]) -> list[memoryview]:
         """The bytes of the parts, fewer where the shard ends before."""
-        start, stop = min(part.offset for part in parts), max(part.offset + part.bytes for part in parts)
-        if len(parts) > 1 and not stop - start <= min(TOGETHER, GAP + sum(part.bytes for part in parts)):
+        first, last = min(parts), max(parts)  # by offset
+        start, stop = first.offset, last.offset + last.bytes
+        if len(parts) > 1 and not stop - start <= min(TOGETHER, GAP + first.bytes + last.bytes):
             return [self._together(shard, (part,))[0] for part in parts]
         data = self._memory.take(stop - start)
         data = data[: self._shards.read(shard, start, data)]
         return [data[part.offset - start : part.offset - start + part.bytes] for part in parts]
+
+
+def _fault(name: str, part: Part, view: memoryview) -> str:
+    """What is wrong with the bytes of a part."""
+    if len(view) != part.bytes:
+        return f"{name} has {len(view)} bytes, expected {part.bytes}: the shard was cut off since it was indexed"
+    return f"{name} checksum (CRC32) differs from the index: its bytes changed since"
 
 
 class _Memory:

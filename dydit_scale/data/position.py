@@ -102,15 +102,14 @@ class SampleOrder:
         self._last = (-1, 0, 0)  # a unit, its bucket, its number among the units of that bucket
 
     def __getitem__(self, position: int) -> Place:
-        if position < 0:
-            raise ValueError(f"sample order: positions start at 0, got {position}")
-        if len(self._totals) == 1:
-            return self._place(0, int(position))
-        unit, row = divmod(int(position), self._unit)
-        if unit != self._last[0]:
-            self._last = (unit, *self._find_unit(unit))
-        _, bucket, number = self._last
-        return self._place(bucket, number * self._unit + row)
+        return self._run(int(position), 1)[0]
+
+    def places(self, positions: range) -> list[Place]:
+        """``[order[position] for position in positions]`` of consecutive positions, several times as fast."""
+        found: list[Place] = []
+        while len(found) < len(positions):
+            found += self._run(positions.start + len(found), len(positions) - len(found))
+        return found
 
     def bucket_of(self, sample: int) -> int:
         """The bucket of a sample, by its number in the order of ``sizes``."""
@@ -150,17 +149,29 @@ class SampleOrder:
         """Units that begin before an epoch; one that begins in it may end in a later one."""
         return sum(-(-epoch * total // self._unit) for total in self._totals)
 
-    def _place(self, bucket: int, number: int) -> Place:
-        """Sample ``number`` of a bucket's stream."""
+    def _run(self, position: int, most: int) -> list[Place]:
+        """The places from a position on, at most so many: those of its unit in one group."""
+        if position < 0:
+            raise ValueError(f"sample order: positions start at 0, got {position}")
+        bucket, number = 0, position
+        if len(self._totals) > 1:
+            unit, row = divmod(position, self._unit)
+            if unit != self._last[0]:
+                self._last = (unit, *self._find_unit(unit))
+            _, bucket, before = self._last
+            number, most = before * self._unit + row, min(most, self._unit - row)
         epoch_number, offset = divmod(number, self._totals[bucket])
         epoch = self._epoch_plan(epoch_number)
         ends = epoch.ends[bucket]
         group_number = int(ends.searchsorted(offset, side="right"))
         group = self._group_plan(epoch, group_number)
-        offset -= int(ends[group_number - 1]) if group_number else 0
-        sample = int(group.samples[int(group.starts[bucket]) + offset])
-        member = int(group.ends.searchsorted(sample, side="right"))
-        return Place(int(group.shards[member]), sample - (int(group.ends[member - 1]) if member else 0))
+        most = min(most, int(ends[group_number]) - offset)
+        first = int(group.starts[bucket]) + offset - (int(ends[group_number - 1]) if group_number else 0)
+        samples = group.samples[first : first + most]
+        members = group.ends.searchsorted(samples, side="right")
+        shards = group.shards[members]
+        rows = samples - (group.ends[members] - self.sizes[shards])
+        return list(map(Place, shards.tolist(), rows.tolist()))
 
     def _epoch_plan(self, number: int) -> _Epoch:
         def make() -> _Epoch:

@@ -27,7 +27,7 @@ from dydit_scale.data.encoded import EncodedBatch, decode_entry, decode_tensors,
 from dydit_scale.data.files import Files, SampleFiles
 from dydit_scale.data.index import ShardIndex
 from dydit_scale.data.mixture import Mixture
-from dydit_scale.data.position import SampleOrder
+from dydit_scale.data.position import Place, SampleOrder
 from dydit_scale.data.storage import CacheUse
 from dydit_scale.data.video import decode_clip, decode_clip_at, require_av
 from dydit_scale.diffusion.randomness import keyed_seed
@@ -173,7 +173,8 @@ class SourceReader:
         """The samples from place ``first`` of the source's own order on, at ``positions`` of the training stream."""
         bad: list[BadSample] = []
         self._files.forget()  # the tensors below are stacked, which copies them
-        rows = [self._read_position(position, place, bad) for place, position in enumerate(positions, first)]
+        places = self._order.places(range(first, first + len(positions)))
+        rows = [self._read_position(*of, bad) for of in zip(positions, places, strict=True)]
         labels = torch.tensor([[sample.label for sample in row] for row in rows])  # [batch, 1 + images_per_clip]
         has_labels, has_pictures = self._index.labels is not None, self._images_per_clip > 0
         pixels = torch.stack([_joined(row) for row in rows])
@@ -192,10 +193,9 @@ class SourceReader:
         )
         return Read(batch, tuple(bad))
 
-    def _read_position(self, position: int, place: int, bad: list[BadSample]) -> list[_Sample]:
-        """The position's sample and the single pictures beside it; bad ones met on the way are added to ``bad``."""
-        shard, shard_row = self._order[place]
-        sample = self._index.starts[shard] + shard_row
+    def _read_position(self, position: int, place: Place, bad: list[BadSample]) -> list[_Sample]:
+        """The sample due at a position and the single pictures beside it; bad ones on the way are added to ``bad``."""
+        sample = self._index.starts[place.shard] + place.row
         bucket = self._order.bucket_of(sample)
         first = self._read_good(sample, bucket, self._clip, bad, position)
         row, others = [first], max(1, self._index.num_samples - 1)

@@ -217,6 +217,15 @@ def test_one_bucket_is_the_order_without_buckets(given: tuple) -> None:
     assert flat(one, range(100)) == flat(SampleOrder(sizes, seed, shards_per_group), range(100))
 
 
+@settings(max_examples=60, deadline=None)
+@given(orders, st.integers(0, 400), st.integers(0, 300))
+def test_places_are_those_of_each_position(given: tuple, start: int, count: int) -> None:
+    order, plain, _, _ = make_order(given)
+    positions = range(start, start + count)
+    assert order.places(positions) == [order[position] for position in positions]
+    assert plain.places(positions) == [plain[position] for position in positions]
+
+
 def test_order_is_a_function_of_position_alone() -> None:
     order = SampleOrder(SIZES, 7, 2, buckets=random_buckets(SIZES, 0, 4), unit=8)
     expected = flat(order, range(4000))
