@@ -46,7 +46,8 @@ def init_world(timeout: timedelta = timedelta(minutes=10), *, device: str = "aut
     """Join the processes that torchrun or the deepspeed launcher started; without their environment, be one process.
 
     ``timeout`` bounds every collective, so that a lost peer is an error and not a hang. ``device`` is "auto" (CUDA if
-    there is any), "cpu" or "cuda". NCCL is used on CUDA, gloo on the CPU. One process joins nothing.
+    there is any), "cpu" or "cuda". NCCL is used on CUDA, gloo on the CPU. One process joins nothing. From here on
+    this thread, and every thread it starts, takes subnormal numbers for zero.
 
     Raises ValueError if the launcher's environment is incomplete.
     """
@@ -55,6 +56,8 @@ def init_world(timeout: timedelta = timedelta(minutes=10), *, device: str = "aut
         raise ValueError(
             f"environment: WORLD_SIZE={world_size}, but {', '.join(missing)} not set; start with torchrun or deepspeed"
         )
+    # The CPU's GELU (tanh) takes three times as long where it meets subnormals, a small FLUX's step a fifth longer.
+    torch.set_flush_denormal(True)
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     world = World(rank, world_size, local_rank, _pick_device(device, local_rank))
     if world_size > 1 and not dist.is_initialized():

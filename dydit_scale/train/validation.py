@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
     """Means over the fixed batch, all ranks."""
 
     mse_eval: float
-    """Flow-matching error with thresholded gates."""
+    """Squared error of what the model predicts (noise, or velocity), with thresholded gates."""
     ratio_eval: float
     """MACs dynamic / static with thresholded gates: what sampling will cost."""
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dydit_scale.data.loader import make_loader, open_data
+from dydit_scale.parallel.world import init_world
 from dydit_scale.train.build import build_parts
 from dydit_scale.train.objective import Objective
 from dydit_scale.train.recipe import Recipe, load_recipe
-from dydit_scale.workflows.runs import pick_device
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al., "Muon", 2024)."""
@@ -86,7 +86,7 @@ def zero_gates(network: nn.Module) -> None:
 
 def make_base(recipe: Recipe, out: Path, *, matrix_lr: float = 0.02, decay: float = 0.4) -> None:
     """Train as ``recipe`` says; the learning rates fall to zero over the last ``decay`` of the steps."""
-    settings, device = recipe.train, pick_device("auto")
+    settings, device = recipe.train, init_world().device
     pipeline = build_parts(recipe).pipeline
     network = pipeline.transformer
     if recipe.model.from_scratch:
