@@ -1,6 +1,6 @@
 """Runs the method's claims beside their controls, and writes tables, plots and docs/evidence.md.
 
-    python -m benchmarks.evidence OUT                          # small: everything on two CPU cores, under two hours
+    python -m benchmarks.evidence OUT                          # small: everything on two CPU cores, under 90 minutes
     python -m benchmarks.evidence OUT --claims half-dit
     python -m benchmarks.evidence OUT --size gpu --claims half-dit
     python -m benchmarks.evidence OUT --size quick             # a few steps of everything, to see that it runs
@@ -57,7 +57,7 @@ def run_claims(place: Place, names: list[str], workers: int) -> None:
     for title, parts in STAGES.items():
         tasks: list[Task] = [
             (f"{part}-{trial}", prepare, (place, trial, part))
-            for trial in sorted(trials, key=lambda name: -size.trials[name].base_steps)
+            for trial in sorted(trials, key=lambda name: -size.trials[name].work)
             for part in parts
             if part in parts_of(size.trials[trial])
         ]

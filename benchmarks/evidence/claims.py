@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from benchmarks.evidence import calibration, tempo
 from benchmarks.evidence.pool import Task
 from benchmarks.evidence.sizes import Size
 from benchmarks.evidence.units import Place, Unit
 from dydit_scale.models.quiet import quiet_libraries
+from dydit_scale.report.inputs import Missing, read_run
 from dydit_scale.sampling.speed import machine
 from dydit_scale.workflows.evaluate import evaluate_run
 
@@ -72,7 +75,10 @@ def _look(place: Place, unit: Unit) -> None:
     def look() -> list[Any]:
         prompts = min(48, trial.pictures)
         evaluate_run(run, prompts=prompts, steps=trial.sampler_steps, cfg=trial.cfg, pairs=1, timed=2, batch=48)
-        return []
+        widths = read_run(run).widths
+        assert not isinstance(widths, Missing), "evaluate_run writes them"
+        shares = {"heads": widths.heads, "groups": widths.groups, "tokens": widths.tokens}
+        return [{"trial": unit.trial} | {name: float(np.nanmean(found)) for name, found in shares.items()}]
 
     _keep(place.more(f"gates-{unit.name}"), [unit], place, look)
 
@@ -87,11 +93,19 @@ def _time(place: Place) -> None:
     _keep(place.more("tempo"), units, place, lambda: tempo.measure(place, "flux", seed))
 
 
+def measured_of(place: Place, units: Sequence[Unit]) -> Any:
+    """All that a measurement of these units depends on; for JSON."""
+    records = [json.loads(place.record(unit).read_text()) for unit in units]
+    for record in records:
+        del record["seconds"]
+    asked = {"timed": place.size.timed, "steps": tempo.STEPS, "cached": tempo.CACHED_STEPS,
+             "thresholds": tempo.CACHE_THRESHOLDS, "rules": list(calibration.RULES)}  # fmt: skip
+    return json.loads(json.dumps([*records, asked]))
+
+
 def _keep(file: Path, units: Sequence[Unit], place: Place, measure: Callable[[], list[Any]]) -> None:
     """Write what is measured of the units, unless it is there and they have not been made anew."""
-    of = [json.loads(place.record(unit).read_text()) for unit in units]
-    for record in of:
-        del record["seconds"]
+    of = measured_of(place, units)
     if file.exists() and json.loads(file.read_text())["of"] == of:
         return
     quiet_libraries()

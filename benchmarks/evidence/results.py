@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +23,18 @@ WHERE = ("machine", "versions", "date")
 def collect(place: Place, claims: Sequence[str], file: Path) -> Found:
     """Write what these claims found to ``file``, beside what it holds of other claims; returns all of it.
 
-    Raises ValueError naming what is missing, or what was made with other settings.
+    Other claims that it holds with settings which the size no longer has are left out, with a warning. Raises
+    ValueError naming what is missing, or what was made with other settings.
     """
     known = json.loads(file.read_text())["claims"] if file.is_file() else {}
-    found = known | {name: of_claim(place, name) for name in tqdm(claims, desc="collecting", unit="claim")}
+    stale = [name for name in known.keys() - set(claims) if known[name]["settings"] != _settings(place, name)]
+    if stale:
+        warnings.warn(
+            f"{file}: leaving out {', '.join(sorted(stale))}, of other settings; run them again", stacklevel=2
+        )
+    found = {name: claim for name, claim in known.items() if name not in stale} | {
+        name: of_claim(place, name) for name in tqdm(claims, desc="collecting", unit="claim")
+    }
     done = {"size": place.size_name, "claims": {name: found[name] for name in CLAIMS if name in found}}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(done, indent=1) + "\n")
@@ -38,10 +47,9 @@ def of_claim(place: Place, name: str) -> Found:
     units = [_unit(place, unit) for unit in claim.units(size)]
     parts = {part: _read(part) for trial in claim.trials for part in sorted(place.trial(trial).glob("*.json"))}
     more = {task: _read(place.more(task)) for task, _, _ in (claim.extra(place) if claim.extra else [])}
-    trials = {trial: asdict(size.trials[trial]) for trial in claim.trials}
     counts = {unit["trial"]: unit["pictures"] for unit in units}
     return json.loads(json.dumps({
-        "settings": {"seeds": size.seeds, "held_out": size.held_out, "timed": size.timed, "trials": trials},
+        "settings": _settings(place, name),
         "units": [{key: value for key, value in unit.items() if key not in WHERE} for unit in units],
         "real": {trial: real_distance(place, trial, count) for trial, count in counts.items()},
         "rows": [row for found in more.values() for row in found["rows"]],
@@ -52,6 +60,14 @@ def of_claim(place: Place, name: str) -> Found:
         },
         "measured": _distinct([*units, *more.values()]),
     }))  # fmt: skip
+
+
+def _settings(place: Place, name: str) -> Found:
+    """Of a claim at this size."""
+    size = place.size
+    trials = {trial: asdict(size.trials[trial]) for trial in CLAIMS[name].trials}
+    of_size = {"seeds": size.seeds, "held_out": size.held_out, "timed": size.timed, "trials": trials}
+    return json.loads(json.dumps(of_size))
 
 
 def _unit(place: Place, unit: Unit) -> Found:

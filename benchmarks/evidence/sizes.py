@@ -35,6 +35,16 @@ class Trial:
     emoji: bool = False
     """Pictures of emoji in place of the built-in data: nobody judges them."""
 
+    @property
+    def video(self) -> bool:
+        """Whether it draws clips."""
+        return "--video" in self.data
+
+    @property
+    def work(self) -> int:
+        """To tell which base takes longest: samples that it is trained on, a clip for four of them."""
+        return self.base_steps * self.base_batch * (4 if self.video else 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
@@ -58,7 +68,7 @@ _FULL = ("adapter.kind=none", "train.lr=1e-3", "supervision.guidance=1")
 
 
 def _trials(
-    *, base: int, steps: int, flux_steps: int, emoji: int, pictures: int, samples: int, batch: int
+    *, base: int, steps: int, few_steps: int, emoji: int, pictures: int, samples: int, batch: int
 ) -> dict[str, Trial]:
     dit = Trial(
         title="DiT (DDPM)", recipe="dit/debug", data=_CLASSES, samples=samples, base_steps=base, steps=steps,
@@ -69,12 +79,12 @@ def _trials(
         batch=batch, pictures=pictures, sampler_steps=20, cfg=2.0, family="sit",
     )  # fmt: skip
     flux = Trial(
-        title="FLUX (text to image)", recipe="shapes/demo", data=(), samples=samples, base_steps=0, steps=flux_steps,
+        title="FLUX (text to image)", recipe="shapes/demo", data=(), samples=samples, base_steps=0, steps=few_steps,
         batch=batch, pictures=pictures, sampler_steps=10, cfg=3.0, family="flux", options=_FULL,
     )  # fmt: skip
     latte = Trial(
         title="Latte (video)", recipe="latte/debug_classes", data=_CLIPS, samples=samples // 2, base_steps=base,
-        base_batch=16, steps=steps, batch=max(4, batch // 2), pictures=max(7, pictures // 14 * 7), sampler_steps=20,
+        base_batch=16, steps=few_steps, batch=max(4, batch // 2), pictures=max(7, pictures // 14 * 7), sampler_steps=20,
         cfg=2.0, family="latte-classes", options=("data.images_per_clip=0",),
     )  # fmt: skip
     emojis = replace(
@@ -86,21 +96,21 @@ def _trials(
 SIZES = {
     "small": Size(
         name="small",
-        trials=_trials(base=1500, steps=160, flux_steps=96, emoji=600, pictures=96, samples=8192, batch=16),
+        trials=_trials(base=1500, steps=160, few_steps=96, emoji=600, pictures=96, samples=8192, batch=16),
         held_out=512,
         workers=2,
         timed=2,
     ),
     "gpu": Size(
         name="gpu",
-        trials=_trials(base=10000, steps=1000, flux_steps=1000, emoji=6000, pictures=960, samples=65536, batch=64),
+        trials=_trials(base=10000, steps=1000, few_steps=1000, emoji=6000, pictures=960, samples=65536, batch=64),
         held_out=2048,
         workers=3,
         timed=5,
     ),
     "quick": Size(
         name="quick",
-        trials=_trials(base=2, steps=4, flux_steps=4, emoji=2, pictures=7, samples=64, batch=8),
+        trials=_trials(base=2, steps=4, few_steps=4, emoji=2, pictures=7, samples=64, batch=8),
         seeds=(0, 1),
         held_out=32,
         workers=1,

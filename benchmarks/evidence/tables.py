@@ -73,15 +73,24 @@ def difference(units: Sequence[Row], one: str, other: str, measure: str) -> str:
     return f"**{said}** {'better' if (gap > 0) == (measure in HIGHER_IS_BETTER) else 'worse'}"
 
 
+def best_of(units: Sequence[Row], variants: Sequence[str], measure: str) -> str:
+    """The variant that does best on the mean of its seeds, of those that were measured."""
+    sign = 1 if measure in HIGHER_IS_BETTER else -1
+    return max(
+        (v for v in variants if of(units, v, measure)), key=lambda v: sign * float(np.mean(of(units, v, measure)))
+    )
+
+
 def is_worse(units: Sequence[Row], one: str, other: str, measure: str) -> bool:
     """Whether ``one`` is, by more than the seeds' spread explains."""
     return difference(units, one, other, measure).endswith(" worse")
 
 
 def interval(units: Sequence[Row], one: str, other: str, measure: str) -> tuple[float, float]:
-    """Mean of ``one`` minus ``other`` over seeds, and half the width of its 95 % interval; infinite for one seed."""
+    """Mean of ``one`` minus ``other`` over seeds, and half the width of its 95 % interval; infinite for one seed, and
+    where all seeds differ by the same, as shares of a hundred pictures may by chance: it tells no spread."""
     apart = np.array(of(units, one, measure)) - np.array(of(units, other, measure))
-    if len(apart) < 2:
+    if len(apart) < 2 or np.ptp(apart) < 1e-12:
         return float(apart.mean()), math.inf
     error = float(apart.std(ddof=1)) / len(apart) ** 0.5
     return float(apart.mean()), error * CRITICAL[min(len(apart) - 1, max(CRITICAL))]

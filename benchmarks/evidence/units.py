@@ -204,10 +204,9 @@ def _train_base(trial: Trial, folder: Path, part: str, out: Path) -> None:
 
 def _narrow(trial: Trial, target: float = 0.5) -> Any:
     """The pipeline of the static model whose heads are so much narrower that it costs nearest to ``target``."""
-    video = "--video" in trial.data
 
     def make(head_dim: int) -> Any:
-        if video:
+        if trial.video:
             return small_class_latte_pipeline(list(MOTIONS), head_dim=head_dim)
         return small_class_pipeline([s.phrase() for s in CLASSES], kind=trial.family, head_dim=head_dim)
 
@@ -267,6 +266,7 @@ def adapter_parameters(network: Any) -> int:
 def run_unit(place: Place, unit: Unit) -> dict[str, Any]:
     """Train, draw and measure, unless it was done; the record is what the pages are made of."""
     quiet_libraries()
+    init_world()
     began, done = time.monotonic(), place.record(unit)
     recipe, variant, trial = recipe_of(place, unit), VARIANTS[unit.variant], place.size.trials[unit.trial]
     digest = settings_digest(recipe, place, unit)

@@ -178,12 +178,20 @@ def test_differences_are_told_by_a_paired_t_test() -> None:
     assert text.splitlines()[2:] == ["| ours | 0.50 / 0.50 | **-0.093 ± 0.014** worse |"]
 
 
+def test_equal_differences_of_all_seeds_tell_no_spread() -> None:
+    rows = made_up({"static": [0.5, 0.6, 0.7], "dynamic-0.5": [0.6, 0.7, 0.8]})
+    assert tables.difference(rows, "dynamic-0.5", "static", "score") == "+0.100"
+    assert not tables.is_worse(rows, "static", "dynamic-0.5", "score")
+
+
 def test_the_answer_follows_the_numbers() -> None:
     lost = made_up({"static": [0.8, 0.9, 0.7], "dynamic-0.5": [0.70, 0.81, 0.61]})
     assert page.answer(lost).startswith(
         "**It fails here: at 0.50 of the MACs the judge's score and the Fréchet distance"
     )
     assert "88% of the judge's score" in page.answer(lost)
+    assert "66% of the judge's score" in page.answer([*lost, *made_up({"base": [1.0, 1.1, 1.1]})]), "the better one"
+    assert page.answer([*lost, *made_up({"base": [0.1, 0.2, 0.3]})]) == page.answer(lost)
     level = made_up({"static": [0.8, 0.9, 0.7], "dynamic-0.5": [0.83, 0.86, 0.71]})
     assert page.answer(level).startswith("**At 0.50 of the MACs no loss is told")
     off = [row | {"ratio": 0.56} for row in lost]
@@ -194,6 +202,44 @@ def test_a_missed_ratio_is_named() -> None:
     rows = made_up({"static": [0.8], "tokens": [0.1], "dynamic-0.3": [0.5]})
     rows = [row | {"ratio": {"static": 1.0, "tokens": 0.56, "dynamic-0.3": 0.31}[row["variant"]]} for row in rows]
     assert page._missed(rows).endswith("asked for: dynamic, tokens only (0.56).")
+
+
+def test_the_answer_on_experts_follows_the_numbers() -> None:
+    plain, full = [0.8, 0.9, 0.7], [0.8, 0.88, 0.73]
+    for mixed, said in (
+        ([0.9, 0.99, 0.81], "**It holds here: with four experts the judge's score and the Fréchet distance and"),
+        ([0.7, 0.81, 0.6], "**It fails here: with four experts the judge's score"),
+        ([0.83, 0.86, 0.71], "**It is not shown here: four experts differ from plain LoRA by no more"),
+    ):
+        rows = made_up({"td-lora-4": mixed, "lora": plain, "dynamic-0.5": full})
+        assert page._of_experts(rows).startswith(said)
+
+
+def test_the_answer_on_temperatures_follows_the_numbers() -> None:
+    rows = [
+        {"variant": v, "rule": "threshold", "tokens": t}
+        for v, t in zip(claims.TEMPERATURES, (0.7, 0.9, 1.0), strict=True)
+    ]
+    told = page._of_temperatures({1: 0.028, 2: -0.025, 5: -0.068}, rows)
+    assert told.startswith(
+        "**Trained and sampled ratio differ by +0.028 at 1, -0.025 at 2, -0.068 at 5.** At temperature 5 "
+    )
+    assert page._of_temperatures({1: 0.0, 2: 0.0, 5: 0.0}, [row | {"tokens": 0.5} for row in rows]).endswith("at 5.**")
+
+
+def test_the_answer_on_time_follows_the_numbers() -> None:
+    def row(variant: str, seconds: float, score: float, cache: float | None = None) -> dict[str, Any]:
+        return {"variant": variant, "seconds": seconds, "score": score, "frechet": -score, "cache": cache}
+
+    rows = [row("static", 1, 0.8), row("static", 2, 0.9), row("static", 0.1, 1.0, cache=0.3)]
+    rows += [row("dynamic-0.5", 1.5, 0.85), row("dynamic-0.5", 1.5, 0.8), row("dynamic-0.3", 0.9, 0.5)]
+    assert "in no more time as 1 of 3 dynamic samplers by the judge's score, and as 1 by" in page._of_time(rows)
+
+
+def test_prose_of_one_size_is_not_said_of_another() -> None:
+    assert "<!--" not in page.prose("small") + page.prose("gpu")
+    assert "Latte's base has hardly begun" in page.prose("small")
+    assert "Latte's base has hardly begun" not in page.prose("gpu")
 
 
 def fake_results(place: Place) -> dict[str, Any]:
@@ -223,6 +269,36 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) 
     for link in ("evidence/half.svg", "evidence/dit.png"):
         assert f"]({link})" in text
         assert (tmp_path / "docs" / link).stat().st_size > 1000
+
+
+def test_every_section_is_made_of_its_results(tmp_path: Path) -> None:
+    place, found = Place(tmp_path, "quick"), {}
+    for name, claim in claims.CLAIMS.items():
+        rows = made_up({variant: [0.8, 0.7 + 0.01 * i] for i, variant in enumerate(claim.variants)})
+        units_ = [
+            row | {"seconds": 1.0, "trial": claim.trials[0], "pictures": 3, "ratio_training": 0.5, "learns": 10}
+            for row in rows
+        ]
+        found[name] = fake_results(place) | {"units": units_, "real": dict.fromkeys(claim.trials, 1.5), "rows": []}
+    found["calibration"]["rows"] = [
+        {"variant": variant, "rule": rule, "tokens": 0.9, "ratio": 0.5, "score": 0.4, "frechet": 2.0}
+        for variant in claims.TEMPERATURES for rule in page.RULES
+    ]  # fmt: skip
+    found["gates"]["rows"] = [
+        {"trial": trial, "heads": 0.5, "groups": 0.6, "tokens": tokens}
+        for trial, tokens in zip(claims.BUILT_IN, (1.0, 0.7, 0.8, 0.99), strict=True)
+    ]
+    found["tempo"]["rows"] = [
+        {**sampler._asdict(), "seconds": 0.1, "score": 0.5, "frechet": 3.0} for sampler in page.tempo.samplers()
+    ]
+    page.write_page({"size": "quick", "claims": found}, place, tmp_path / "docs", [])
+    text = (tmp_path / "docs" / "evidence.md").read_text()
+    assert page.ABSENT not in text and "$" not in text
+    assert "| DiT (DDPM) | 0.50 | 0.60 | 1.00 |" in text
+    assert "**DiT (DDPM) and Latte (video) skip next to no token here" in text
+    for section in ("What a longer", "The same on real", "TD-LoRA", "Calibration", "Where the", "Quality against"):
+        said = text.split(f"## {section}")[1].split("**What it does not show.**")[0]
+        assert "**" in said, f"{section}: nothing was found"
 
 
 def test_pictures_of_claims_that_were_not_run_here_stay(tmp_path: Path) -> None:
@@ -282,11 +358,17 @@ def test_what_was_measured_of_units_follows_them(tmp_path: Path) -> None:
 
 def test_results_of_other_claims_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "found.json"
-    monkeypatch.setattr(results, "of_claim", lambda place, name: {"units": [name]})
+    monkeypatch.setattr(
+        results, "of_claim", lambda place, name: {"units": [name], "settings": results._settings(place, name)}
+    )
     results.collect(Place(tmp_path, "quick"), ["half-sit"], file)
     found = results.collect(Place(tmp_path, "quick"), ["half-dit"], file)
     assert list(found["claims"]) == ["half-dit", "half-sit"]
     assert json.loads(file.read_text()) == found
+    found["claims"]["half-sit"]["settings"]["held_out"] = 1
+    file.write_text(json.dumps(found))
+    with pytest.warns(UserWarning, match="leaving out half-sit, of other settings"):
+        assert list(results.collect(Place(tmp_path, "quick"), ["half-dit"], file)["claims"]) == ["half-dit"]
 
 
 def test_every_variant_of_a_claim_is_known() -> None:
