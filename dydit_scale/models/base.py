@@ -250,8 +250,9 @@ class DynamicModelMixin(HookedModelMixin):
         object.__setattr__(self, "_values", values)
         for row, t in enumerate(values):
             rows.setdefault(self._plan.step_of(t), []).append(row)
-        if 0 in rows and not self._plan.weights.have_contents():  # once a picture: a GPU must be waited for
-            self._drop("weights have changed since pack")
+        planned = [step for step in rows if step is not None]
+        if planned and self._plan.run.begins(min(planned)) and not self._plan.weights.have_contents():
+            self._drop("weights have changed since pack")  # asked once a picture: a GPU must be waited for
             return {}
         if None in rows:
             self._fell_back(

@@ -142,10 +142,11 @@ class HookedModelMixin:
                     )
 
     def _pack_again(self) -> None:
-        if (plan := self._plan) is not None:
+        if self._plan is not None:
+            build, wishes = type(self._plan).build, self._plan.wishes  # the plan's copies go before new ones come
             self.unpack()  # type: ignore[attr-defined]
             gc.collect()  # hooks and their blocks refer to each other
-            object.__setattr__(self, "_plan", plan.again(self))
+            object.__setattr__(self, "_plan", build(self, **wishes))
 
     def _refuse_packed(self, method: str, reason: str) -> None:
         if self._plan is not None:

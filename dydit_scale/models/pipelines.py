@@ -141,6 +141,8 @@ class ClassPipeline(DiffusionPipeline):
         device = self._execution_device
         labels = self._labels(class_labels).to(device)
         latents = self._noise(len(labels), side, latents, generator, device) * scheduler.init_noise_sigma
+        if guidance_scale > 1:  # once: packed blocks compute modulation ahead while these are the same tensors
+            labels = torch.cat([labels, torch.full_like(labels, self._classes)])
         options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for t in self.progress_bar(scheduler.timesteps):
             x = scheduler.scale_model_input(latents, t)
@@ -180,10 +182,9 @@ class ClassPipeline(DiffusionPipeline):
     def _output(
         self, x: Float[Tensor, "batch channels *shape"], t: Any, labels: Tensor, scale: float, channels: int
     ) -> Float[Tensor, "batch out *shape"]:
-        """The transformer's output in fp32, guided."""
+        """The transformer's output in fp32, guided: ``labels`` are then those of both branches."""
         if scale > 1:
             x = torch.cat([x, x])
-            labels = torch.cat([labels, torch.full_like(labels, self._classes)])
         timestep = torch.as_tensor(t).to(x.device).expand(len(x))
         dtype = self.transformer.dtype
         (output,) = self.transformer(x.to(dtype), timestep=timestep, return_dict=False, **self._condition(labels))

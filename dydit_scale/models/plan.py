@@ -121,6 +121,13 @@ class RunState:
 
     fallback: str | None = None
     """Why forwards run masked, if they do."""
+    last: int | None = None
+    """The step that ran last."""
+
+    def begins(self, step: int) -> bool:
+        """Whether a sampler begins with this step: the first of all, or one before the last."""
+        last, self.last = self.last, step
+        return last is None or step < last or step == 0
 
 
 class FusedTokens(NamedTuple):
@@ -213,10 +220,13 @@ class PackedPlan:
             fused_tokens=_fused_tokens(distinct.values(), model) if storage.fused_tokens else None,
         )
 
-    def again(self, model: DynamicModelMixin) -> PackedPlan:
-        """The plan anew, asked for alike; what happens to it is told to this one's holders too."""
-        options: dict[str, Any] = {"max_bytes": self.max_bytes, "storage": self.storage, "tokens": self.tokens}
-        return self.build(model, self.table.timesteps, **options, run=self.run)
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """What to give ``build`` for the same plan anew; what happens to that is told to this one's holders too."""
+        return {
+            "timesteps": self.table.timesteps, "max_bytes": self.max_bytes, "storage": self.storage,
+            "tokens": self.tokens, "run": self.run,
+        }  # fmt: skip
 
     def stale(self, model: DynamicModelMixin) -> str | None:
         """What has changed in the model since, so that the sub-networks are no longer its own; None if nothing has."""

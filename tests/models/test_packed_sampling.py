@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dydit_scale.adapters.td_lora import add_td_lora
 from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.masks import DynamicMasks
 from dydit_scale.models.ahead import AheadModulation
+from dydit_scale.models.plan import PackedPlan
 from dydit_scale.sampling.execution import Execution
 from tests.adapters.tiny import flux_config, shake
 from tests.models.tiny import inputs, scramble, tiny_dynamic
@@ -115,6 +117,22 @@ def test_a_cache_keeps_how_it_was_packed() -> None:
     assert bool((model(**x, collect=True).masks.tokens.sum(-1) == 3).all())
     with pytest.raises(ValueError, match=r"share_scores: expected the two branches .* got 1 samples"):
         model(**family.x(STEPS[0]))
+
+
+def test_a_cache_frees_the_old_copies_before_it_makes_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = next(family for family in FAMILIES if family.name == "dit")
+    model = scramble(family.make())
+    model.pack(family.steps(*STEPS))
+    old, build = weakref.ref(model._plan.blocks[0][0]), PackedPlan.build
+    there: list[bool] = []
+
+    def watched(*args: Any, **options: Any) -> PackedPlan:
+        there.append(old() is not None)
+        return build(*args, **options)
+
+    monkeypatch.setattr(PackedPlan, "build", watched)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    assert there == [False]
 
 
 AHEAD = [family for family in FAMILIES if family.name in CONDITIONS]

@@ -269,6 +269,16 @@ def test_packed_runs_are_the_masked_ones_at_the_foretold_timesteps(kind: str, mo
         run(pipe)
 
 
+@torch.no_grad()
+def test_a_guided_packed_run_has_its_modulation_computed_ahead() -> None:
+    pipe = tiny()
+    pipe.transformer = scramble(tiny_dynamic(DIT))
+    dy.pack(pipe.transformer, pipe.transformer_timesteps(4))
+    run(pipe, guidance_scale=3.0)
+    (branch,) = pipe.transformer._plan.ahead._branches
+    assert branch.steps == {0, 1, 2, 3} and branch.ready, "all steps had the same conditions"
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @torch.no_grad()

@@ -153,6 +153,20 @@ def test_weights_without_versions_are_known_by_their_contents() -> None:
         assert model._plan is None
 
 
+@torch.no_grad()
+def test_contents_are_compared_where_a_sampler_begins_in_the_middle() -> None:
+    family = FAMILIES[1]
+    model = scramble(family.make())
+    plan = model.pack(family.steps(*STEPS))
+    for t in STEPS[1:]:
+        model(**family.x(t))
+    for p in model.parameters():
+        p.data.mul_(2)  # torch does not count it
+    assert model._plan is plan
+    model(**family.x(STEPS[1]))
+    assert model._plan is None
+
+
 @each
 @torch.no_grad()
 def test_training_and_moving_tell_what_they_drop(family: Family, caplog: pytest.LogCaptureFixture) -> None:
