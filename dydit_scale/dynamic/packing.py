@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dydit_scale.dynamic.masking import gated_add
 from dydit_scale.dynamic.weight_only import dense_weight
 
 M = TypeVar("M", bound=nn.Module)
@@ -254,8 +255,27 @@ def add_on_rows(
     gate: Float[Tensor, "batch dim"],
 ) -> Float[Tensor, "batch tokens dim"]:
     """``x`` with ``gate * done`` added to the chosen rows of the flattened tokens, each gated by its own sample's
-    gate."""
-    return x.flatten(0, 1).index_add(0, rows, done * gate[rows // x.shape[1]]).view_as(x)
+    gate; for training."""
+    update = done.new_zeros(x.flatten(0, 1).shape).index_copy(0, rows, done)
+    return gated_add(x, gate, update.view_as(x))
+
+
+def take_rows(x: Float[Tensor, "all_rows dim"], rows: Int64[Tensor, " rows"]) -> Float[Tensor, "rows dim"]:
+    """``x[rows]`` of distinct rows, whose gradients are therefore copied to their places and not summed."""
+    return _TakeRows.apply(x, rows)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
 
 
 def add_on_rows_(

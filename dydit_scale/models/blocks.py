@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.activations import GELU
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.fused_tokens import fixed_rows
 from dydit_scale.dynamic.gates import threshold_gate
-from dydit_scale.dynamic.masking import masked
+from dydit_scale.dynamic.masking import masked, masked_gelu, modulate
 from dydit_scale.dynamic.masks import FrozenGates, GateMode, GateNoise, SharedUnits, WidthMasks
 from dydit_scale.dynamic.packing import add_on_rows, chosen_rows
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank, units_in_place
@@ -205,7 +206,12 @@ def mask_heads(
     out: Float[Tensor, "batch tokens channels"], head_mask: Float[Tensor, "batch_t heads"]
 ) -> Float[Tensor, "batch tokens channels"]:
     """Attention's output with its heads masked."""
-    return masked(out, head_mask.repeat_interleave(out.shape[-1] // head_mask.shape[1], dim=1))
+    return masked(out, head_channels(head_mask, out.shape[-1]))
+
+
+def head_channels(head_mask: Float[Tensor, "batch_t heads"], channels: int) -> Float[Tensor, "batch_t channels"]:
+    """The mask of each head for every one of its channels."""
+    return head_mask.repeat_interleave(channels // head_mask.shape[1], dim=1)
 
 
 def feed_forward(
@@ -220,13 +226,17 @@ def feed_forward(
     if groups is None:
         return ff(x)
     up, dropout, down = ff.net
-    return down(dropout(masked(up(x), groups.index_select(1, unit_of))))
+    channels = groups.index_select(1, unit_of)
+    if isinstance(up, GELU):
+        return down(dropout(masked_gelu(up.proj(x), up.approximate, channels)))
+    return down(dropout(masked(up(x), channels)))
 
 
-def add_masked(
-    stream: Float[Tensor, "batch tokens dim"],
-    x: Float[Tensor, "batch tokens dim"],
-    keep: Float[Tensor, "batch tokens"] | None,
-) -> Float[Tensor, "batch tokens dim"]:
-    """``stream + x``, on kept tokens only; in one pass, and exact where all are kept."""
-    return stream + x if keep is None else torch.addcmul(stream, x, keep[..., None].to(x.dtype))
+def adaptive_norm(
+    norm: Any, x: Float[Tensor, "batch tokens dim"], temb: Float[Tensor, "batch dim"]
+) -> tuple[Tensor, ...]:
+    """diffusers' AdaLayerNormZero or AdaLayerNormZeroSingle: (normalised and modulated, the other modulations in their
+    order)."""
+    modulation = norm.linear(norm.silu(temb))
+    shift, scale, *others = modulation.chunk(modulation.shape[1] // x.shape[2], dim=1)
+    return modulate(norm.norm(x), scale, shift), *others

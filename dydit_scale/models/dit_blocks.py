@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masking import gated_add, modulate
 from dydit_scale.dynamic.masks import SharedUnits
-from dydit_scale.dynamic.packing import fold
+from dydit_scale.dynamic.packing import fold, take_rows
 from dydit_scale.models.blocks import (
     BlockGates,
     OneStreamBlock,
     PackedBlock,
-    add_masked,
+    adaptive_norm,
     feed_forward,
     mask_heads,
     ones_or,
@@ -142,18 +143,19 @@ class DyDiTTransformerBlock(OneStreamBlock, BasicTransformerBlock):
             inputs = (hidden_states, temb, cross_attention_kwargs, t_emb)
             return DyDiTTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
-            x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
+            x, gate_msa, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(self.norm1, hidden_states, temb)
             x = self.attn1(x, head_mask=self._head_mask(gates), **(cross_attention_kwargs or {}))
-            hidden_states = hidden_states + gate_msa[:, None] * x
+            hidden_states = gated_add(hidden_states, gate_msa, x)
 
             keep = self._route(hidden_states, None, temb, gates)
-            x = self.norm3(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+            x = modulate(self.norm3(hidden_states), scale_mlp, shift_mlp)
             if gates.kept_only and keep is not None:
                 flat = x.flatten(0, 1)
-                hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
+                work = lambda rows: self.ff(take_rows(flat, rows))  # noqa: E731
+                hidden_states = self._add_on_kept(hidden_states, work, keep, gate_mlp)
             else:
-                x = gate_mlp[:, None] * feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
-                hidden_states = add_masked(hidden_states, x, keep)
+                x = feed_forward(self.ff, x, gates.groups, self.dy_channel_unit)
+                hidden_states = gated_add(hidden_states, gate_mlp, x, keep)
         return (hidden_states, ones_or(keep, hidden_states)) if collect else hidden_states
 
     def sliced(self, units: SharedUnits) -> DyDiTTransformerBlock:

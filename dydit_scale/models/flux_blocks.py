@@ -21,12 +21,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
-from dydit_scale.dynamic.masking import masked
+from dydit_scale.dynamic.masking import gated_add, masked_cat, modulate
 from dydit_scale.dynamic.masks import SharedUnits
-from dydit_scale.dynamic.packing import LinearColumns, channels_of
+from dydit_scale.dynamic.packing import LinearColumns, channels_of, take_rows
 from dydit_scale.dynamic.ranking import head_importance, path_importance, units_by_rank
 from dydit_scale.dynamic.slicing import IN, OUT, SlicedLayer
-from dydit_scale.models.blocks import BlockGates, DynamicBlock, add_masked, feed_forward, mask_heads, ones_or
+from dydit_scale.models.blocks import (
+    BlockGates,
+    DynamicBlock,
+    adaptive_norm,
+    feed_forward,
+    head_channels,
+    mask_heads,
+    ones_or,
+)
 from dydit_scale.models.flux_packed import PackedFluxBlock, PackedFluxSingleBlock, finite
 from dydit_scale.models.parts import AttentionSource, MLPSource, Source, Stream
 from dydit_scale.models.slicing import sliced_attention, sliced_block, sliced_feed_forward
@@ -123,8 +131,10 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
             inputs = (hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs, t_emb)
             return DyFluxTransformerBlock.forward(cut, *inputs, gates.inside, collect)
         with self.timestep_state.scope(t_emb):  # type: ignore[union-attr]
-            image, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
-            text, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
+            image, gate_msa, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(self.norm1, hidden_states, temb)
+            text, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = adaptive_norm(
+                self.norm1_context, encoder_hidden_states, temb
+            )
             image_out, text_out = self.attn(
                 hidden_states=image,
                 encoder_hidden_states=text,
@@ -132,20 +142,21 @@ class DyFluxTransformerBlock(_DyFluxBlock, FluxTransformerBlock):
                 head_mask=self._head_mask(gates),
                 **(joint_attention_kwargs or {}),
             )
-            hidden_states = hidden_states + gate_msa[:, None] * image_out
-            encoder_hidden_states = encoder_hidden_states + c_gate_msa[:, None] * text_out
+            hidden_states = gated_add(hidden_states, gate_msa, image_out)
+            encoder_hidden_states = gated_add(encoder_hidden_states, c_gate_msa, text_out)
 
             keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
-            image = self.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-            text = self.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
+            image = modulate(self.norm2(hidden_states), scale_mlp, shift_mlp)
+            text = modulate(self.norm2_context(encoder_hidden_states), c_scale_mlp, c_shift_mlp)
             if gates.kept_only and keep is not None:
                 flat = image.flatten(0, 1)
-                hidden_states = self._add_on_kept(hidden_states, lambda rows: self.ff(flat[rows]), keep, gate_mlp)
+                work = lambda rows: self.ff(take_rows(flat, rows))  # noqa: E731
+                hidden_states = self._add_on_kept(hidden_states, work, keep, gate_mlp)
             else:
-                image = gate_mlp[:, None] * feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
-                hidden_states = add_masked(hidden_states, image, keep)
+                image = feed_forward(self.ff, image, gates.groups, self.dy_channel_unit)
+                hidden_states = gated_add(hidden_states, gate_mlp, image, keep)
             text = feed_forward(self.ff_context, text, gates.groups, self.dy_context_channel_unit)
-            encoder_hidden_states = finite(encoder_hidden_states + c_gate_mlp[:, None] * text)
+            encoder_hidden_states = finite(gated_add(encoder_hidden_states, c_gate_mlp, text))
         return _result(encoder_hidden_states, hidden_states, keep, collect)
 
     def sliced(self, units: SharedUnits) -> DyFluxTransformerBlock:
@@ -221,7 +232,7 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
             keep = self._route(hidden_states, encoder_hidden_states, temb, gates)
             text_tokens = encoder_hidden_states.shape[1]
             stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-            x, gate = self.norm(stream, emb=temb)
+            x, gate = adaptive_norm(self.norm, stream, temb)
             attn = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
             # The text is never skipped.
             keep_all = None if keep is None else torch.cat([keep.new_ones(len(keep), text_tokens), keep], dim=1)
@@ -234,14 +245,14 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
     ) -> Tensor:
         mlp = self.act_mlp(self.proj_mlp(x))
         heads, of_mlp = self._head_mask(gates), None if self.dynamic.single_bypass == "attn_out+mlp" else keep
-        if heads is not None:
-            attn = mask_heads(attn, heads)
-        if gates.groups is not None:
-            mlp = masked(mlp, gates.groups.index_select(1, self.dy_channel_unit), of_mlp)
-        elif of_mlp is not None:
-            mlp = mlp * of_mlp[..., None].to(mlp.dtype)
-        out = gate[:, None] * self.proj_out(torch.cat([attn, mlp], dim=2))
-        return add_masked(stream, out, keep if of_mlp is None else None)
+        both = masked_cat(
+            attn,
+            None if heads is None else head_channels(heads, attn.shape[2]),
+            mlp,
+            None if gates.groups is None else gates.groups.index_select(1, self.dy_channel_unit),
+            of_mlp,
+        )
+        return gated_add(stream, gate, self.proj_out(both), keep if of_mlp is None else None)
 
     def _kept_output(
         self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
@@ -252,12 +263,12 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         tokens, heads = x.flatten(0, 1), attn.flatten(0, 1)
 
         def mlp(rows: Tensor) -> Tensor:
-            return self.act_mlp(self.proj_mlp(tokens[rows]))
+            return self.act_mlp(self.proj_mlp(take_rows(tokens, rows)))
 
         if self.dynamic.single_bypass == "attn_out+mlp":
-            both = lambda rows: self.proj_out(torch.cat([heads[rows], mlp(rows)], dim=1))  # noqa: E731
+            both = lambda rows: self.proj_out(torch.cat([take_rows(heads, rows), mlp(rows)], dim=1))  # noqa: E731
             return self._add_on_kept(stream, both, keep, gate)
-        stream = stream + gate[:, None] * self.out_attn(attn)
+        stream = gated_add(stream, gate, self.out_attn(attn))
         return self._add_on_kept(stream, lambda rows: self.out_mlp(mlp(rows)), keep, gate)
 
     def sliced(self, units: SharedUnits) -> DyFluxSingleTransformerBlock:

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.config import DynamicConfig
+from dydit_scale.dynamic.masking import gated_add, modulate
 from dydit_scale.dynamic.masks import SharedUnits
-from dydit_scale.dynamic.packing import fold
+from dydit_scale.dynamic.packing import fold, take_rows
 from dydit_scale.models.blocks import (
     BlockGates,
     OneStreamBlock,
     PackedBlock,
-    add_masked,
     feed_forward,
     mask_heads,
     ones_or,
@@ -141,20 +141,21 @@ class DyLatteTransformerBlock(OneStreamBlock, BasicTransformerBlock):
             rows, batch = hidden_states.shape, len(timestep)
             x = hidden_states.reshape(batch, -1, rows[-1])  # all but attention acts on each token alone
 
-            attended = self.norm1(x) * (1 + scale_msa) + shift_msa
-            x = gate_msa * self.attn1(attended.view(rows), head_mask=self._head_mask(gates)).view_as(x) + x
+            attended = modulate(self.norm1(x), scale_msa[:, 0], shift_msa[:, 0])
+            attended = self.attn1(attended.view(rows), head_mask=self._head_mask(gates)).view_as(x)
+            x = gated_add(x, gate_msa[:, 0], attended)
             if self.attn2 is not None:
                 text = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
                 x = self.attn2(x.view(rows), **text).view_as(x) + x
 
             keep = self._route(x, None, timestep, gates)
-            hidden = self.norm2(x) * (1 + scale_mlp) + shift_mlp
+            hidden = modulate(self.norm2(x), scale_mlp[:, 0], shift_mlp[:, 0])
             if gates.kept_only and keep is not None:
                 flat = hidden.flatten(0, 1)
-                x = self._add_on_kept(x, lambda rows: self.ff(flat[rows]), keep, gate_mlp[:, 0])
+                x = self._add_on_kept(x, lambda rows: self.ff(take_rows(flat, rows)), keep, gate_mlp[:, 0])
             else:
-                out = gate_mlp * feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
-                x = add_masked(x, out, keep)
+                out = feed_forward(self.ff, hidden, gates.groups, self.dy_channel_unit)
+                x = gated_add(x, gate_mlp[:, 0], out, keep)
         return (x.view(rows), ones_or(keep, x)) if collect else x.view(rows)
 
     def sliced(self, units: SharedUnits) -> DyLatteTransformerBlock:

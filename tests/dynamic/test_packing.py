@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dydit_scale.dynamic.packing import CutLinear, add_on_rows_, chosen_rows, fold, shallow
+from dydit_scale.dynamic.packing import CutLinear, add_on_rows, add_on_rows_, chosen_rows, fold, shallow, take_rows
 
 
 def test_slices_are_rows_and_columns_and_views_where_they_can_be() -> None:
@@ -45,6 +45,20 @@ def test_shallow_clones_share_tensors_and_change_alone() -> None:
     clone = shallow(net, extra=3)
     clone[1] = nn.Tanh()
     assert isinstance(net[1], nn.ReLU) and clone[0] is net[0] and not hasattr(net, "extra")
+
+
+def test_rows_are_taken_and_added_with_gradients() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, stream, gate, done = (
+        torch.randn(shape, generator=draw, dtype=torch.double).requires_grad_()
+        for shape in ((6, 2), (2, 3, 2), (2, 2), (3, 2))
+    )
+    rows = torch.tensor([0, 4, 5])
+    assert torch.equal(take_rows(x, rows), x[rows])
+    assert torch.autograd.gradcheck(lambda x: take_rows(x, rows), x)
+    plain = stream.flatten(0, 1).index_add(0, rows, done * gate[rows // 3]).view_as(stream)
+    assert torch.allclose(add_on_rows(stream, rows, done, gate), plain, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda *inputs: add_on_rows(inputs[0], rows, *inputs[1:]), (stream, done, gate))
 
 
 def test_work_lands_on_the_chosen_rows_with_their_samples_gate() -> None:
