@@ -5,15 +5,18 @@
     python -m benchmarks.training --models flux-dev --batch 1 --layers 12
     python -m benchmarks.training --models flux-lite --batch 1 --layers 3 --side 16 --text 32       # on a CPU
 
-Random weights, all of which learn; a step is forward, loss and backward. The optimiser's update, the same for all, is
-left out. Masks of the frozen step are drawn at each of the ratios: in every layer another set of heads and channels,
-scattered, and token routers that keep about a share. Repetitions are interleaved. Writes
-benchmarks/results/training-DEVICE-PRECISION.json and docs/training-DEVICE-PRECISION.svg.
+Random weights, all of which learn; a step is forward, loss and backward, and draws the noise of its gates. The
+optimiser's update, the same for all, is left out. Masks of the frozen step are drawn at each of the ratios: in every
+layer another set of heads and channels, scattered, and token routers that keep about a share. The kinds of step take
+turns, forwards and backwards, without the garbage collector; what is told is the median over the rounds of a step's
+time by that of the static step of the same round. Writes benchmarks/results/training-DEVICE-PRECISION.json and
+docs/training-DEVICE-PRECISION.svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -34,11 +37,11 @@ from tqdm import tqdm
 from benchmarks.inference_masks import equal_keep, shifted
 from benchmarks.inference_sizes import SIZES, Size
 from dydit_scale.dynamic.cost import ModelCost
-from dydit_scale.dynamic.gates import logistic_noise
 from dydit_scale.dynamic.losses import cost_loss
-from dydit_scale.dynamic.masks import FrozenGates, GateNoise, SharedUnits, SubNetwork
+from dydit_scale.dynamic.masks import FrozenGates, SharedUnits, SubNetwork
 from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.sampling.speed import machine
+from dydit_scale.train.objective import draw_gate_noise
 
 ROOT = Path(__file__).parents[1]
 RATIOS = (0.7, 0.5, 0.3)
@@ -55,6 +58,7 @@ class Subject:
     """Ours, on the same weights."""
     inputs: dict[str, Any]
     tokens: int
+    """Of the picture."""
     cost: ModelCost
 
 
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="samples of a micro-batch")
     parser.add_argument("--side", type=int, help="image tokens along a side (default: the size's own; FLUX 64)")
     parser.add_argument("--text", type=int, help="text tokens of FLUX (default: 512)")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write both files here instead")
     args = parser.parse_args()
     quiet_libraries()
@@ -88,12 +92,11 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[d
     size = SIZES[name].cut(args.layers, args.side, args.text)
     size = replace(size, branches=1)  # guidance is for sampling
     subject = make(size, args, device)
-    noise = draw_noise(subject, args.batch, device)
     kinds: dict[str, Callable[[], Tensor]] = {
         STATIC: lambda: loss_of(answer(subject.static, subject)),
-        DYNAMIC: lambda: dynamic_loss(subject, noise)[1],
-        TEACHER: lambda: with_teacher(subject, noise),
-        COMPLETE: lambda: dynamic_loss(subject, noise)[1] + loss_of(answer(subject.dynamic, subject)),
+        DYNAMIC: lambda: dynamic_loss(subject)[1],
+        TEACHER: lambda: with_teacher(subject),
+        COMPLETE: lambda: dynamic_loss(subject)[1] + loss_of(answer(subject.dynamic, subject)),
     }
     ratios = {}
     with autocast(args.precision, device):
@@ -108,25 +111,31 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[d
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     memory: dict[str, dict[str, int]] = {}
     for n in tqdm(range(args.repetitions + 1), desc=name, unit="round"):
-        for kind, loss in kinds.items():
+        for kind, loss in list(kinds.items())[:: 1 if n % 2 else -1]:
             network = subject.static if kind == STATIC else subject.dynamic
             if n == 0:  # warms up
                 memory[kind] = memory_of(network, loss, args.precision, device)
             else:
                 seconds[kind].append(seconds_of(loss, args.precision, device))
             network.zero_grad(set_to_none=True)
-    base = statistics.median(seconds[STATIC])
-    return [row(name, kind, times, base, ratios.get(kind), memory[kind]) for kind, times in seconds.items()]
+    return [
+        row(name, kind, times, seconds[STATIC], ratios.get(kind), {"tokens": size.tokens, **memory[kind]})
+        for kind, times in seconds.items()
+    ]
 
 
 def seconds_of(loss: Callable[[], Tensor], precision: str, device: torch.device) -> float:
+    gc.collect()
+    gc.disable()
     began = time.perf_counter()
     with autocast(precision, device):
         value = loss()
     value.backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    taken = time.perf_counter() - began
+    gc.enable()
+    return taken
 
 
 def memory_of(network: nn.Module, loss: Callable[[], Tensor], precision: str, device: torch.device) -> dict[str, int]:
@@ -142,27 +151,30 @@ def memory_of(network: nn.Module, loss: Callable[[], Tensor], precision: str, de
 
 
 def row(
-    name: str, kind: str, times: list[float], base: float, ratio: float | None, memory: dict[str, int]
+    name: str, kind: str, times: list[float], static: list[float], ratio: float | None, of_model: dict[str, int]
 ) -> dict[str, Any]:
-    """One line of results, which is printed too; ``ideal`` and ``share`` are of steps that do less."""
-    seconds, (low, _, high) = statistics.median(times), statistics.quantiles(times, n=4)
+    """One line of results, which is printed too; quartiles are of ``against_static``, and ``ideal`` and ``share`` of
+    steps that do less."""
+    pairs = [own / other for own, other in zip(times, static, strict=True)]
+    against, (low, _, high) = statistics.median(pairs), statistics.quantiles(pairs, n=4)
+    seconds = statistics.median(times)
     found: dict[str, Any] = {
-        "model": name, "step": kind, "seconds": seconds, "quartiles": [low, high], "against_static": seconds / base,
-        **memory,
+        "model": name, "step": kind, "seconds": seconds, "against_static": against, "quartiles": [low, high], **of_model
     }  # fmt: skip
-    text = f"{name:10}{kind:22}{seconds:9.4f} s  {seconds / base:5.3f}x the static step"
+    text = f"{name:10}{kind:22}{seconds:9.4f} s  {against:5.3f}x the static step ({low:.3f} to {high:.3f})"
     if ratio is not None:
-        found |= {"ratio": ratio, "ideal": 1 / ratio, "realised": base / seconds, "share": base / seconds * ratio}
-        text += f"  ideal {1 / ratio:.2f}x  realised {base / seconds:.2f}x  share of ideal {found['share']:.0%}"
-    print(text + "".join(f"  {key} {size / 2**20:.0f} MiB" for key, size in memory.items()), flush=True)
+        found |= {"ratio": ratio, "ideal": 1 / ratio, "realised": 1 / against, "share": ratio / against}
+        text += f"  ideal {1 / ratio:.2f}x  realised {1 / against:.2f}x  share of ideal {found['share']:.0%}"
+    sizes = {key: size for key, size in of_model.items() if key.endswith("bytes")}
+    print(text + "".join(f"  {key} {size / 2**20:.0f} MiB" for key, size in sizes.items()), flush=True)
     return found
 
 
 def make(size: Size, args: argparse.Namespace, device: torch.device) -> Subject:
     """The model with random weights, which both forms share, and a random batch, one noise level per sample."""
+    torch.manual_seed(0)
     static = size.make_static(device, torch.float32).requires_grad_(True).train()
     dynamic = size.make_dynamic(static).requires_grad_(True).train()
-    torch.manual_seed(0)
     levels = size.inputs(args.batch, 0.01 + 0.98 * torch.rand(args.batch), device, torch.float32)
     rows = {key: [level[key] for level in levels] for key in levels[0]}
     moving = ("hidden_states", "timestep")  # the others are the same at each level
@@ -180,14 +192,17 @@ def loss_of(sample: Tensor) -> Tensor:
     return sample.float().square().mean()
 
 
-def dynamic_loss(subject: Subject, noise: GateNoise) -> tuple[Tensor, Tensor]:
+def dynamic_loss(subject: Subject) -> tuple[Tensor, Tensor]:
     """(sample, loss) as in ordinary training, the cost included."""
+    device = subject.inputs["hidden_states"].device
+    positions = torch.arange(len(subject.inputs["hidden_states"]))
+    noise = draw_gate_noise(subject.dynamic, 0, positions, subject.tokens, device)
     out = subject.dynamic(**subject.inputs, gates=noise, collect=True)
     return out.sample, loss_of(out.sample) + 2 * cost_loss(subject.cost.ratio(out.masks).mean(), 0.5)
 
 
-def with_teacher(subject: Subject, noise: GateNoise) -> Tensor:
-    sample, loss = dynamic_loss(subject, noise)
+def with_teacher(subject: Subject) -> Tensor:
+    sample, loss = dynamic_loss(subject)
     with torch.no_grad():
         taught = answer(subject.static, subject)
     return loss + loss_of(sample.float() - taught.float())
@@ -200,11 +215,6 @@ def frozen_loss(subject: Subject, gates: FrozenGates, biases: list[Tensor]) -> T
     with torch.no_grad():
         subject.cost.ratio(out.masks)  # which is logged
     return loss_of(out.sample)
-
-
-def draw_noise(subject: Subject, batch: int, device: torch.device) -> GateNoise:
-    layers, heads = len(subject.dynamic.dynamic_blocks()), subject.dynamic.config["num_attention_heads"]
-    return GateNoise(*(logistic_noise(torch.rand(layers, batch, n)).to(device) for n in (heads, heads, subject.tokens)))
 
 
 def draw_network(dynamic: Any, share: float) -> SubNetwork:
@@ -271,9 +281,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         found = [next(row for row in rows if (row["model"], row["step"]) == (model, kind)) for model in models]
         places = [m + (n - (len(kinds) - 1) / 2) * height for m in range(len(models))]
         lengths = [row["against_static"] for row in found]
-        spread = [
-            [abs(row["quartiles"][i] / row["seconds"] - 1) * row["against_static"] for row in found] for i in (0, 1)
-        ]
+        spread = [[abs(row["quartiles"][i] - row["against_static"]) for row in found] for i in (0, 1)]
         axes.barh(places, lengths, height * 0.9, color=colours[n], label=kind, xerr=spread, error_kw={"linewidth": 0.8})
         for place, row in zip(places, found, strict=True):
             if "ratio" in row:

@@ -141,15 +141,8 @@ class Objective:
 
     def gate_noise(self, positions: Tensor, size: SampleSize) -> GateNoise:
         """Noise of the gates for samples of ``size``, a function of (seed, position)."""
-        blocks = len(self.network.dynamic_blocks())
-        heads = self.network.config["num_attention_heads"]
         tokens = self.family.image_tokens(self.pipeline, size)
-        units = (heads, self.network.dynamic.mlp_groups or heads, tokens)
-        drawn = torch.empty(len(positions), blocks * sum(units))
-        for row, position in zip(drawn, positions.tolist(), strict=True):
-            torch.rand(row.shape, generator=keyed_generator(self.recipe.seed, "gates", position), out=row)
-        kinds = logistic_noise(drawn.to(self.device)).split([blocks * n for n in units], dim=1)
-        return GateNoise(*(x.unflatten(1, (blocks, -1)).transpose(0, 1) for x in kinds))
+        return draw_gate_noise(self.network, self.recipe.seed, positions, tokens, self.device)
 
     def terms(
         self, module: nn.Module, inputs: Inputs, positions: Tensor, step: int, network: SubNetwork | None = None
@@ -252,6 +245,17 @@ def size_of(batch: Batch, stride: int = 1) -> SampleSize:
     images = len(batch.picture_captions[0]) if batch.picture_captions else 0
     frames = shown.shape[1] - images if shown.ndim == 5 else 1
     return SampleSize(height=stride * shown.shape[-2], width=stride * shown.shape[-1], frames=frames, images=images)
+
+
+def draw_gate_noise(network: Any, seed: int, positions: Tensor, tokens: int, device: torch.device) -> GateNoise:
+    """Noise of all gates of ``network`` for samples of so many tokens, a function of (seed, position)."""
+    blocks, heads = len(network.dynamic_blocks()), network.config["num_attention_heads"]
+    units = (heads, network.dynamic.mlp_groups or heads, tokens)
+    drawn = torch.empty(len(positions), blocks * sum(units))
+    for row, position in zip(drawn, positions.tolist(), strict=True):
+        torch.rand(row.shape, generator=keyed_generator(seed, "gates", position), out=row)
+    kinds = logistic_noise(drawn.to(device)).split([blocks * n for n in units], dim=1)
+    return GateNoise(*(x.unflatten(1, (blocks, -1)).transpose(0, 1) for x in kinds))
 
 
 def sample_size(recipe: Recipe) -> SampleSize:
