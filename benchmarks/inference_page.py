@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.inference_variants import VARIANTS
@@ -46,7 +47,8 @@ def _section(result: Result) -> str:
     ]
     gpu = result["device"] == "cuda"
     for where, rows in _comparisons(result["rows"]):
-        parts += [f"**{_title(where)}**\n", "\n".join([*_header(gpu), *(_line(row, gpu) for row in rows)]) + "\n"]
+        lines = [_line(row, gpu, _over_packed(row, rows)) for row in rows]
+        parts += [f"**{_title(where)}**\n", "\n".join([*_header(gpu), *lines]) + "\n"]
         left_out = [
             f"{VARIANTS[skip['variant']]} ({skip['reason']})"
             for skip in result["skipped"]
@@ -80,16 +82,37 @@ def _masks(where: Row) -> str:
 
 def _header(gpu: bool) -> list[str]:
     memory = "memory, GiB" if gpu else "packed, GiB"
-    columns = ("GMACs", "ideal", "realised", "share", "over open", "seconds", "set-up", "first", memory)
+    columns = (
+        "GMACs",
+        "ideal",
+        "realised",
+        "share",
+        "over open",
+        "over open, packed",
+        "seconds",
+        "set-up",
+        "first",
+        memory,
+    )
     return [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
 
 
-def _line(row: Row, gpu: bool) -> str:
+def _over_packed(row: Row, rows: list[Row]) -> str:
+    """How much faster a row is than our open model packed alike, round by round; nothing where that was not run."""
+    open_packed = next((other for other in rows if other["variant"] == "open-packed"), None)
+    if open_packed is None:
+        return ""
+    pairs = zip(open_packed["seconds"], row["seconds"], strict=True)
+    return f"{median(other / own for other, own in pairs):.2f}"
+
+
+def _line(row: Row, gpu: bool, over_packed: str) -> str:
     low, high = row["realised_iqr"]
     held = row["peak_bytes"] if gpu else row["plan_bytes"]
     cells = [
         VARIANTS[row["variant"]], f"{row['macs'] / 1e9:.1f}", f"{row['ideal']:.2f}",
         f"{row['realised']:.2f} ({low:.2f}–{high:.2f})", f"{row['share']:.0%}", f"{row['realised_over_open']:.2f}",
+        over_packed,
         f"{row['seconds_median']:.3f}", f"{row['setup_seconds']:.1f}", f"{row['first_seconds']:.2f}",
         f"{held / 2**30:.2f}" if held else "",
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -94,6 +95,42 @@ def test_other_files_are_refused_and_none_is_unpickled(tmp_path: Path) -> None:
     torch.save(Inception().state_dict() | {"fc.weight": torch.zeros(1000, 2048)}, path)
     with pytest.raises(ValueError, match=r"fc\.weight should be \[1008, 2048\], is \[1000, 2048\] \(1 tensors"):
         load_inception(path)
+
+
+OF_TORCH_FIDELITY = {
+    (32, 40): ([[2.556732, 0.112315, 0.621866], [2.555222, 0.119318, 0.674873]],
+               [[0.074927, -0.528328, -0.059505], [0.079913, -0.543792, -0.069083]]),
+    (320, 299): ([[3.636892, 0.103253, 0.860270], [3.663579, 0.100031, 0.856242]],
+                 [[0.073905, -0.656129, 0.173516], [0.066861, -0.640650, 0.159833]]),
+}  # fmt: skip
+"""What torch-fidelity 0.4.0 gives for the weights of ``numbered``: pool 0, 1023, 2047, and logits 0, 500, 1007."""
+
+
+def numbered() -> dict[str, torch.Tensor]:
+    """Weights from a stream that numpy has frozen (NEP 19)."""
+    draw = np.random.RandomState(0)
+
+    def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) > 1:
+            return draw.standard_normal(shape) * (2 / np.prod(shape[1:])) ** 0.5
+        if name.endswith("num_batches_tracked"):
+            return np.zeros(shape)
+        low, high = {"running_var": (0.7, 1.4), "weight": (0.8, 1.2)}.get(name.split(".")[-1], (-0.2, 0.2))
+        return draw.uniform(low, high, shape)
+
+    state = Inception().state_dict()
+    return {name: torch.as_tensor(values(name, tuple(x.shape))).to(x.dtype) for name, x in state.items()}
+
+
+def test_values_are_torch_fidelitys() -> None:
+    network = Inception().eval()
+    network.load_state_dict(numbered())
+    for size, (pool, logits) in OF_TORCH_FIDELITY.items():
+        pixels = np.random.RandomState(1).randint(0, 256, (2, 3, *size), dtype=np.uint8)
+        with torch.no_grad():
+            found = network(torch.as_tensor(pixels))
+        torch.testing.assert_close(found.pool[:, [0, 1023, 2047]], torch.tensor(pool), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.logits[:, [0, 500, 1007]], torch.tensor(logits), rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_torch_fidelitys_network(network: Inception, tmp_path: Path) -> None:
