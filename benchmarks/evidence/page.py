@@ -205,7 +205,7 @@ class _Page:
             lines.append(f"| {self.place.size.trials[row['trial']].title} | {' | '.join(shares)} |")
         titles = [self.place.size.trials[row["trial"]].title for row in rows if row["tokens"] > ALL_TOKENS]
         found = (
-            f"**{' and '.join(titles)} skip{'s' if len(titles) == 1 else ''} next to no token here: what is called "
+            f"**{_listed(titles)} skip{'s' if len(titles) == 1 else ''} next to no token here: what is called "
             "dynamic in width and tokens saves by width alone there.**"
             if titles
             else "**Every family skips tokens and narrows its layers.**"
@@ -270,7 +270,13 @@ def answer(units: Sequence[Row], own: str = "dynamic-0.5", statics: Sequence[str
 
 def _named(measures: Sequence[str]) -> str:
     """ "the denoising error is", "the judge's score and the Fréchet distance are"."""
-    return " and ".join(f"the {MEASURES[m][0]}" for m in measures) + (" is" if len(measures) == 1 else " are")
+    return _listed([f"the {MEASURES[m][0]}" for m in measures]) + (" is" if len(measures) == 1 else " are")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _of_experts(units: Sequence[Row]) -> str:
@@ -287,7 +293,7 @@ def _of_experts(units: Sequence[Row]) -> str:
         told = "**It is not shown here: four experts differ from plain LoRA by no more than the spread of the seeds"
     lost = [m for m in QUALITY if is_worse(units, mixed, full, m)]
     return told + (
-        f"; {_named(lost)} worse than with all weights.**" if lost else "; nor are they told from all weights.**"
+        f"; {_named(lost)} worse than with all weights.**" if lost else "; from all weights they are not told apart.**"
     )
 
 
@@ -301,7 +307,7 @@ def _of_temperatures(off: dict[int, float], rows: Sequence[Row]) -> str:
     if not idle:
         return told
     return (
-        f"{told} At temperature {' and '.join(idle)} the threshold keeps next to all tokens, so that there is nothing "
+        f"{told} At temperature {_listed(idle)} the threshold keeps next to all tokens, so that there is nothing "
         "to choose between the first two ways; the savings are of width."
     )
 
