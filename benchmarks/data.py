@@ -1,15 +1,15 @@
 """How fast samples are read: by this project's reader, by plain webdataset, and as a raw read of the same tars.
 
-    python benchmarks/data.py OUT                 # a quarter of an hour, 9 GB; OUT is on the disk to measure
+    python benchmarks/data.py OUT                 # a quarter of an hour; OUT is on the disk to measure
     python benchmarks/data.py OUT --quick         # few samples, to see that it runs; writes to OUT
 
 Two kinds of data: pictures of about 40 KB, and encoded samples of 196 KB. For each, with 0, 2 and 4 workers and all of
 them in turn within each repetition: "reader" and "webdataset" get the bytes of samples, the reader in its shuffled
-order and with checksums, webdataset in the order of the shards; the bytes stay in the workers, since otherwise the pipe
-between processes is measured. "decoded" are tensors, of pictures by the same functions, and come back. "raw" is one
-process that reads the tars from end to end; "raw, checked" takes the CRC32 of their bytes, too. The files lie in the
-page cache. Beside it: the time to index, and the most memory that reading all over an index of ten million samples
-takes.
+order and with checksums, webdataset in the order of the shards. The bytes stay in the workers, since otherwise the pipe
+between processes is measured, and are read in four epochs, since the workers' start is part of the time. "decoded" are
+tensors of one epoch, of pictures by the same functions, and come back. "raw" is one process that reads the tars from
+end to end; "raw, checked" takes the CRC32 of their bytes, too. The files lie in the page cache. Beside it: the time to
+index, and the most memory that reading all over an index of ten million samples takes.
 
 Writes benchmarks/results/data.json.
 """
@@ -72,17 +72,15 @@ ENCODING = Encoding(
 )  # fmt: skip
 """Mean and deviation of a 256-pixel picture in 16 channels and some text, in 16 bits: 192 KiB."""
 BATCH = 16
-MORE_LATENTS = 4
-"""Times as many encoded samples as pictures: a pass over fewer is so short that it measures the workers' start."""
+EPOCHS = 4
+"""Passes over the bytes: one alone is so short that the start of the workers is half of it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the shards, on the disk to measure")
     parser.add_argument("--repeat", type=int, help="(default: 5, with --quick 2)")
-    parser.add_argument(
-        "--samples", type=int, help="pictures, and a quarter of the encoded samples (default: 8192, with --quick 512)"
-    )
+    parser.add_argument("--samples", type=int, help="in each kind of data (default: 8192, with --quick 512)")
     parser.add_argument(
         "--simulated", type=int, help="samples of the index whose memory is taken (default: 10 million, 100,000)"
     )
@@ -100,10 +98,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     result: dict[str, Any] = {**machine(torch.device("cpu")), "samples": args.samples, "repeat": args.repeat}
     result["versions"] |= {name: version(name) for name in ("webdataset", "isal", "pillow", "numpy")}
-    for kind, make, count in (("pictures", pictures, args.samples), ("latents", latents, MORE_LATENTS * args.samples)):
-        folder = args.out / f"{kind}-{count}"
+    for kind, make in (("pictures", pictures), ("latents", latents)):
+        folder = args.out / f"{kind}-{args.samples}"
         if not folder.exists():
-            make(folder, count)
+            make(folder, args.samples)
         result[kind] = compare(folder, kind, args.repeat)
     result["memory"] = memory_of_many(args.out, args.simulated)
     out = (args.out if args.quick else ROOT / "benchmarks" / "results") / "data.json"
@@ -151,15 +149,14 @@ def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
     began = time.perf_counter()
     index = build_index(folder)
     result: dict[str, Any] = {
-        "samples": index.num_samples,
         "index_seconds": time.perf_counter() - began,
         "load_index_seconds": timed(lambda: load_index(folder))[0],
         "bytes_per_sample": sum(shard.bytes for shard in index.shards) / index.num_samples,
     }
     ways: dict[str, Callable[[], float]] = {"raw": lambda: raw(index), "raw, checked": lambda: raw(index, check=True)}
     for workers in WORKERS:
-        ways[f"reader {workers}"] = lambda n=workers: rate(bytes_of_reader(index, n), index)
-        ways[f"webdataset {workers}"] = lambda n=workers: rate(bytes_of_webdataset(index, n), index)
+        ways[f"reader {workers}"] = lambda n=workers: rate(bytes_of_reader(index, n), index, EPOCHS)
+        ways[f"webdataset {workers}"] = lambda n=workers: rate(bytes_of_webdataset(index, n), index, EPOCHS)
         ways[f"decoded reader {workers}"] = lambda n=workers: rate(decoded_by_reader(index, n), index)
         if kind == "pictures":
             ways[f"decoded webdataset {workers}"] = lambda n=workers: rate(decoded_by_webdataset(index, n), index)
@@ -179,11 +176,12 @@ def compare(folder: Path, kind: str, repeat: int) -> dict[str, Any]:
     return result | {"rows": rows}
 
 
-def rate(batches: Iterable[int], index: ShardIndex) -> float:
-    """Samples per second over one pass, from before the workers start; ``batches`` tells the size of each batch."""
+def rate(batches: Iterable[int], index: ShardIndex, epochs: int = 1) -> float:
+    """Samples per second over so many passes, from before the workers start; ``batches`` tells the size of each
+    batch."""
     gc.collect()
     seconds, count = timed(lambda: sum(batches))
-    assert abs(count - index.num_samples) < 8 * BATCH, (count, index.num_samples)
+    assert abs(count - epochs * index.num_samples) < 8 * BATCH, (count, epochs, index.num_samples)
     return count / seconds
 
 
@@ -197,13 +195,13 @@ def raw(index: ShardIndex, check: bool = False) -> float:
     """One process reads every shard from end to end, and takes the CRC32 of its bytes if ``check``."""
 
     def read() -> None:
-        for shard in index.shards:
+        for shard in EPOCHS * index.shards:
             with (index.folder / shard.name).open("rb", buffering=0) as file:
                 while data := file.read(1 << 20):
                     if check:
                         crc32(data)
 
-    return index.num_samples / timed(read)[0]
+    return EPOCHS * index.num_samples / timed(read)[0]
 
 
 def source_reader(index: ShardIndex) -> SourceReader:
@@ -212,7 +210,8 @@ def source_reader(index: ShardIndex) -> SourceReader:
 
 
 class ReaderBytes(Dataset[Any]):
-    """Reads what a ``Reader`` would decode, batch by batch, in its order and with its checks; gives the sizes."""
+    """Reads what a ``Reader`` would decode in some epochs, batch by batch, in its order and with its checks; gives the
+    sizes."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
@@ -220,7 +219,7 @@ class ReaderBytes(Dataset[Any]):
         self.order = SampleOrder([shard.count for shard in index.shards], 0)
 
     def __len__(self) -> int:
-        return self.index.num_samples // BATCH
+        return EPOCHS * self.index.num_samples // BATCH
 
     def __getitem__(self, number: int) -> list[int]:
         self.reader._files.forget()
@@ -234,7 +233,7 @@ def bytes_of_reader(index: ShardIndex, workers: int) -> Iterator[int]:
 
 
 def bytes_of_webdataset(index: ShardIndex, workers: int) -> Iterator[int]:
-    sizes = plain(index).map(size_of_sample).batched(BATCH, collation_fn=list)
+    sizes = plain(index).repeat(EPOCHS).map(size_of_sample).batched(BATCH, collation_fn=list)
     return map(len, DataLoader(sizes, batch_size=None, num_workers=workers, collate_fn=list))
 
 

@@ -187,7 +187,7 @@ def test_equal_differences_of_all_seeds_tell_no_spread() -> None:
 def test_the_answer_follows_the_numbers() -> None:
     lost = made_up({"static": [0.8, 0.9, 0.7], "dynamic-0.5": [0.70, 0.81, 0.61]})
     assert page.answer(lost).startswith(
-        "**It fails here: at 0.50 of the MACs the judge's score and the Fréchet distance"
+        "**It fails here: at 0.50 of the MACs the judge's score, the Fréchet distance and the denoising error are"
     )
     assert "88% of the judge's score" in page.answer(lost)
     assert "66% of the judge's score" in page.answer([*lost, *made_up({"base": [1.0, 1.1, 1.1]})]), "the better one"
@@ -207,7 +207,7 @@ def test_a_missed_ratio_is_named() -> None:
 def test_the_answer_on_experts_follows_the_numbers() -> None:
     plain, full = [0.8, 0.9, 0.7], [0.8, 0.88, 0.73]
     for mixed, said in (
-        ([0.9, 0.99, 0.81], "**It holds here: with four experts the judge's score and the Fréchet distance and"),
+        ([0.9, 0.99, 0.81], "**It holds here: with four experts the judge's score, the Fréchet distance and"),
         ([0.7, 0.81, 0.6], "**It fails here: with four experts the judge's score"),
         ([0.83, 0.86, 0.71], "**It is not shown here: four experts differ from plain LoRA by no more"),
     ):

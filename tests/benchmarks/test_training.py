@@ -29,6 +29,8 @@ def test_every_kind_of_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for ratio, kind in zip(training.RATIOS, frozen, strict=True):
         assert rows[kind]["ratio"] == pytest.approx(ratio, abs=0.06), "whole heads and tokens"
         assert rows[kind]["saved_bytes"] < rows[training.DYNAMIC]["saved_bytes"], "what is cut away keeps nothing"
+    kept = rows[training.DYNAMIC]["saved_bytes"] / rows[training.STATIC]["saved_bytes"]
+    assert kept < 1.2, "gates and masks keep next to nothing of their own"
     assert rows[training.COMPLETE]["saved_bytes"] > rows[training.DYNAMIC]["saved_bytes"]
 
 
