@@ -19,10 +19,11 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ from benchmarks.inference_page import write_page
 from benchmarks.inference_peers import Skipped, counted_macs
 from benchmarks.inference_plan import FEW, ON_CPU, ON_GPU, Comparison, check, names, planned
 from benchmarks.inference_sizes import SIZES, Size
-from benchmarks.inference_variants import VARIANTS, Setting, Variant, build
+from benchmarks.inference_variants import PACKED, VARIANTS, Setting, Variant, build
 from dydit_scale.models.quiet import quiet_libraries
 from dydit_scale.sampling.speed import machine
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
+    parser.add_argument("--name", help="the last part of the result's name, beside others of the same device and dtype")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also one profiled run of each variant: a table "
                         "of its operations, and a trace for chrome://tracing")  # fmt: skip
     parser.add_argument("--plot", nargs="*", type=Path, metavar="FILE", help="measure nothing; make the page of these")
@@ -82,18 +84,20 @@ def measure_all(comparisons: list[Comparison], args: argparse.Namespace) -> None
     """Measure them; the file is written after each."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     settings = {k: v for k, v in vars(args).items() if k not in ("plot", "docs", "out", "profile", "masks")}
-    settings["masks"] = None if args.masks is None else str(args.masks)
+    settings["masks"] = None if args.masks is None else args.masks.resolve().name
     found: dict[str, Any] = {**machine(device), "device": device.type, "dtype": args.dtype, "settings": settings}
     found |= {"flops_checks": {}, "rows": [], "skipped": []}
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"inference-{device.type}-{args.dtype}.json"
+    file = args.out / f"inference-{device.type}-{args.dtype}{'' if args.name is None else f'-{args.name}'}.json"
     for name, own in groupby(comparisons, key=lambda comparison: comparison.size.name):
         first, *others = own
         found["flops_checks"][name] = flops_check(first.size, device, dtype)
         static = first.size.make_static(device, dtype)
         for comparison in (first, *others):
             wanted = names(args, few=comparison.few)
-            rows, skipped = compare(comparison.setting(static), wanted, args.repetitions, device, args.profile)
+            setting = comparison.setting(static, _budget(wanted, device))
+            rows, skipped = compare(setting, wanted, args.repetitions, device, args.profile)
+            del setting
             _free(device)
             where = comparison.described()
             found["rows"] += [{**where, **row} for row in rows]
@@ -124,15 +128,19 @@ def compare(
         variants.append(variant)
         rows.append(row)
     with tqdm(total=repetitions * len(variants), desc=f"{title}: timing", unit="run", dynamic_ncols=True) as bar:
-        for _ in range(repetitions):
+        for picture in range(1, repetitions + 1):
+            inputs = setting.draw(picture=picture)
             for variant, row in zip(variants, rows, strict=True):
                 with variant.ready():
-                    row["seconds"].append(timed(lambda v=variant: v.run(setting.inputs), device))
+                    row["seconds"].append(timed(lambda v=variant, x=inputs: v.run(x), device))
                 bar.update()
+            for variant, row in zip(variants, rows, strict=True):
+                row["macs_each"].append(variant.macs_of(inputs))
     variants, rows = _as_named(variants, rows, skipped, title)
     for variant in variants if profile is not None else ():
         write_profile(profile / f"{setting.size.name}-{variant.name}", variant, setting, device)
     for variant, row in zip(variants, rows, strict=True):
+        row["macs"] = statistics.mean(row["macs_each"])
         if variant.execution is not None:
             row |= {"recompilations": variant.execution.recompilations}
             row |= {"warmup_seconds": variant.execution.warmup_seconds}
@@ -150,19 +158,33 @@ def first_run(name: str, setting: Setting, device: torch.device) -> tuple[Varian
     held = _allocated(device)
     began = time.perf_counter()
     variant = build(name, setting)
-    row = {"variant": name, "beside": variant.beside, "macs": variant.macs, "macs_from": variant.macs_from,
-           "blocks_computed": variant.blocks_computed, "plan_bytes": variant.plan_bytes,
-           "setup_seconds": time.perf_counter() - began}  # fmt: skip
+    plan = variant.plan
+    copies = 0 if plan is None else plan.bytes
+    row = {"variant": name, "beside": variant.beside, "macs_from": variant.macs_from,
+           "blocks_computed": variant.blocks_computed, "plan_bytes": copies,
+           "stored": {} if plan is None else plan.stored, "setup_seconds": time.perf_counter() - began}  # fmt: skip
     with variant.ready():
         before = _allocated(device)
         _reset_peak(device)
         row["first_seconds"] = timed(lambda: _finite(variant, setting), device)
-        variant.check_packed()
-        if device.type == "cuda":
-            weights = sum(p.numel() * p.element_size() for p in setting.static.parameters())
-            own = max(before - held, variant.plan_bytes)  # a variant with a cache shares its plan
-            row["peak_bytes"] = weights + own + torch.cuda.max_memory_allocated() - before
-    return variant, {**row, "seconds": []}
+        variant.check_name()
+    weights = sum(p.numel() * p.element_size() for p in setting.static.parameters())
+    if device.type == "cuda":
+        own = max(before - held, copies)  # a variant with a cache shares its plan
+        row["peak_bytes"] = weights + own + torch.cuda.max_memory_allocated() - before
+    else:
+        row["peak_bytes"] = weights + copies + cpu_run_bytes(variant, setting)
+    return variant, {**row, "seconds": [], "macs_each": []}
+
+
+def cpu_run_bytes(variant: Variant, setting: Setting) -> int:
+    """What torch's allocator holds at most during a run, beyond what it held before; scratch memory of oneDNN is not
+    among it."""
+    with variant.ready(), torch.profiler.profile(profile_memory=True) as found:
+        variant.run(setting.inputs)
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(0, *accumulate(changes))
 
 
 def _as_named(
@@ -172,7 +194,7 @@ def _as_named(
     kept = []
     for variant, row in zip(variants, rows, strict=True):
         try:
-            variant.check_packed()
+            variant.check_name()
         except Skipped as error:
             _leave_out(variant.name, str(error), skipped, title)
         else:
@@ -266,6 +288,14 @@ def _quartiles(values: list[float]) -> list[float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _budget(wanted: list[str], device: torch.device) -> int:
+    """What the packed copies of a variant may take: its part of most of the free memory. All get the same, and none
+    fewer because of those before it."""
+    packed = sum(name in PACKED for name in wanted)
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(0.7 * free) // max(1, packed)
 
 
 def _allocated(device: torch.device) -> int:

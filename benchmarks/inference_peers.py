@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dydit_scale.dynamic.cost import ModelCost
+from dydit_scale.dynamic.fused_tokens import fixed_rows
 
 
 class Skipped(Exception):
@@ -102,8 +103,8 @@ class FixedK(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, dim]"""
-        rows = self.score(x).topk(self.k, dim=1).indices.expand(-1, -1, x.shape[-1])
-        return torch.zeros_like(x).scatter(1, rows, self.ff(x.gather(1, rows)))
+        rows, flat = fixed_rows(self.score(x).squeeze(-1), self.k), x.flatten(0, 1)
+        return torch.zeros_like(flat).index_copy_(0, rows, self.ff(flat.index_select(0, rows))).view_as(x)
 
 
 def with_fixed_k(static: Any, cost: ModelCost, tokens: int, target: float) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,13 +48,19 @@ class Comparison:
     ratio: float
     """What the shares cost."""
 
-    def setting(self, static: Any) -> Setting:
-        """With the model and its inputs."""
+    def setting(self, static: Any, max_bytes: int | None = None) -> Setting:
+        """With the model, its inputs, and what each packed variant's copies may take."""
         like = next(static.parameters())
-        inputs = self.size.inputs(self.batch, self.sigmas, like.device, like.dtype)
-        timesteps = self.size.timesteps(self.sigmas)
-        return Setting(size=self.size, static=static, inputs=inputs, timesteps=timesteps, shares=self.shares,
-                       target=self.ratio, few=self.few)  # fmt: skip
+        return Setting(
+            size=self.size,
+            static=static,
+            draw=partial(self.size.inputs, self.batch, self.sigmas, like.device, like.dtype),
+            timesteps=self.size.timesteps(self.sigmas),
+            shares=self.shares,
+            target=self.ratio,
+            few=self.few,
+            max_bytes=max_bytes,
+        )
 
     def described(self) -> dict[str, Any]:
         """For the result's rows."""

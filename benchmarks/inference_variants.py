@@ -28,7 +28,8 @@ from benchmarks.inference_sizes import Size
 from dydit_scale.dynamic.capacity import TokenCapacity
 from dydit_scale.dynamic.cost import KeepRates, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks
-from dydit_scale.models.plan import RunState
+from dydit_scale.dynamic.packing import shallow
+from dydit_scale.models.plan import PackedPlan, RunState, TokenPlan
 from dydit_scale.sampling.execution import Execution
 
 VARIANTS = {
@@ -57,6 +58,8 @@ VARIANTS = {
 }
 """What can be measured, and what tables call it."""
 COMPILED = ("static-compile", "compile", "static-cudagraphs", "cudagraphs")
+PACKED = ("open-packed", "width", "tokens", "both", "fused", "int8", "compile", "cudagraphs")
+"""Those with copies of their own; the others use those of ``both``."""
 ON_REQUEST = ("int8",)
 """Not for speed."""
 FEW_STEPS = (
@@ -75,6 +78,7 @@ class Routed:
     cost: ModelCost
     thresholds: TokenThresholds | None
     masks: list[DynamicMasks] = field(default_factory=list)
+    _of: Inputs | None = None
 
     def before(self, step: int) -> None:
         """Precedes the forward of a step."""
@@ -83,11 +87,14 @@ class Routed:
 
     @torch.no_grad()
     def collect(self, inputs: Inputs) -> None:
-        """Take down the masks of every step."""
+        """Take down the masks of every step, if they are not those of these inputs already."""
+        if self._of is inputs:
+            return
         self.masks.clear()
         for step, x in enumerate(inputs):
             self.before(step)
             self.masks.append(DynamicMasks(*(m.cpu() for m in self.model(**x, collect=True).masks)))
+        self._of = inputs
 
     def macs(self, ran: list[list[int]] | None = None) -> float:
         """MACs of a sample over all steps; ``ran`` names the blocks that each step computed (None: all)."""
@@ -106,18 +113,26 @@ class Setting:
 
     size: Size
     static: Any
-    inputs: Inputs
+    draw: Callable[..., Inputs]
+    """The inputs of ``picture=`` a number, one dict a step."""
     timesteps: Tensor
     shares: Shares
     target: float
     """The cost ratio that the shares were drawn for, which peers are set to as well."""
     few: bool = False
+    max_bytes: int | None = None
+    """What the copies of a packed variant may take, the same for all: they are to be stored alike."""
     stack: ExitStack = field(default_factory=ExitStack)
 
     @property
     def steps(self) -> int:
         """Measured."""
         return len(self.timesteps)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Of the picture that token thresholds are found with, and first runs draw."""
+        return self.draw(picture=0)
 
     @cached_property
     def open_model(self) -> Any:
@@ -134,13 +149,17 @@ class Setting:
         """Packed; the variants with a cache share it, for plans are large and hooks come and go."""
         return self.routed()
 
+    def pack(self, model: Any, **options: Any) -> Any:
+        """The plan of a model packed for the steps."""
+        return model.pack(self.timesteps, max_bytes=self.max_bytes, **options)
+
     @torch.no_grad()
     def routed(self, *, packed: bool = True, **dynamic: bool) -> Routed:
         """A dynamic model whose routers follow the shares; ``dynamic`` says what of it is dynamic."""
         model = self.size.make_dynamic(self.static, **dynamic)
         set_width(model, self.shares, self.timesteps)
         if packed:
-            model.pack(self.timesteps)
+            self.pack(model)
         thresholds = TokenThresholds(model, self.steps) if model.dynamic.tokens else None
         if thresholds is not None:
             thresholds.fit(lambda step: model(**self.inputs[step]), self.shares.tokens)
@@ -156,7 +175,7 @@ class Variant:
     name: str
     model: Any
     macs: float
-    """Of one sample, all steps."""
+    """Of one sample, all steps, of the first picture."""
     macs_from: str = "cost model"
     """Or: blocks that ran (and the cost model), FlopCounterMode."""
     beside: str = "static"
@@ -169,17 +188,28 @@ class Variant:
     """Enabled around each run."""
     blocks_computed: float = 1.0
     """The share of blocks that ran, over all steps."""
-    plan_bytes: int = 0
-    """Weights that packing copied."""
-    packed: RunState | None = None
+    counted: Routed | None = None
+    """Whose token gates decide on the MACs of each picture; None: those of all pictures are the same."""
+    ran: list[list[int]] | None = None
+    """The blocks that each step computes; None: all."""
+    plan: PackedPlan | None = None
     """Of a packed model."""
-    execution: Any = None
+    execution: Execution | None = None
     """What compiled or captured it."""
 
-    def check_packed(self) -> None:
-        """Skipped if forwards of a packed model ran masked: its row would not be what it is called."""
-        if self.packed is not None and self.packed.fallback is not None:
-            raise Skipped(f"some forwards ran masked: {self.packed.fallback}")
+    def macs_of(self, inputs: Inputs) -> float:
+        """MACs of one sample of these pictures, all steps."""
+        if self.counted is None:
+            return self.macs
+        self.counted.collect(inputs)
+        return self.counted.macs(self.ran)
+
+    def check_name(self) -> None:
+        """Skipped if forwards ran masked, or op by op: the row would not be what it is called."""
+        if self.plan is not None and self.plan.run.fallback is not None:
+            raise Skipped(f"some forwards ran masked: {self.plan.run.fallback}")
+        if self.execution is not None and self.execution.limit is not None:
+            raise Skipped(f"some forwards ran op by op: more than {self.execution.limit} were needed")
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -221,8 +251,7 @@ def build(name: str, setting: Setting) -> Variant:
         return Variant(model=setting.open_model, options={"gates": "open"}, **static)
     if name == "open-packed":
         model = setting.size.make_dynamic(setting.static, tokens=False)
-        plan = model.pack(setting.timesteps)
-        return Variant(model=model, plan_bytes=plan.bytes, packed=plan.run, **static)
+        return Variant(model=model, plan=setting.pack(model), **static)
     if name in ("static-compile", "static-cudagraphs"):
         twin = twin_of(setting.static)
         twin.compile(dynamic=False, mode="reduce-overhead" if name == "static-cudagraphs" else None)
@@ -232,8 +261,8 @@ def build(name: str, setting: Setting) -> Variant:
     if name in ("capacity", "fused", "compile", "cudagraphs"):
         return _with_capacity(name, setting)
     if name == "int8":
-        routed = setting.routed()
-        routed.model.pack(setting.timesteps, weights="int8")
+        routed = setting.routed(packed=False)
+        setting.pack(routed.model, weights="int8")
         return _of(name, routed)
     if name == "fixed-k":
         return _counted(name, with_fixed_k(setting.static, setting.cost, setting.size.tokens, setting.target), setting)
@@ -254,18 +283,26 @@ def _routed(name: str, setting: Setting) -> Variant:
 
 def _of(name: str, routed: Routed, **others: Any) -> Variant:
     plan = routed.model._plan
-    packed = {} if plan is None else {"plan_bytes": plan.bytes, "packed": plan.run}
-    return Variant(name=name, model=routed.model, macs=routed.macs(), before=routed.before, **packed, **others)
+    varies = routed.thresholds is not None and (plan is None or plan.tokens.counts is None)
+    return Variant(name=name, model=routed.model, macs=routed.macs(), before=routed.before, plan=plan,
+                   counted=routed if varies else None, **others)  # fmt: skip
 
 
 def _with_capacity(name: str, setting: Setting) -> Variant:
-    routed = setting.routed()
-    capacity = TokenCapacity.from_masks(setting.timesteps.tolist(), routed.masks)
-    plan = routed.model.pack(
-        setting.timesteps, capacity=capacity, kernel_layout=name != "compile", fused_tokens=name == "fused"
-    )
-    if plan.fused_tokens is not None and not plan.fused_tokens.fused:
-        raise Skipped(f"no MLP runs in the fused kernels: {plan.fused_tokens.reason}")
+    both = setting.both
+    both.collect(setting.inputs)
+    capacity = TokenCapacity.from_masks(setting.timesteps.tolist(), both.masks)
+    model = shallow(both.model)  # with its routers, which follow the same thresholds
+    if name == "capacity":  # and with its weights, which are the same
+        plan = both.model._plan
+        counts = capacity.at(setting.timesteps, len(setting.cost.blocks), model.timestep_tolerance).tolist()
+        object.__setattr__(model, "_plan", replace(plan, tokens=TokenPlan(counts), run=RunState()))
+    else:
+        kinds = {"kernel_layout": name != "compile", "fused_tokens": name == "fused"}
+        fused = setting.pack(model, capacity=capacity, **kinds).fused_tokens
+        if fused is not None and not fused.fused:
+            raise Skipped(f"no MLP runs in the fused kernels: {fused.reason}")
+    routed = Routed(model, both.cost, both.thresholds)
     routed.collect(setting.inputs)
     if name in ("capacity", "fused"):
         return _of(name, routed)
@@ -283,10 +320,11 @@ def _cached(name: str, setting: Setting, base: str, cache: Any) -> Variant:
         variant = Variant(name=name, model=routed.model, macs=routed.macs(), cache=cache)
     else:
         routed = setting.both
+        routed.collect(setting.inputs)
         variant = _of(name, routed, cache=cache)
     ran = _blocks_that_run(variant, setting)
     computed = sum(map(len, ran)) / (setting.steps * len(setting.cost.blocks))
-    return replace(variant, macs=routed.macs(ran), macs_from="blocks that ran", blocks_computed=computed)
+    return replace(variant, macs=routed.macs(ran), ran=ran, macs_from="blocks that ran", blocks_computed=computed)
 
 
 def _blocks_that_run(variant: Variant, setting: Setting) -> list[list[int]]:

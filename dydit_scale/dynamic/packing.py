@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -243,11 +243,6 @@ def chosen_rows(keep: Float[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens
     return keep.flatten().nonzero().squeeze(1)
 
 
-def at_rows(x: Float[Tensor, "batch dim"], rows: Int64[Tensor, " rows"], tokens: int) -> Float[Tensor, "rows_or_1 dim"]:
-    """A sample's value for each of the chosen rows of its tokens; one row where there is one sample."""
-    return x if len(x) == 1 else x[rows // tokens]
-
-
 def add_on_rows(
     x: Float[Tensor, "batch tokens dim"],
     rows: Int64[Tensor, " rows"],
@@ -278,15 +273,46 @@ class _TakeRows(torch.autograd.Function):
         return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
 
 
-def add_on_rows_(
-    x: Float[Tensor, "batch tokens dim"],
-    rows: Int64[Tensor, " rows"],
-    done: Float[Tensor, "rows dim"],
-    gate: Float[Tensor, "batch dim"],
-) -> Float[Tensor, "batch tokens dim"]:
-    """:func:`add_on_rows` in place, for inference."""
-    x.view(-1, x.shape[-1]).index_add_(0, rows, done * at_rows(gate, rows, x.shape[1]))
-    return x
+def at_rows(x: Float[Tensor, "batch dim"], rows: Int64[Tensor, " rows"], tokens: int) -> Float[Tensor, "rows_or_1 dim"]:
+    """A sample's value for each of the chosen rows of its tokens; one row where there is one sample."""
+    return x if len(x) == 1 else x[rows // tokens]
+
+
+PIECE, REST = 64, 4
+"""As many rows as are a multiple of the first are one piece, the others, up to a multiple of the second, another."""
+
+
+class Piece(NamedTuple):
+    """Some of the chosen rows, that work is done on at a time; for inference."""
+
+    rows: Int64[Tensor, " some"]
+    length: int
+    """How many they are; what follows them are repetitions, whose result is not used."""
+
+    def taken(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "some dim"]:
+        """These rows of the flattened tokens."""
+        return x.flatten(0, 1).index_select(0, self.rows)
+
+    def add_(
+        self, x: Float[Tensor, "batch tokens dim"], done: Float[Tensor, "some dim"], gate: Float[Tensor, "batch dim"]
+    ) -> None:
+        """Add ``gate`` times what was ``done`` on these rows to ``x``, which is contiguous."""
+        rows, flat = self.rows[: self.length], x.view(-1, x.shape[-1])
+        flat.index_add_(0, rows, done[: self.length] * at_rows(gate, rows, x.shape[1]))
+
+
+def pieces(rows: Int64[Tensor, " rows"]) -> list[Piece]:
+    """The rows, on a CPU in pieces of few different sizes; elsewhere, and to the compiler, they stay together.
+
+    oneDNN generates code for each new number of rows, which takes as long as to run some 50 of them through an MLP of
+    768 channels, and no two pictures keep equally many tokens.
+    """
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return [Piece(rows, len(rows))]
+    whole = len(rows) // PIECE * PIECE
+    first, others = rows[:whole], rows[whole:]
+    padded = torch.cat([others, others[:1].expand(-len(others) % REST)])
+    return [piece for piece in (Piece(first, whole), Piece(padded, len(others))) if piece.length]
 
 
 def fold(module: M, t_emb: Float[Tensor, "1 dim"] | None) -> M | nn.Linear:

@@ -246,6 +246,7 @@ class DynamicModelMixin(HookedModelMixin):
         if (change := self._plan.stale(self)) is not None:
             self._drop(change)
             return rows
+        self._check_autocast(timestep.device.type)
         values = timestep.tolist()
         object.__setattr__(self, "_values", values)
         for row, t in enumerate(values):
@@ -273,6 +274,19 @@ class DynamicModelMixin(HookedModelMixin):
         if self._plan.run.fallback is None:
             self._plan.run.fallback = reason
             logger.warning("a forward runs masked, at the static model's cost: %s", reason)
+
+    def _check_autocast(self, device: str) -> None:
+        """Tell, once for each plan, that autocast does not speed up weights that are not its own."""
+        assert self._plan is not None, "only a packed model asks"
+        if not torch.is_autocast_enabled(device):
+            return
+        wanted, run = torch.get_autocast_dtype(device), self._plan.run
+        if wanted != self.dtype and run.autocast is None:  # type: ignore[attr-defined]
+            run.autocast = wanted
+            logger.warning(
+                "autocast to %s is no gain for packed weights in %s, which are multiplied as they are or cast at each "
+                "call; cast the model, model.to(%s), and pack it again", wanted, self.dtype, wanted,  # type: ignore[attr-defined]
+            )  # fmt: skip
 
     def _drop(self, reason: str) -> None:
         """Forget packed sub-networks that are no longer the model's own, and tell it, their holders too."""

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from dydit_scale.dynamic.packing import add_on_rows_, fold
+from dydit_scale.dynamic.packing import fold, pieces
 from dydit_scale.models.blocks import BlockGates, PackedBlock, ones_or
 from dydit_scale.models.parts import AttentionPart, MLPPart, gated_sum, mlp_on_tokens_, modulated
 
@@ -96,12 +96,13 @@ class PackedFluxSingleBlock(PackedBlock):
             stream = self.mlp.add_on_rows(x, _among_all(tokens.rows, len(x), texts, images), gate, stream)
         else:
             rows = _among_all(tokens.rows, len(x), texts, images)
-            update = self.mlp(x.flatten(0, 1).index_select(0, rows))
             if self.keeps_attention:
                 stream = gated_sum(stream, gate, self.attn.project_out(attn))
-            else:
-                update = update.add_(self.attn.project_out(attn.flatten(0, 1).index_select(0, rows)))
-            stream = add_on_rows_(stream, rows, update, gate)
+            for piece in pieces(rows):
+                update = self.mlp(piece.taken(x))
+                if not self.keeps_attention:
+                    update = update.add_(self.attn.project_out(piece.taken(attn)))
+                piece.add_(stream, update, gate)
         text, image = finite(stream).split([texts, images], dim=1)
         return (text, image, ones_or(tokens.keep, image)) if collect else (text, image)
 

@@ -21,10 +21,10 @@ from dydit_scale.dynamic.kernel_layout import KernelLinear, without_weight
 from dydit_scale.dynamic.packing import (
     CutLinear,
     LowRankLinear,
-    add_on_rows_,
     at_rows,
     channels_of,
     members_of,
+    pieces,
     shallow,
 )
 from dydit_scale.dynamic.weight_only import Kind, WeightOnlyLinear, compress
@@ -337,10 +337,11 @@ def mlp_on_tokens_(
         return x.addcmul_(gate[:, None], mlp(modulated(norm, x, shift, scale)))
     if getattr(mlp, "fuses", False):
         return mlp.add_on_rows(norm(x), rows, gate, x, shift=shift, scale=scale)  # type: ignore[operator]
-    tokens = x.shape[1]
-    chosen = x.view(-1, x.shape[-1]).index_select(0, rows)
-    chosen = modulated(norm, chosen, at_rows(shift, rows, tokens), at_rows(scale, rows, tokens))
-    return add_on_rows_(x, rows, mlp(chosen), gate)
+    for piece in pieces(rows):
+        moved = (at_rows(y, piece.rows, x.shape[1]) for y in (shift, scale))
+        chosen = modulated(norm, piece.taken(x), *moved)
+        piece.add_(x, mlp(chosen), gate)
+    return x
 
 
 def _weights(layers: list[nn.Module], members: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from dydit_scale.dynamic.packing import fold_lasting, is_adapted
 from dydit_scale.dynamic.weight_only import Kind
 from dydit_scale.models.ahead import AheadModulation
 from dydit_scale.models.hooks import copy_hooks
-from dydit_scale.models.part_store import PartStore, allot, copied_bytes
+from dydit_scale.models.part_store import PartStore, Storage, allot, copied_bytes
 from dydit_scale.models.parts import AttentionSource, MLPPart, Source
 from dydit_scale.models.weight_state import WeightState
 
@@ -121,6 +122,8 @@ class RunState:
 
     fallback: str | None = None
     """Why forwards run masked, if they do."""
+    autocast: torch.dtype | None = None
+    """Another dtype than the weights' that forwards ran under."""
     last: int | None = None
     """The step that ran last."""
 
@@ -152,6 +155,8 @@ class PackedPlan:
     """Sub-blocks that differ."""
     bytes: int
     """Memory of the weights that were copied, not viewed."""
+    stored: dict[Storage, int]
+    """How many attentions and MLPs are kept in each way (see :class:`PartStore`)."""
     tolerance: float
     """How far, as a share, a timestep may be from the planned one."""
     adapters: AdapterState
@@ -209,6 +214,7 @@ class PackedPlan:
             rows,
             len(distinct),
             copied,
+            dict(Counter(store.storage for layer in stores for store in layer.values())),
             model.timestep_tolerance,
             AdapterState.of(model),  # type: ignore[arg-type]
             WeightState(model, _token_routers(blocks)),  # type: ignore[arg-type]

@@ -48,8 +48,10 @@ class Execution(AbstractContextManager["Execution"]):
         """Spent on first calls: compilation and capture."""
         self.recompilations = 0
         """Codes compiled or graphs captured."""
+        self.limit: str | None = None
+        """Which limit was reached, if one was: what came after it runs op by op."""
         self._plan: Any = None
-        self._inside = self._full = self._follows_timestep = False
+        self._inside = self._follows_timestep = False
         self._graphs: dict[tuple, _Graph] = {}
         self._inputs: dict[tuple, list[Any]] = {}
         self._pool: Any = None
@@ -125,8 +127,10 @@ class Execution(AbstractContextManager["Execution"]):
             self._inside = False
 
     def _counted(self, *args: Any, **kwargs: Any) -> Any:
-        before, start = _graph_count(), time.perf_counter()
+        before, refused, start = _graph_count(), _refused_count(), time.perf_counter()
         out = self._plain(*args, **kwargs)
+        if _refused_count() > refused:
+            self._reached(f"{RECOMPILE_LIMIT} codes of a function")
         if (compiled := _graph_count() - before) > 0:
             self.recompilations += compiled
             self.warmup_seconds += time.perf_counter() - start
@@ -145,12 +149,15 @@ class Execution(AbstractContextManager["Execution"]):
         key = (*self._network(step), shapes)
         if key not in self._graphs:
             if len(self._graphs) >= GRAPH_LIMIT:
-                if not self._full:
-                    logger.warning("more than %d graphs: further ones run op by op", GRAPH_LIMIT)
-                self._full = True
+                self._reached(f"{GRAPH_LIMIT} graphs")
                 return self._plain(*args, **kwargs)
             self._graphs[key] = self._captured(step, shapes, leaves, form)
         return self._graphs[key].replay(leaves)
+
+    def _reached(self, limit: str) -> None:
+        if self.limit is None:
+            logger.warning("%s: more than %s were needed; further ones run op by op", self.backend, limit)
+        self.limit = limit
 
     def _network(self, step: int) -> tuple:
         """What a graph holds of a step; equal for steps that may share one."""
@@ -215,3 +222,9 @@ def _check_graphs(model: Any) -> None:
 
 def _graph_count() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _refused_count() -> int:
+    """How often the compiler did not compile a function because there are too many codes of it."""
+    reasons = torch._dynamo.utils.counters["unimplemented"].items()
+    return sum(count for reason, count in reasons if "recompile limit" in reason)

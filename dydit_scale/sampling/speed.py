@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -77,18 +77,29 @@ def fallback_lines(reason: str | None) -> list[str]:
     return [] if reason is None else [f"some forwards ran masked, at the static model's cost: {reason}"]
 
 
-def compare_speed(
-    static: Callable[[], Any], dynamic: Callable[[], Any], *, macs_static: float, macs_dynamic: float, batch: int,
-    steps: int, pairs: int = 3, progress: bool = True,
-) -> SpeedReport:  # fmt: skip
-    """Time two callables in turn (A B A B ...) after one warm-up each; CUDA is synchronised around each."""
+def timed_pairs(
+    static: Callable[[int], Any], dynamic: Callable[[int], Any], pairs: int, *, progress: bool = True
+) -> list[tuple[float, float]]:
+    """Seconds of two callables, run in turn (A B A B ...) after one warm-up each; CUDA is synchronised around each.
+
+    Args:
+        static, dynamic: called with 0 to warm up, then with 1, 2, ..., to draw other pictures each time: kernels may be
+            made for a number of tokens, which pictures seen before would find there.
+    """
     for run in (static, dynamic):
-        run()
+        run(0)
     seconds: list[tuple[float, float]] = []
-    for _ in tqdm(
-        range(pairs), desc="timing static beside dynamic", unit="pair", disable=not progress, dynamic_ncols=True
+    for pair in tqdm(
+        range(1, pairs + 1), desc="timing static beside dynamic", unit="pair", disable=not progress, dynamic_ncols=True
     ):
-        seconds.append((_time(static), _time(dynamic)))
+        seconds.append((_time(static, pair), _time(dynamic, pair)))
+    return seconds
+
+
+def speed_report(
+    seconds: Sequence[tuple[float, float]], *, macs_static: float, macs_dynamic: float, batch: int, steps: int
+) -> SpeedReport:
+    """What the (static, dynamic) seconds of pairs say."""
     realised = statistics.median(a / b for a, b in seconds)
     ideal = macs_static / macs_dynamic
     return SpeedReport(
@@ -137,11 +148,11 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _time(run: Callable[[], Any]) -> float:
+def _time(run: Callable[[int], Any], pair: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run()
+    run(pair)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -28,7 +28,8 @@ DIT = SIZES["dit-s"].cut(layers=2, side=4)
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> dict[str, Any]:
-    """The result of a run of the command."""
+    """The result of a run of the command. Of so few tokens the ones that fill up a piece would be a good part."""
+    monkeypatch.setattr("dydit_scale.dynamic.packing.REST", 1)
     monkeypatch.setattr(sys, "argv", ["inference", "--out", str(out), "--device", "cpu", *TINY, *words])
     inference.main()
     (file,) = out.glob("*.json")
@@ -58,6 +59,7 @@ def test_every_variant_has_a_row_or_a_reason(result: dict[str, Any]) -> None:
     assert result["settings"]["repetitions"] == 2 and result["process_peak_bytes"] > 0
     for row in result["rows"]:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and row["first_seconds"] > 0
+        assert row["peak_bytes"] > row["plan_bytes"] and row["macs"] == sum(row["macs_each"]) / 2
         assert (row["layers"], row["image_tokens"], row["samples"], row["steps"]) == (2, 16, 2, 3)
         assert len(set(row["timesteps"])) == 3
 
@@ -71,6 +73,12 @@ def test_ideal_is_the_ratio_of_macs_and_realised_that_of_seconds(result: dict[st
         assert row["realised"] == pytest.approx(sum(pairs) / 2) and row["share"] == row["realised"] / row["ideal"]
         assert row["realised_iqr"][0] <= row["realised"] <= row["realised_iqr"][1]
     assert rows["open"]["ideal"] == 1
+    for name in ("static", "open", "width", "capacity", "fixed-k"):  # whatever picture is drawn
+        assert len(set(rows[name]["macs_each"])) == 1
+    assert len(set(rows["both"]["macs_each"])) == 2 and rows["masked"]["macs_each"] == pytest.approx(
+        rows["both"]["macs_each"], rel=0.02
+    )
+    assert rows["capacity"]["stored"] == rows["both"]["stored"] == {"own": 4}
     assert rows["both"]["cost_ratio"] == pytest.approx(0.5, abs=0.03)
     assert rows["masked"]["cost_ratio"] == pytest.approx(rows["both"]["cost_ratio"], abs=0.01)
     assert rows["width"]["plan_bytes"] > 0 and rows["both"]["cost_ratio"] < rows["width"]["cost_ratio"] < 1

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from dydit_scale.dynamic.packing import CutLinear, add_on_rows, add_on_rows_, chosen_rows, fold, shallow, take_rows
+from dydit_scale.dynamic.packing import (
+    CutLinear,
+    Piece,
+    add_on_rows,
+    chosen_rows,
+    fold,
+    pieces,
+    shallow,
+    take_rows,
+)
 
 
 def test_slices_are_rows_and_columns_and_views_where_they_can_be() -> None:
@@ -65,9 +74,21 @@ def test_work_lands_on_the_chosen_rows_with_their_samples_gate() -> None:
     keep = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     rows = chosen_rows(keep)
     assert rows.tolist() == [0, 2, 5]
-    out = add_on_rows_(torch.zeros(2, 3, 1), rows, torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [100.0]]))
-    assert out.squeeze(-1).tolist() == [[10.0, 0.0, 20.0], [0.0, 0.0, 300.0]]
-    none = chosen_rows(torch.zeros(2, 3))
-    assert torch.equal(
-        add_on_rows_(torch.ones(2, 3, 1), none, torch.zeros(0, 1), torch.ones(2, 1)), torch.ones(2, 3, 1)
-    )
+    x = torch.zeros(2, 3, 1)
+    Piece(rows, 3).add_(x, torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [100.0]]))
+    assert x.squeeze(-1).tolist() == [[10.0, 0.0, 20.0], [0.0, 0.0, 300.0]]
+
+
+@pytest.mark.parametrize("count", [0, 3, 64, 67, 130])
+def test_pieces_hold_each_row_once_in_few_sizes(count: int) -> None:
+    rows = torch.arange(400)[torch.randperm(400, generator=torch.Generator().manual_seed(count))[:count]]
+    found = pieces(rows)
+    assert torch.equal(torch.cat([rows[:0], *(piece.rows[: piece.length] for piece in found)]), rows)
+    assert all(len(piece.rows) % 64 == 0 or (len(piece.rows) % 4 == 0 and len(piece.rows) < 68) for piece in found)
+
+    x, gate = torch.randn(2, 200, 3), torch.randn(2, 3)
+    expected = x.flatten(0, 1).clone()
+    expected[rows] += gate[rows // 200] * expected[rows].square()
+    for piece in found:
+        piece.add_(x, piece.taken(x).square(), gate)
+    assert torch.allclose(x.flatten(0, 1), expected)

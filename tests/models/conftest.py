@@ -14,3 +14,10 @@ def _same_attention_backend_afterwards() -> Iterator[None]:
     before = registry._active_backend
     yield
     registry._active_backend = before
+
+
+@pytest.fixture
+def unpadded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed blocks on a CPU compute chosen tokens alone, without the one to three that fill up a piece: models of a
+    few tokens would spend a good share on these."""
+    monkeypatch.setattr("dydit_scale.dynamic.packing.REST", 1)

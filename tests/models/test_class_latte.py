@@ -299,6 +299,7 @@ def test_packed_equals_masked_for_mixed_batches_too(config: dict[str, Any]) -> N
         model.unpack()
 
 
+@pytest.mark.usefixtures("unpadded_rows")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @torch.no_grad()
 def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict[str, Any]) -> None:

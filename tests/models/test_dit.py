@@ -211,6 +211,7 @@ def macs(model: torch.nn.Module, x: dict[str, torch.Tensor]) -> float:
     return counter.get_total_flops() / 2
 
 
+@pytest.mark.usefixtures("unpadded_rows")
 @pytest.mark.parametrize("config", KINDS, ids=str)
 @pytest.mark.parametrize("static", STATICS[:3], ids=str)
 @torch.no_grad()
@@ -391,6 +392,7 @@ def adapted(kind: str) -> DyDiTTransformer2DModel:
     return model.eval()
 
 
+@pytest.mark.usefixtures("unpadded_rows")
 @pytest.mark.parametrize("kind", ["td_lora", "lora"])
 @torch.no_grad()
 def test_packing_folds_the_adapter_in(kind: str) -> None:

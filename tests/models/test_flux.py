@@ -99,6 +99,7 @@ def test_without_an_always_on_unit_the_first_may_be_off_but_not_all_heads() -> N
         model.pack(torch.tensor([0.5]))
 
 
+@pytest.mark.usefixtures("unpadded_rows")
 @pytest.mark.parametrize("config", KINDS + PARTS, ids=str)
 @torch.no_grad()
 def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict) -> None:
@@ -141,6 +142,7 @@ def adapted(kind: str) -> DyFluxTransformer2DModel:
     return model.eval()
 
 
+@pytest.mark.usefixtures("unpadded_rows")
 @pytest.mark.parametrize("kind", ["td_lora", "lora"])
 @torch.no_grad()
 def test_packing_folds_the_adapter_in(kind: str) -> None:

@@ -250,7 +250,7 @@ def test_steps_of_other_modulation_layers_are_left_alone() -> None:
 
 @each
 @torch.no_grad()
-def test_autocast_runs_packed_blocks_too(family: Family) -> None:
+def test_autocast_runs_packed_blocks_too(family: Family, caplog: pytest.LogCaptureFixture) -> None:
     model = scramble(family.make(tokens=False))
     model.pack(family.steps(*STEPS))
     exact = model(**family.x(*STEPS)).sample
@@ -259,6 +259,9 @@ def test_autocast_runs_packed_blocks_too(family: Family) -> None:
         masked = model(**family.x(*STEPS)).sample
         model.pack(family.steps(*STEPS))
         packed = model(**family.x(*STEPS)).sample
+        model(**family.x(*STEPS))
+    told = [record.getMessage() for record in caplog.records if "autocast" in record.getMessage()]
+    assert len(told) == 1 and "model.to(torch.bfloat16)" in told[0]
     assert packed.dtype == masked.dtype
     rounding = float((masked.float() - exact).abs().mean())
     assert 0 < float((packed.float() - exact).abs().mean()) < 1.5 * rounding

@@ -173,6 +173,7 @@ def test_a_batch_is_its_samples_one_by_one() -> None:
         assert all(torch.equal(a[:, 0], b[:, i]) for a, b in zip(alone.masks, out.masks, strict=True))
 
 
+@pytest.mark.usefixtures("unpadded_rows")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @torch.no_grad()
 def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(config: dict[str, Any]) -> None:
