@@ -214,15 +214,16 @@ def _finite(variant: Variant, setting: Setting) -> None:
 def summary(row: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Ideal and realised, each as a speed-up over the variant beside it, and over ours with open gates."""
     beside, open_row = by_name[row["beside"]], by_name["open"]
-    ideal = beside["macs"] / row["macs"]
-    realised = [a / b for a, b in zip(beside["seconds"], row["seconds"], strict=True)]
+    ideals, realised = (
+        [a / b for a, b in zip(beside[kind], row[kind], strict=True)] for kind in ("macs_each", "seconds")
+    )
     over_open = statistics.median(a / b for a, b in zip(open_row["seconds"], row["seconds"], strict=True))
     return {
         "cost_ratio": row["macs"] / by_name["static"]["macs"],
-        "ideal": ideal,
+        "ideal": beside["macs"] / row["macs"],
         "realised": statistics.median(realised),
         "realised_iqr": _quartiles(realised),
-        "share": statistics.median(realised) / ideal,
+        "share": statistics.median(a / b for a, b in zip(realised, ideals, strict=True)),
         "realised_over_open": over_open,
         "seconds_median": statistics.median(row["seconds"]),
         "seconds_iqr": _quartiles(row["seconds"]),

@@ -13,6 +13,15 @@ PAGE, PLOT = Path(__file__).parents[1] / "docs" / "speed.md", "speed.svg"
 Result = dict[str, Any]
 Row = dict[str, Any]
 OURS, CACHED, PEERS, STATIC = "#0072b2", "#009e73", "#e69f00", "#777777"
+HEADLINE = "both"
+"""The variant that every comparison is summed up by."""
+DETAILED = 10
+"""Variants from which on a comparison has a panel of its own."""
+COLUMNS = (
+    "", "GMACs", "ideal", "realised", "share", "over open", "over open, packed", "seconds", "set-up", "first",
+    "copies, GiB", "memory, GiB",
+)  # fmt: skip
+HEADER = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
 WHERE = ("size", "layers", "image_tokens", "text_tokens", "batch", "samples", "schedule", "steps", "target")
 """What the rows of one comparison have in common."""
 
@@ -29,13 +38,30 @@ def write_page(results: list[Result], docs: Path) -> None:
 
 def tables(results: list[Result]) -> str:
     """Plot and tables as Markdown, and what is missing."""
-    parts = [f"![ideal and realised speed-up of every variant]({PLOT})\n"] if results else []
+    parts = [f"![ideal and realised speed-up]({PLOT})\n", *_summary(results)] if results else []
     for device, name in (("cpu", "a CPU"), ("cuda", "a GPU")):
         own = [result for result in results if result["device"] == device]
         parts += map(_section, own)
         if not own:
             parts.append(f"There is no result from {name} yet.\n")
     return "\n".join(parts)
+
+
+def _summary(results: list[Result]) -> list[str]:
+    """The packed model of every comparison, in a line each."""
+    head = ["| | dtype | ideal | realised | share | over open, packed |", "|---" * 6 + "|"]
+    lines = [
+        f"| {_title(where)} | {result['device']} {result['dtype']} | {row['ideal']:.2f} | {row['realised']:.2f} "
+        f"| {row['share']:.0%} | {_over_packed(row, rows)} |"
+        for result, where, rows, row in _headlines(results)
+    ]
+    return [f"**{VARIANTS[HEADLINE]}: all comparisons**\n", "\n".join([*head, *lines]) + "\n"] if lines else []
+
+
+def _headlines(results: list[Result]) -> list[tuple[Result, Row, list[Row], Row]]:
+    """Each comparison with a packed model: the result, what its rows have in common, the rows, and the model's."""
+    found = [(result, *comparison) for result in results for comparison in _comparisons(result["rows"])]
+    return [(result, where, rows, row) for result, where, rows in found for row in rows if row["variant"] == HEADLINE]
 
 
 def _section(result: Result) -> str:
@@ -45,10 +71,10 @@ def _section(result: Result) -> str:
         f"torch {result['versions']['torch']}, diffusers {result['versions']['diffusers']}, {result['date']}; "
         f"{result['settings']['repetitions']} rounds. MACs counted by torch over those of the cost model: {checks}.\n",
     ]
-    gpu = result["device"] == "cuda"
     for where, rows in _comparisons(result["rows"]):
-        lines = [_line(row, gpu, _over_packed(row, rows)) for row in rows]
-        parts += [f"**{_title(where)}**\n", "\n".join([*_header(gpu), *lines]) + "\n"]
+        lines = [_line(row, _over_packed(row, rows)) for row in rows]
+        masks = f"{_title(where)}" + (f" ({result['settings']['masks']})" if where["target"] is None else "")
+        parts += [f"**{masks}**\n", "\n".join([*HEADER, *lines]) + "\n"]
         left_out = [
             f"{VARIANTS[skip['variant']]} ({skip['reason']})"
             for skip in result["skipped"]
@@ -56,6 +82,13 @@ def _section(result: Result) -> str:
         ]
         if left_out:
             parts.append(f"Left out: {'; '.join(left_out)}.\n")
+        launched = [
+            f"{VARIANTS[row['variant']]}: {row['recompilations']} codes or graphs in {row['warmup_seconds']:.1f} s"
+            for row in rows
+            if row.get("recompilations")
+        ]
+        if launched:
+            parts.append(f"{'; '.join(launched)}.\n")
     return "\n".join(parts)
 
 
@@ -80,23 +113,6 @@ def _masks(where: Row) -> str:
     return "masks of a run" if where["target"] is None else f"ratio {where['target']:g}"
 
 
-def _header(gpu: bool) -> list[str]:
-    memory = "memory, GiB" if gpu else "packed, GiB"
-    columns = (
-        "GMACs",
-        "ideal",
-        "realised",
-        "share",
-        "over open",
-        "over open, packed",
-        "seconds",
-        "set-up",
-        "first",
-        memory,
-    )
-    return [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-
-
 def _over_packed(row: Row, rows: list[Row]) -> str:
     """How much faster a row is than our open model packed alike, round by round; nothing where that was not run."""
     open_packed = next((other for other in rows if other["variant"] == "open-packed"), None)
@@ -106,60 +122,69 @@ def _over_packed(row: Row, rows: list[Row]) -> str:
     return f"{median(other / own for other, own in pairs):.2f}"
 
 
-def _line(row: Row, gpu: bool, over_packed: str) -> str:
+def _copies(row: Row) -> str:
+    """What packing copied, and how it is kept where that is not in one way."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in row["stored"].items())
+    return f"{row['plan_bytes'] / 2**30:.2f}" + (f" ({kinds})" if len(row["stored"]) > 1 else "") if kinds else ""
+
+
+def _line(row: Row, over_packed: str) -> str:
     low, high = row["realised_iqr"]
-    held = row["peak_bytes"] if gpu else row["plan_bytes"]
     cells = [
         VARIANTS[row["variant"]], f"{row['macs'] / 1e9:.1f}", f"{row['ideal']:.2f}",
         f"{row['realised']:.2f} ({low:.2f}–{high:.2f})", f"{row['share']:.0%}", f"{row['realised_over_open']:.2f}",
         over_packed,
         f"{row['seconds_median']:.3f}", f"{row['setup_seconds']:.1f}", f"{row['first_seconds']:.2f}",
-        f"{held / 2**30:.2f}" if held else "",
+        _copies(row), f"{row['peak_bytes'] / 2**30:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
 def plot(results: list[Result]) -> Any:
-    """A panel for each comparison: a ring for the ideal, a dot with its quartiles for what was realised."""
+    """A ring for the ideal, a dot with its quartiles for what was realised: the packed model of every comparison, then
+    all variants of the larger ones."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "speed", "font.size": 9}
+    headlines = [(f"{_title(where)}, {result['dtype']}", row) for result, where, _, row in _headlines(results)]
     panels = [(result, *comparison) for result in results for comparison in _comparisons(result["rows"])]
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    most = max(len(rows) for _, _, rows in panels)
-    figure = Figure(figsize=(5.6 * columns, (0.21 * most + 0.9) * lines + 0.5), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, (result, where, rows) in zip(grid, panels, strict=False):
-        _panel(axes, result, where, rows, most)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
+    panels = [panel for panel in panels if len(panel[2]) >= DETAILED]
+    most, lines = max([1, *(len(rows) for _, _, rows in panels)]), -(-len(panels) // 2)
+    heights = [0.21 * len(headlines) + 0.8, *[0.21 * most + 0.9] * lines]
+    figure = Figure(figsize=(11.2, sum(heights) + 0.5), layout="constrained")
+    grid = figure.add_gridspec(1 + lines, 2, height_ratios=heights)
+    top = figure.add_subplot(grid[0, :])
+    _dots(top, [row for _, row in headlines], [OURS] * len(headlines), [label for label, _ in headlines])
+    top.set_title(f"{VARIANTS[HEADLINE]}", loc="left", fontsize=9)
+    for i, (result, where, rows) in enumerate(panels):
+        axes = figure.add_subplot(grid[1 + i // 2, i % 2])
+        _dots(axes, rows, [_colour(row["variant"]) for row in rows], [VARIANTS[row["variant"]] for row in rows], most)
+        title = f"{where['size']}, {result['device']} {result['dtype']}\nbatch {where['batch']}, {_steps(where)}"
+        axes.set_title(f"{title}, {_masks(where)}", loc="left", fontsize=9)
     colours = {"dynamic": OURS, "dynamic and cache": CACHED, "peers": PEERS, "static": STATIC}
     marks = [
         Line2D([], [], marker="o", mfc="none", mec="#333333", ls="", label="ideal (MACs)"),
         Line2D([], [], marker="o", color="#333333", ls="", label="realised (median and quartiles)"),
         *(Line2D([], [], color=colour, lw=4, label=label) for label, colour in colours.items()),
     ]
-    figure.legend(handles=marks, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles=marks, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
 
-def _panel(axes: Any, result: Result, where: Row, rows: list[Row], places: int) -> None:
-    for place, row in enumerate(rows):
-        colour, (low, high) = _colour(row["variant"]), row["realised_iqr"]
+def _dots(axes: Any, rows: list[Row], colours: list[str], labels: list[str], places: int | None = None) -> None:
+    for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        low, high = row["realised_iqr"]
         axes.plot([row["ideal"], row["realised"]], [place, place], color=colour, alpha=0.35, lw=1)
         axes.plot([low, high], [place, place], color=colour, lw=3, solid_capstyle="butt", alpha=0.5)
         axes.plot(row["ideal"], place, "o", mfc="none", mec=colour, ms=7)
         axes.plot(row["realised"], place, "o", color=colour, ms=4)
     axes.axvline(1, color="#bbbbbb", lw=0.8, zorder=0)
-    axes.set_yticks(range(len(rows)), [VARIANTS[row["variant"]] for row in rows])
-    axes.set_ylim(places - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim((places or len(rows)) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("speed-up over the static model")
-    title = f"{where['size']}, {result['device']} {result['dtype']}\nbatch {where['batch']}, {_steps(where)}"
-    axes.set_title(f"{title}, {_masks(where)}", loc="left", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 

@@ -273,11 +273,6 @@ class _TakeRows(torch.autograd.Function):
         return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
 
 
-def at_rows(x: Float[Tensor, "batch dim"], rows: Int64[Tensor, " rows"], tokens: int) -> Float[Tensor, "rows_or_1 dim"]:
-    """A sample's value for each of the chosen rows of its tokens; one row where there is one sample."""
-    return x if len(x) == 1 else x[rows // tokens]
-
-
 PIECE, REST = 64, 4
 """As many rows as are a multiple of the first are one piece, the others, up to a multiple of the second, another."""
 
@@ -286,6 +281,8 @@ class Piece(NamedTuple):
     """Some of the chosen rows, that work is done on at a time; for inference."""
 
     rows: Int64[Tensor, " some"]
+    samples: Int64[Tensor, " some"]
+    """Which sample each belongs to."""
     length: int
     """How many they are; what follows them are repetitions, whose result is not used."""
 
@@ -293,26 +290,35 @@ class Piece(NamedTuple):
         """These rows of the flattened tokens."""
         return x.flatten(0, 1).index_select(0, self.rows)
 
+    def of(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "some_or_1 dim"]:
+        """Each row's sample's value; one row where there is one sample."""
+        return x if len(x) == 1 else x.index_select(0, self.samples)
+
     def add_(
         self, x: Float[Tensor, "batch tokens dim"], done: Float[Tensor, "some dim"], gate: Float[Tensor, "batch dim"]
     ) -> None:
         """Add ``gate`` times what was ``done`` on these rows to ``x``, which is contiguous."""
-        rows, flat = self.rows[: self.length], x.view(-1, x.shape[-1])
-        flat.index_add_(0, rows, done[: self.length] * at_rows(gate, rows, x.shape[1]))
+        update = (done * self.of(gate))[: self.length]
+        x.view(-1, x.shape[-1]).index_add_(0, self.rows[: self.length], update)
 
 
-def pieces(rows: Int64[Tensor, " rows"]) -> list[Piece]:
-    """The rows, on a CPU in pieces of few different sizes; elsewhere, and to the compiler, they stay together.
+def pieces(rows: Int64[Tensor, " rows"], tokens: int) -> list[Piece]:
+    """The rows of samples of so many tokens; on a CPU in pieces of few different sizes, elsewhere, and to the compiler,
+    in one.
 
     oneDNN generates code for each new number of rows, which takes as long as to run some 50 of them through an MLP of
     768 channels, and no two pictures keep equally many tokens.
     """
+    samples, count = rows // tokens, len(rows)
     if rows.device.type != "cpu" or torch.compiler.is_compiling():
-        return [Piece(rows, len(rows))]
-    whole = len(rows) // PIECE * PIECE
-    first, others = rows[:whole], rows[whole:]
-    padded = torch.cat([others, others[:1].expand(-len(others) % REST)])
-    return [piece for piece in (Piece(first, whole), Piece(padded, len(others))) if piece.length]
+        return [Piece(rows, samples, count)]
+    whole = count // PIECE * PIECE
+    rest = count - whole
+    found = [Piece(rows[:whole], samples[:whole], whole)] if whole else []
+    if rest:
+        repeated = torch.arange(whole, count + -rest % REST).clamp(max=count - 1)
+        found.append(Piece(rows[repeated], samples[repeated], rest))
+    return found
 
 
 def fold(module: M, t_emb: Float[Tensor, "1 dim"] | None) -> M | nn.Linear:

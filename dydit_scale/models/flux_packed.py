@@ -98,7 +98,7 @@ class PackedFluxSingleBlock(PackedBlock):
             rows = _among_all(tokens.rows, len(x), texts, images)
             if self.keeps_attention:
                 stream = gated_sum(stream, gate, self.attn.project_out(attn))
-            for piece in pieces(rows):
+            for piece in pieces(rows, texts + images):
                 update = self.mlp(piece.taken(x))
                 if not self.keeps_attention:
                     update = update.add_(self.attn.project_out(piece.taken(attn)))

@@ -21,7 +21,7 @@ from dydit_scale.dynamic.kernel_layout import KernelLinear, without_weight
 from dydit_scale.dynamic.packing import (
     CutLinear,
     LowRankLinear,
-    at_rows,
+    Piece,
     channels_of,
     members_of,
     pieces,
@@ -303,15 +303,21 @@ def with_experts(module: P, t_emb: Float[Tensor, "1 dim"]) -> P:
 def modulated(
     norm: nn.Module,
     x: Float[Tensor, "*rows dim"],
-    shift: Float[Tensor, "rows_or_1 dim"],
-    scale: Float[Tensor, "rows_or_1 dim"],
+    shift: Float[Tensor, "batch dim"],
+    scale: Float[Tensor, "batch dim"],
+    piece: Piece | None = None,
 ) -> Float[Tensor, "*rows dim"]:
-    """``norm(x) * (1 + scale) + shift``, in one pass where a single shift and scale serve all rows."""
+    """``norm(x) * (1 + scale) + shift``, in one pass where a single shift and scale serve all rows.
+
+    Args:
+        x: [batch, tokens, dim], or the rows of a ``piece`` of it.
+    """
     if len(scale) == 1 and type(norm) is nn.LayerNorm and norm.weight is None:
         return F.layer_norm(x, norm.normalized_shape, (1 + scale)[0], shift[0], norm.eps)
-    if x.ndim == 3:
-        shift, scale = shift[:, None], scale[:, None]
-    return torch.addcmul(shift, norm(x), 1 + scale)
+    factor = 1 + scale
+    if piece is None:
+        return torch.addcmul(shift[:, None], norm(x), factor[:, None])
+    return torch.addcmul(piece.of(shift), norm(x), piece.of(factor))
 
 
 def gated_sum(
@@ -337,10 +343,8 @@ def mlp_on_tokens_(
         return x.addcmul_(gate[:, None], mlp(modulated(norm, x, shift, scale)))
     if getattr(mlp, "fuses", False):
         return mlp.add_on_rows(norm(x), rows, gate, x, shift=shift, scale=scale)  # type: ignore[operator]
-    for piece in pieces(rows):
-        moved = (at_rows(y, piece.rows, x.shape[1]) for y in (shift, scale))
-        chosen = modulated(norm, piece.taken(x), *moved)
-        piece.add_(x, mlp(chosen), gate)
+    for piece in pieces(rows, x.shape[1]):
+        piece.add_(x, mlp(modulated(norm, piece.taken(x), shift, scale, piece)), gate)
     return x
 
 

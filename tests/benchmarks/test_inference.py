@@ -70,7 +70,8 @@ def test_ideal_is_the_ratio_of_macs_and_realised_that_of_seconds(result: dict[st
     for row in rows.values():
         assert row["ideal"] == static["macs"] / row["macs"] == pytest.approx(1 / row["cost_ratio"])
         pairs = [a / b for a, b in zip(static["seconds"], row["seconds"], strict=True)]
-        assert row["realised"] == pytest.approx(sum(pairs) / 2) and row["share"] == row["realised"] / row["ideal"]
+        each = [a / (static["macs_each"][i] / row["macs_each"][i]) for i, a in enumerate(pairs)]
+        assert row["realised"] == pytest.approx(sum(pairs) / 2) and row["share"] == pytest.approx(sum(each) / 2)
         assert row["realised_iqr"][0] <= row["realised"] <= row["realised_iqr"][1]
     assert rows["open"]["ideal"] == 1
     for name in ("static", "open", "width", "capacity", "fixed-k"):  # whatever picture is drawn

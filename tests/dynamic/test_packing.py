@@ -75,14 +75,14 @@ def test_work_lands_on_the_chosen_rows_with_their_samples_gate() -> None:
     rows = chosen_rows(keep)
     assert rows.tolist() == [0, 2, 5]
     x = torch.zeros(2, 3, 1)
-    Piece(rows, 3).add_(x, torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [100.0]]))
+    Piece(rows, rows // 3, 3).add_(x, torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0], [100.0]]))
     assert x.squeeze(-1).tolist() == [[10.0, 0.0, 20.0], [0.0, 0.0, 300.0]]
 
 
 @pytest.mark.parametrize("count", [0, 3, 64, 67, 130])
 def test_pieces_hold_each_row_once_in_few_sizes(count: int) -> None:
     rows = torch.arange(400)[torch.randperm(400, generator=torch.Generator().manual_seed(count))[:count]]
-    found = pieces(rows)
+    found = pieces(rows, 200)
     assert torch.equal(torch.cat([rows[:0], *(piece.rows[: piece.length] for piece in found)]), rows)
     assert all(len(piece.rows) % 64 == 0 or (len(piece.rows) % 4 == 0 and len(piece.rows) < 68) for piece in found)
 

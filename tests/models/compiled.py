@@ -6,6 +6,7 @@ import torch
 
 from dydit_scale.adapters.td_lora import add_td_lora
 from dydit_scale.dynamic.capacity import TokenCapacity
+from dydit_scale.sampling import execution
 from dydit_scale.sampling.execution import Execution
 from tests.adapters.tiny import flux_config, shake
 from tests.models.tiny import inputs, scramble, tiny_dynamic
@@ -46,8 +47,27 @@ def check_execution(family: Family, *, fixed: bool) -> None:
                 torch.testing.assert_close(model(**x).sample, out, atol=1e-5, rtol=1e-4)
             assert compiled in (0, run.recompilations), "the second round compiles nothing"
             compiled = run.recompilations
-        assert 0 < compiled < 2 * plan.distinct and run.warmup_seconds > 0
+        assert 0 < compiled < 2 * plan.distinct and run.warmup_seconds > 0 and run.limit is None
     assert "forward" not in vars(model)
+
+
+@torch.no_grad()
+def check_limit(family: Family) -> None:
+    """Steps that would need more codes than are allowed run op by op, and that is told."""
+    model, times = scramble(family.make()), (0.9, 0.5)
+    runs, steps = [family.x(t) for t in times], family.steps(*times)
+    some_then_all = torch.tensor([[2], [10_000]]).expand(-1, len(model.dynamic_blocks()))
+    model.pack(steps, capacity=TokenCapacity(steps, some_then_all), kernel_layout=False)
+    expected = [model(**x).sample for x in runs]
+    torch._dynamo.reset()
+    allowed, execution.RECOMPILE_LIMIT = execution.RECOMPILE_LIMIT, 1
+    try:
+        with Execution(model, "compile") as run:
+            for x, out, limit in zip(runs, expected, (None, "1 codes of a function"), strict=True):
+                torch.testing.assert_close(model(**x).sample, out, atol=1e-5, rtol=1e-4)
+                assert run.limit == limit, f"at this step: {run.limit}"
+    finally:
+        execution.RECOMPILE_LIMIT = allowed
 
 
 def check_adapted(gate_scope: str) -> None:
@@ -73,6 +93,8 @@ if __name__ == "__main__":
         print(each.name)
         check_execution(each, fixed=bool(number % 2))  # both of all would take ten minutes
         print(f"{each.name} execution")
+    check_limit(FAMILIES[1])
+    print("limit")
     for scope in ("layer", "network"):
         check_adapted(scope)
         print(f"td_lora {scope}")

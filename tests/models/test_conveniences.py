@@ -159,7 +159,7 @@ def test_repeated_blocks_compile() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     names = [line for family in FAMILIES for line in (family.name, f"{family.name} execution")]
-    assert done.stdout.splitlines() == [*names, "td_lora layer", "td_lora network"]
+    assert done.stdout.splitlines() == [*names, "limit", "td_lora layer", "td_lora network"]
 
 
 # Adapters
