@@ -119,10 +119,11 @@ class Size:
         return sigmas if self.family == "flux" else (1000 * sigmas).round() - 1
 
     def inputs(
-        self, batch: int, sigmas: Tensor, device: torch.device, dtype: torch.dtype, picture: int = 0
+        self, batch: int, sigmas: Tensor, device: torch.device, dtype: torch.dtype, number: int = 0
     ) -> list[dict[str, Any]]:
-        """Arguments of the forward for each step, on a straight path from noise to a smooth ``picture``."""
-        generator = torch.Generator().manual_seed(1 + picture)
+        """Arguments of the forward for each step, on a straight path from noise to a smooth picture, that of a
+        ``number``."""
+        generator = torch.Generator().manual_seed(1 + number)
         rows, make = batch * self.branches, MAKERS[self.family]
         fixed, shape = make(self, rows, generator, device, dtype)
         noise = torch.randn(shape, generator=generator)

@@ -16,6 +16,7 @@ from benchmarks.inference_masks import Shares, TokenThresholds, set_width
 from benchmarks.inference_peers import (
     EveryOther,
     Skipped,
+    blocks_of,
     cache_config,
     cacheable,
     counted_macs,
@@ -59,7 +60,9 @@ VARIANTS = {
 """What can be measured, and what tables call it."""
 COMPILED = ("static-compile", "compile", "static-cudagraphs", "cudagraphs")
 PACKED = ("open-packed", "width", "tokens", "both", "fused", "int8", "compile", "cudagraphs")
-"""Those with copies of their own; the others use those of ``both``."""
+"""Those with copies of their own, and"""
+OWNER = {name: "both" for name in ("capacity", "both-fbc", "both-taylor", "both-mag")}
+"""those that run the copies of another one."""
 ON_REQUEST = ("int8",)
 """Not for speed."""
 FEW_STEPS = (
@@ -96,6 +99,11 @@ class Routed:
             self.masks.append(DynamicMasks(*(m.cpu() for m in self.model(**x, collect=True).masks)))
         self._of = inputs
 
+    def macs_of(self, inputs: Inputs) -> float:
+        """MACs of a sample of these inputs over all steps."""
+        self.collect(inputs)
+        return self.macs()
+
     def macs(self, ran: list[list[int]] | None = None) -> float:
         """MACs of a sample over all steps; ``ran`` names the blocks that each step computed (None: all)."""
         total = 0.0
@@ -107,6 +115,19 @@ class Routed:
         return total
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What is told of a model's plan; the plan itself would keep copies alive that a cache has had cut anew."""
+
+    run: RunState = field(default_factory=RunState)
+    bytes: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: PackedPlan | None) -> Packed:
+        return cls() if plan is None else cls(plan.run, plan.bytes, {**plan.stored})
+
+
 @dataclass(kw_only=True)
 class Setting:
     """What all variants of one comparison share; models are made when they are first asked for."""
@@ -114,7 +135,7 @@ class Setting:
     size: Size
     static: Any
     draw: Callable[..., Inputs]
-    """The inputs of ``picture=`` a number, one dict a step."""
+    """The inputs of the picture of a number, one dict a step."""
     timesteps: Tensor
     shares: Shares
     target: float
@@ -132,7 +153,7 @@ class Setting:
     @cached_property
     def inputs(self) -> Inputs:
         """Of the picture that token thresholds are found with, and first runs draw."""
-        return self.draw(picture=0)
+        return self.draw(0)
 
     @cached_property
     def open_model(self) -> Any:
@@ -150,8 +171,15 @@ class Setting:
         return self.routed()
 
     def pack(self, model: Any, **options: Any) -> Any:
-        """The plan of a model packed for the steps."""
-        return model.pack(self.timesteps, max_bytes=self.max_bytes, **options)
+        """The plan of a model packed for the steps.
+
+        Raises:
+            Skipped: its copies would take more than they may.
+        """
+        try:
+            return model.pack(self.timesteps, max_bytes=self.max_bytes, **options)
+        except ValueError as error:
+            raise Skipped(str(error)) from error
 
     @torch.no_grad()
     def routed(self, *, packed: bool = True, **dynamic: bool) -> Routed:
@@ -188,32 +216,25 @@ class Variant:
     """Enabled around each run."""
     blocks_computed: float = 1.0
     """The share of blocks that ran, over all steps."""
-    counted: Routed | None = None
-    """Whose token gates decide on the MACs of each picture; None: those of all pictures are the same."""
-    ran: list[list[int]] | None = None
-    """The blocks that each step computes; None: all."""
-    plan: PackedPlan | None = None
-    """Of a packed model."""
+    macs_of: Callable[[Inputs], float] | None = None
+    """The same of other pictures; None: it is the same for all."""
+    packed: Packed = field(default_factory=Packed)
     execution: Execution | None = None
     """What compiled or captured it."""
-
-    def macs_of(self, inputs: Inputs) -> float:
-        """MACs of one sample of these pictures, all steps."""
-        if self.counted is None:
-            return self.macs
-        self.counted.collect(inputs)
-        return self.counted.macs(self.ran)
+    follow: Callable[[], None] = lambda: None
+    """Precedes a run, and is not timed with it."""
 
     def check_name(self) -> None:
         """Skipped if forwards ran masked, or op by op: the row would not be what it is called."""
-        if self.plan is not None and self.plan.run.fallback is not None:
-            raise Skipped(f"some forwards ran masked: {self.plan.run.fallback}")
+        if self.packed.run.fallback is not None:
+            raise Skipped(f"some forwards ran masked: {self.packed.run.fallback}")
         if self.execution is not None and self.execution.limit is not None:
             raise Skipped(f"some forwards ran op by op: more than {self.execution.limit} were needed")
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Around a run: the cache is enabled and empty, and gone afterwards."""
+        self.follow()
         if self.cache is None:
             yield
             return
@@ -251,7 +272,7 @@ def build(name: str, setting: Setting) -> Variant:
         return Variant(model=setting.open_model, options={"gates": "open"}, **static)
     if name == "open-packed":
         model = setting.size.make_dynamic(setting.static, tokens=False)
-        return Variant(model=model, plan=setting.pack(model), **static)
+        return Variant(model=model, packed=Packed.of(setting.pack(model)), **static)
     if name in ("static-compile", "static-cudagraphs"):
         twin = twin_of(setting.static)
         twin.compile(dynamic=False, mode="reduce-overhead" if name == "static-cudagraphs" else None)
@@ -284,8 +305,8 @@ def _routed(name: str, setting: Setting) -> Variant:
 def _of(name: str, routed: Routed, **others: Any) -> Variant:
     plan = routed.model._plan
     varies = routed.thresholds is not None and (plan is None or plan.tokens.counts is None)
-    return Variant(name=name, model=routed.model, macs=routed.macs(), before=routed.before, plan=plan,
-                   counted=routed if varies else None, **others)  # fmt: skip
+    return Variant(name=name, model=routed.model, macs=routed.macs(), before=routed.before, packed=Packed.of(plan),
+                   macs_of=routed.macs_of if varies else None, **others)  # fmt: skip
 
 
 def _with_capacity(name: str, setting: Setting) -> Variant:
@@ -293,10 +314,16 @@ def _with_capacity(name: str, setting: Setting) -> Variant:
     both.collect(setting.inputs)
     capacity = TokenCapacity.from_masks(setting.timesteps.tolist(), both.masks)
     model = shallow(both.model)  # with its routers, which follow the same thresholds
-    if name == "capacity":  # and with its weights, which are the same
-        plan = both.model._plan
+    others: dict[str, Any] = {}
+    if name == "capacity":
         counts = capacity.at(setting.timesteps, len(setting.cost.blocks), model.timestep_tolerance).tolist()
-        object.__setattr__(model, "_plan", replace(plan, tokens=TokenPlan(counts), run=RunState()))
+        run = RunState()
+
+        def follow_both() -> None:  # with its weights too, wherever they are: a cache packs them anew
+            object.__setattr__(model, "_plan", replace(both.model._plan, tokens=TokenPlan(counts), run=run))
+
+        follow_both()
+        others = {"follow": follow_both}
     else:
         kinds = {"kernel_layout": name != "compile", "fused_tokens": name == "fused"}
         fused = setting.pack(model, capacity=capacity, **kinds).fused_tokens
@@ -305,7 +332,7 @@ def _with_capacity(name: str, setting: Setting) -> Variant:
     routed = Routed(model, both.cost, both.thresholds)
     routed.collect(setting.inputs)
     if name in ("capacity", "fused"):
-        return _of(name, routed)
+        return _of(name, routed, **others)
     execution = setting.stack.enter_context(Execution(routed.model, backend=name))
     return _of(name, routed, beside=f"static-{name}", execution=execution)
 
@@ -322,13 +349,21 @@ def _cached(name: str, setting: Setting, base: str, cache: Any) -> Variant:
         routed = setting.both
         routed.collect(setting.inputs)
         variant = _of(name, routed, cache=cache)
-    ran = _blocks_that_run(variant, setting)
+    ran = _blocks_that_run(variant, setting.inputs)
     computed = sum(map(len, ran)) / (setting.steps * len(setting.cost.blocks))
-    return replace(variant, macs=routed.macs(ran), ran=ran, macs_from="blocks that ran", blocks_computed=computed)
+
+    def macs_of(inputs: Inputs) -> float:
+        if base == "both":
+            routed.collect(inputs)
+        # Every second step is left out of all pictures; diffusers' defaults may decide by what is in them.
+        return routed.macs(_blocks_that_run(variant, inputs) if setting.few else ran)
+
+    return replace(variant, macs=routed.macs(ran), macs_of=macs_of, macs_from="blocks that ran",
+                   blocks_computed=computed)  # fmt: skip
 
 
-def _blocks_that_run(variant: Variant, setting: Setting) -> list[list[int]]:
-    """The blocks that each step computes."""
+def _blocks_that_run(variant: Variant, inputs: Inputs) -> list[list[int]]:
+    """The blocks that each step computes of a picture."""
     starts: list[int] = []
     with watched_blocks(variant.model) as ran:
 
@@ -337,9 +372,10 @@ def _blocks_that_run(variant: Variant, setting: Setting) -> list[list[int]]:
             variant.before(step)
 
         with variant.ready():
-            replace(variant, before=before).run(setting.inputs)
+            replace(variant, before=before).run(inputs)
     steps = [ran[start:end] for start, end in zip(starts, [*starts[1:], len(ran)], strict=True)]
-    assert steps[0] == list(range(len(setting.cost.blocks))), f"{variant.name}: the first step computed {steps[0]}"
+    everything = list(range(len(blocks_of(variant.model))))
+    assert steps[0] == everything, f"{variant.name}: the first step computed {steps[0]}"
     return steps
 
 

@@ -274,7 +274,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 PIECE, REST = 64, 4
-"""As many rows as are a multiple of the first are one piece, the others, up to a multiple of the second, another."""
+"""Rows go in one piece of a multiple of 64, and the rest in another, filled up to a multiple of 4."""
 
 
 class Piece(NamedTuple):
@@ -302,15 +302,15 @@ class Piece(NamedTuple):
         x.view(-1, x.shape[-1]).index_add_(0, self.rows[: self.length], update)
 
 
-def pieces(rows: Int64[Tensor, " rows"], tokens: int) -> list[Piece]:
-    """The rows of samples of so many tokens; on a CPU in pieces of few different sizes, elsewhere, and to the compiler,
-    in one.
+def pieces(rows: Int64[Tensor, " rows"], tokens: int, *, in_few_sizes: bool) -> list[Piece]:
+    """The rows of samples of so many tokens, in one piece or in two of few different sizes.
 
-    oneDNN generates code for each new number of rows, which takes as long as to run some 50 of them through an MLP of
-    768 channels, and no two pictures keep equally many tokens.
+    The latter is for weights in the layout of oneDNN, which generates code for each new number of rows: that takes
+    about a millisecond, as long as 60 rows of a product with 768 x 1920 weights, and no two pictures keep equally many
+    tokens. Without a layout of their own weights are read, or cast, anew for each piece.
     """
     samples, count = rows // tokens, len(rows)
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if not in_few_sizes:
         return [Piece(rows, samples, count)]
     whole = count // PIECE * PIECE
     rest = count - whole

@@ -98,7 +98,7 @@ class PackedFluxSingleBlock(PackedBlock):
             rows = _among_all(tokens.rows, len(x), texts, images)
             if self.keeps_attention:
                 stream = gated_sum(stream, gate, self.attn.project_out(attn))
-            for piece in pieces(rows, texts + images):
+            for piece in pieces(rows, texts + images, in_few_sizes=self.mlp.is_laid_out):
                 update = self.mlp(piece.taken(x))
                 if not self.keeps_attention:
                     update = update.add_(self.attn.project_out(piece.taken(attn)))

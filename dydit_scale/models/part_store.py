@@ -165,7 +165,7 @@ def allot(stores: Sequence[PartStore], max_bytes: int | None) -> None:
             f"pack: the sub-networks take {smallest / 2**20:.0f} MiB beside the model at the least, more than "
             f"max_bytes = {max_bytes / 2**20:.0f} MiB; raise it, sample in fewer steps, or sample without packing"
         )
-    left = (_half_of_free_memory(stores) if max_bytes is None else max_bytes) - smallest
+    left = (free_memory(stores[0].device) // 2 if max_bytes is None else max_bytes) - smallest
     upgrades = []
     for store, cost in zip(stores, costs, strict=True):
         store.storage = min(("shared", "own", "in place"), key=lambda kind: cost[kind])
@@ -181,15 +181,16 @@ def allot(stores: Sequence[PartStore], max_bytes: int | None) -> None:
             left -= extra
 
 
-def _half_of_free_memory(stores: Sequence[PartStore]) -> int:
-    if (device := stores[0].device).type == "cuda":
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there: of the GPU, or of the machine within the limit of its container."""
+    if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+        return torch.cuda.mem_get_info(device)[0] + cached
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # a container without a limit says "max"
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
-    return max(0, free) // 2
+    return max(0, free)
 
 
 def _order(masks: Bool[Tensor, "steps units"]) -> Int64[Tensor, " used"]:

@@ -252,6 +252,11 @@ class MLPPart(nn.Module):
         """Whether ``add_on_rows`` can be asked: a GELU between two layers whose weights a kernel can read."""
         return self.fused and self._unreadable() is None
 
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether the weights are in the layout of the CPU's kernels."""
+        return any(isinstance(getattr(layer, "base", layer), KernelLinear) for layer in (self.up, self.down))
+
     def _unreadable(self) -> str | None:
         """Why the kernels cannot compute what this does; None where they can."""
         layers = (self.up, self.down)
@@ -330,7 +335,7 @@ def gated_sum(
 def mlp_on_tokens_(
     x: Float[Tensor, "batch tokens dim"],
     rows: Int64[Tensor, " rows"] | None,
-    mlp: nn.Module,
+    mlp: MLPPart,
     norm: nn.Module,
     shift: Float[Tensor, "batch dim"],
     scale: Float[Tensor, "batch dim"],
@@ -341,9 +346,9 @@ def mlp_on_tokens_(
     all."""
     if rows is None:
         return x.addcmul_(gate[:, None], mlp(modulated(norm, x, shift, scale)))
-    if getattr(mlp, "fuses", False):
-        return mlp.add_on_rows(norm(x), rows, gate, x, shift=shift, scale=scale)  # type: ignore[operator]
-    for piece in pieces(rows, x.shape[1]):
+    if mlp.fuses:
+        return mlp.add_on_rows(norm(x), rows, gate, x, shift=shift, scale=scale)
+    for piece in pieces(rows, x.shape[1], in_few_sizes=mlp.is_laid_out):
         piece.add_(x, mlp(modulated(norm, piece.taken(x), shift, scale, piece)), gate)
     return x
 

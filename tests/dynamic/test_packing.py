@@ -82,7 +82,9 @@ def test_work_lands_on_the_chosen_rows_with_their_samples_gate() -> None:
 @pytest.mark.parametrize("count", [0, 3, 64, 67, 130])
 def test_pieces_hold_each_row_once_in_few_sizes(count: int) -> None:
     rows = torch.arange(400)[torch.randperm(400, generator=torch.Generator().manual_seed(count))[:count]]
-    found = pieces(rows, 200)
+    (whole,) = pieces(rows, 200, in_few_sizes=False)
+    assert torch.equal(whole.rows, rows) and whole.length == count
+    found = pieces(rows, 200, in_few_sizes=True)
     assert torch.equal(torch.cat([rows[:0], *(piece.rows[: piece.length] for piece in found)]), rows)
     assert all(len(piece.rows) % 64 == 0 or (len(piece.rows) % 4 == 0 and len(piece.rows) < 68) for piece in found)
 
