@@ -22,8 +22,6 @@ from dydit_scale.report.inputs import Missing, read_run
 LAYER_SPREAD, STEP_SPREAD = 0.25, 0.2
 """Shares differ between layers by up to so much of their mean, and from the noisiest to the last step: narrow at
 first, as trained models are."""
-RESTLESS = 0.5
-"""How much of a unit's rank is drawn anew at each step: the units of one step are no subset of the next one's."""
 
 
 class Shares(NamedTuple):
@@ -124,7 +122,8 @@ def shares_of_run(run: Path, layers: int, sigmas: Tensor, *, units: int) -> Shar
 
 @torch.no_grad()
 def set_width(model: Any, shares: Shares, timesteps: Tensor, *, seed: int = 0) -> None:
-    """Let so many heads and groups of each layer work at each timestep; which ones changes from step to step."""
+    """Let so many heads and groups of each layer work at each timestep: of an order drawn for the layer the first, so
+    that a narrow step's are among a wide one's."""
     generator = torch.Generator().manual_seed(seed)
     t_emb = model.routing_embedding(timesteps.to(model.device).float()).double().cpu()
     solve = torch.linalg.pinv(t_emb)  # [dim, steps]
@@ -133,10 +132,8 @@ def set_width(model: Any, shares: Shares, timesteps: Tensor, *, seed: int = 0) -
             continue
         layers, routed, _ = router.weight.shape
         on = (share * (routed + 1)).round().long() - 1  # unit 0 has no logit
-        lasting = torch.randn(layers, 1, routed, generator=generator)
-        score = lasting + RESTLESS * torch.randn(layers, on.shape[1], routed, generator=generator)
-        rank = score.argsort(-1, descending=True).argsort(-1)  # [layers, steps, routed]
-        wanted = torch.where(rank < on[..., None], 1.0, -1.0).double()
+        rank = torch.rand(layers, 1, routed, generator=generator).argsort(-1)
+        wanted = torch.where(rank < on[..., None], 1.0, -1.0).double()  # [layers, steps, routed]
         router.weight.copy_(torch.einsum("ds,lsu->lud", solve, wanted))
         nn.init.zeros_(router.bias)
         got = torch.einsum("sd,lud->lsu", t_emb.float(), router.weight.float().cpu())

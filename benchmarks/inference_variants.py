@@ -228,8 +228,8 @@ class Variant:
         """Skipped if forwards ran masked, or op by op: the row would not be what it is called."""
         if self.packed.run.fallback is not None:
             raise Skipped(f"some forwards ran masked: {self.packed.run.fallback}")
-        if self.execution is not None and self.execution.limit is not None:
-            raise Skipped(f"some forwards ran op by op: more than {self.execution.limit} were needed")
+        if self.execution is not None and self.execution.op_by_op is not None:
+            raise Skipped(f"some forwards ran op by op: {self.execution.op_by_op}")
 
     @contextmanager
     def ready(self) -> Iterator[None]:

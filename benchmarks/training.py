@@ -127,6 +127,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[d
 def seconds_of(loss: Callable[[], Tensor], precision: str, device: torch.device) -> float:
     gc.collect()
     gc.disable()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     began = time.perf_counter()
     with autocast(precision, device):
         value = loss()
@@ -146,6 +148,8 @@ def memory_of(network: nn.Module, loss: Callable[[], Tensor], precision: str, de
     with saved_bytes(network) as saved, autocast(precision, device):
         value = loss()
     value.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     peak = {"peak_bytes": torch.cuda.max_memory_allocated() - before} if device.type == "cuda" else {}
     return {"saved_bytes": saved(), **peak}
 

@@ -252,8 +252,9 @@ class DynamicModelMixin(HookedModelMixin):
         for row, t in enumerate(values):
             rows.setdefault(self._plan.step_of(t), []).append(row)
         planned = [step for step in rows if step is not None]
-        if planned and self._plan.run.begins(min(planned)) and not self._plan.weights.have_contents():
-            self._drop("weights have changed since pack")  # asked once a picture: a GPU must be waited for
+        begins = bool(planned) and self._plan.run.begins(min(planned))  # what a GPU must be waited for: once a picture
+        if begins and not self._plan.weights.have_contents():
+            self._drop("weights have changed since pack")
             return {}
         if None in rows:
             self._fell_back(
@@ -265,7 +266,7 @@ class DynamicModelMixin(HookedModelMixin):
         if len(rows) > 1 and self._plan.tokens.share_scores:
             raise ValueError(f"share_scores: the branches of guidance have one timestep; got {values}")
         if self._plan.tokens.share_scores:
-            check_branches(latents)
+            check_branches(latents, contents=begins)
         return rows
 
     def _fell_back(self, reason: str) -> None:

@@ -186,10 +186,11 @@ class PackedBlock(nn.Module):
         return PackedTokens(None if len(rows) == batch * tokens else rows, keep)
 
 
-def check_branches(latents: Shaped[Tensor, "batch *shape"]) -> None:
-    """Raise ValueError unless the halves of the batch are equal, as those of the two branches of guidance are."""
+def check_branches(latents: Shaped[Tensor, "batch *shape"], *, contents: bool) -> None:
+    """Raise ValueError unless the halves of the batch are equal in size and, if asked for, in ``contents``, as those of
+    the two branches of guidance are; a GPU must be waited for to compare these."""
     first, second = latents.tensor_split(2)
-    if first.shape != second.shape or not torch.equal(first, second):
+    if first.shape != second.shape or (contents and not torch.equal(first, second)):
         raise ValueError(
             f"share_scores: expected the two branches of guidance as the halves of a batch, with equal latents; got "
             f"{len(latents)} samples{'' if len(latents) % 2 else ', whose halves differ'}. Pipelines that run the "

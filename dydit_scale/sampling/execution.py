@@ -6,7 +6,7 @@ import inspect
 import logging
 import time
 from contextlib import AbstractContextManager
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,7 +31,8 @@ class Execution(AbstractContextManager["Execution"]):
     ``compile``: compiled code for each class of packed block, with the widths as variables, so that sub-networks share
     it. ``cudagraphs``: each distinct sub-network is captured when it first comes, for each shape of inputs, and
     replayed from then on; all graphs share one pool of memory and their inputs. The step is found by the timestep,
-    which is read from the device once a forward. A model that is packed again inside is followed.
+    which is read from the device once a forward; modulation is part of a graph, and not computed ahead of its step. A
+    model that is packed again inside is followed.
 
     Raises:
         ValueError: the model is not packed, or the backend cannot run it: the compiler needs plain weights
@@ -48,8 +49,8 @@ class Execution(AbstractContextManager["Execution"]):
         """Spent on first calls: compilation and capture."""
         self.recompilations = 0
         """Codes compiled or graphs captured."""
-        self.limit: str | None = None
-        """Which limit was reached, if one was: what came after it runs op by op."""
+        self.op_by_op: str | None = None
+        """Why forwards of packed sub-networks ran op by op, if some did."""
         self._plan: Any = None
         self._inside = self._follows_timestep = False
         self._graphs: dict[tuple, _Graph] = {}
@@ -95,6 +96,8 @@ class Execution(AbstractContextManager["Execution"]):
             self.model.forward = self._before
         if self.backend == "compile":
             self._config.__exit__(kind, error, trace)
+            if self.op_by_op is not None:  # functions at their limit stay so, and the next one is not told
+                torch._dynamo.reset()
             for block in self._sub_blocks() if self.model._plan is not None else []:
                 block._compiled_call_impl = None
         self._graphs.clear()
@@ -130,7 +133,7 @@ class Execution(AbstractContextManager["Execution"]):
         before, refused, start = _graph_count(), _refused_count(), time.perf_counter()
         out = self._plain(*args, **kwargs)
         if _refused_count() > refused:
-            self._reached(f"{RECOMPILE_LIMIT} codes of a function")
+            self._tell(f"more than {RECOMPILE_LIMIT} codes of a function would be needed")
         if (compiled := _graph_count() - before) > 0:
             self.recompilations += compiled
             self.warmup_seconds += time.perf_counter() - start
@@ -141,23 +144,28 @@ class Execution(AbstractContextManager["Execution"]):
         timestep, gates = given["timestep"].float(), given.get("gates", "threshold")
         steps = self.model._planned_steps(timestep, gates, given["hidden_states"])
         leaves, form = pytree.tree_flatten(given)
-        plain = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in leaves)
-        if len(steps) != 1 or None in steps or given.get("collect") or not plain:
+        if not steps or None in steps or given.get("collect"):  # masked, which the model tells, or asked for its masks
+            return self._plain(*args, **kwargs)
+        others = {type(x).__name__ for x in leaves if not isinstance(x, (Tensor, bool, int, float, str, NoneType))}
+        if len(steps) > 1 or others:
+            self._tell(f"a {min(others)} among its arguments" if others else "a batch of several timesteps")
             return self._plain(*args, **kwargs)
         (step,) = steps
-        shapes = (form, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        device = given["hidden_states"].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        shapes = (form, autocast, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves))
         key = (*self._network(step), shapes)
         if key not in self._graphs:
             if len(self._graphs) >= GRAPH_LIMIT:
-                self._reached(f"{GRAPH_LIMIT} graphs")
+                self._tell(f"more than {GRAPH_LIMIT} graphs would be needed")
                 return self._plain(*args, **kwargs)
             self._graphs[key] = self._captured(step, shapes, leaves, form)
         return self._graphs[key].replay(leaves)
 
-    def _reached(self, limit: str) -> None:
-        if self.limit is None:
-            logger.warning("%s: more than %s were needed; further ones run op by op", self.backend, limit)
-        self.limit = limit
+    def _tell(self, reason: str) -> None:
+        if self.op_by_op is None:
+            logger.warning("%s: a forward runs op by op: %s", self.backend, reason)
+            self.op_by_op = reason
 
     def _network(self, step: int) -> tuple:
         """What a graph holds of a step; equal for steps that may share one."""

@@ -40,6 +40,8 @@ class SpeedReport:
     """How the dynamic model's steps were launched; the static one's always op by op."""
     fallback: str | None = None
     """Why forwards of the dynamic model ran masked, at the static one's cost, if some did."""
+    op_by_op: str | None = None
+    """Why some were launched op by op, where ``execution`` says otherwise."""
 
     def table(self) -> str:
         """For the terminal."""
@@ -65,16 +67,17 @@ class SpeedReport:
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
             for r in rows
         ]
-        return "\n".join([*lines, *fallback_lines(self.fallback)])
+        return "\n".join([*lines, *fallback_lines(self.fallback, self.op_by_op)])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def fallback_lines(reason: str | None) -> list[str]:
-    """What a terminal says of forwards that ran masked; nothing where none did."""
-    return [] if reason is None else [f"some forwards ran masked, at the static model's cost: {reason}"]
+def fallback_lines(masked: str | None, op_by_op: str | None = None) -> list[str]:
+    """What a terminal says of forwards that ran masked, or op by op, for these reasons; nothing where none did."""
+    lines = [] if masked is None else [f"some forwards ran masked, at the static model's cost: {masked}"]
+    return lines if op_by_op is None else [*lines, f"some forwards ran op by op: {op_by_op}"]
 
 
 def timed_pairs(

@@ -30,6 +30,8 @@ from dydit_scale.sampling.speed import SpeedReport, speed_report, timed_pairs
 from dydit_scale.sampling.video import write_video
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, static_pipeline
 
+Drawer = Callable[[int], Any]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
@@ -73,19 +75,23 @@ def sample_run(
     if run.recipe.dynamic is None:
         pictures, rows, report = generate(run.pipeline, prompts, settings, progress="sampling"), [], None
     else:
-        plan = pack_run(run, list(prompts)[: settings.batch], settings, packing)
+        first = list(prompts)[: settings.batch]
+        plan = pack_run(run, first, settings, packing)
         print(packed_line(plan))
         static = static_pipeline(run)
         with Execution(run.network, packing.execution) as execution:
             pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
             rows = [generate(static, prompts, settings, progress="static")]
-            report = measure(run, list(prompts)[: settings.batch], settings)
-            report = replace(report, execution=packing.execution, fallback=plan.run.fallback)
+            timed = timed_pairs(*drawers(run, first, settings), pairs=3)
+        report = replace(
+            counted(run, first, settings, timed),
+            execution=packing.execution,
+            fallback=plan.run.fallback,
+            op_by_op=execution.op_by_op,
+        )
         print(report.table())
         if execution.recompilations:
             print(f"{packing.execution}: {execution.recompilations} made in {execution.warmup_seconds:.1f} s, once")
-        if execution.limit:
-            print(f"{packing.execution}: more than {execution.limit} were needed; further ones ran op by op")
     out.mkdir(parents=True, exist_ok=True)
     sheet = np.concatenate([*rows, pictures])
     columns = len(pictures) if rows else min(8, len(pictures))
@@ -147,13 +153,25 @@ def packed_line(plan: PackedPlan) -> str:
 def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pairs: int = 3) -> SpeedReport:
     """Time the packed dynamic pipeline beside the static one on the same prompts and noise, another noise for each
     pair; then count the MACs of these pictures."""
+    return counted(run, prompts, config, timed_pairs(*drawers(run, prompts, config), pairs))
 
-    def drawn_by(pipe: Any) -> Callable[[int], Any]:
+
+def drawers(run: LoadedRun, prompts: Sequence[str], config: SampleConfig) -> tuple[Drawer, Drawer]:
+    """What draws the prompts with the static and with the dynamic pipeline, from the noise of a pair's number."""
+
+    def drawer(pipe: Any) -> Drawer:
         return lambda pair: generate(pipe, prompts, config, first=pair * len(prompts))
 
-    seconds = timed_pairs(drawn_by(static_pipeline(run)), dynamic := drawn_by(run.pipeline), pairs)
+    return drawer(static_pipeline(run)), drawer(run.pipeline)
+
+
+def counted(
+    run: LoadedRun, prompts: Sequence[str], config: SampleConfig, seconds: Sequence[tuple[float, float]]
+) -> SpeedReport:
+    """What the seconds of pairs say beside the MACs of their pictures, which are drawn once more for it."""
+    _, dynamic = drawers(run, prompts, config)
     with recorded(run.network) as recording:
-        for pair in range(1, pairs + 1):
+        for pair in range(1, len(seconds) + 1):
             dynamic(pair)
     return speed_report(
         seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from benchmarks.inference_peers import FixedK, cacheable, twin_of
 from benchmarks.inference_plan import Comparison
 from benchmarks.inference_sizes import SIZES
 from benchmarks.inference_variants import COMPILED, ON_REQUEST, VARIANTS, build
+from dydit_scale.models.plan import PackedPlan
 
 CPU = torch.device("cpu")
 TINY = ("--layers", "2", "--side", "4", "--text", "8", "--steps", "3", "--repetitions", "2", "--dtype", "float32")
@@ -132,6 +134,8 @@ def test_masks_are_the_shares_that_were_drawn() -> None:
     table = model.step_table(DIT.timesteps(sigmas))
     torch.testing.assert_close(table.heads.float().mean(-1), shares.heads.float())
     torch.testing.assert_close(table.groups.float().mean(-1), shares.groups.float())
+    for masks in (table.heads, table.groups):
+        assert bool((masks[:, :-1] <= masks[:, 1:]).all()) and len(masks.unique(dim=1)[0]) > 1, "nested, not equal"
     with pytest.raises(ValueError, match=r"ratio 0\.01: 2 layers of 6 units come to"):
         drawn_shares(cost, 0.01, sigmas, units=6, token_keep=None)
 
@@ -160,6 +164,42 @@ def test_a_packed_variant_that_ran_masked_has_no_row() -> None:
     assert [row["variant"] for row in rows] == ["static", "open", "masked"]
     reasons = {row["variant"]: row["reason"] for row in skipped}
     assert "some forwards ran masked: timestep" in reasons["both"] and "fused kernels" in reasons["fused"]
+
+
+@torch.no_grad()
+def test_copies_that_a_cache_has_had_cut_anew_are_not_kept() -> None:
+    here = setting()
+    variants = [build(name, here) for name in ("both", "capacity", "both-fbc", "both-taylor", "both-mag")]
+    for variant in variants:
+        with variant.ready():
+            variant.run(here.inputs)
+    gc.collect()
+    capacity = variants[1]
+    with capacity.ready():
+        assert capacity.model._plan.blocks is here.both.model._plan.blocks
+    capacity.model.unpack()
+    plans = [x for x in gc.get_objects() if type(x) is PackedPlan]
+    assert plans == [here.both.model._plan]
+
+
+def test_all_copies_have_equal_parts_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "free_memory", lambda device: 1000)
+    assert inference._budget(["static", "open", "masked", "width"], CPU) == 700
+    for names in (["width", "both"], ["width", "capacity"], ["width", "both-fbc", "both-mag", "capacity"]):
+        assert inference._budget(["static", "open", *names], CPU) == 350, "of the copies of both there is one set"
+
+
+@torch.no_grad()
+def test_what_is_not_packed_or_has_no_partner_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(setting(), max_bytes=1)
+    rows, skipped = inference.compare(here, ["static", "open", "both"], 1, CPU)
+    assert [row["variant"] for row in rows] == ["static", "open"]
+    assert "the sub-networks take" in skipped[0]["reason"]
+
+    variants = [build("static", here), replace(build("open", here), beside="static-compile")]
+    gone: list[dict[str, Any]] = []
+    kept, _ = inference._as_named(variants, [{}, {}], gone, "a size")
+    assert kept == variants[:1] and gone[0]["reason"] == "so is what it is compared with, static, torch.compile"
 
 
 @torch.no_grad()

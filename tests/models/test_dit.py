@@ -230,6 +230,16 @@ def test_cost_equals_what_the_flop_counter_sees_on_the_packed_run(static: dict, 
     assert macs(unrouted, inputs([500], side=12)) == pytest.approx(cost.static, rel=1e-6)
 
 
+@torch.no_grad()
+def test_packed_blocks_compute_up_to_three_tokens_more_than_they_cost() -> None:
+    model, x = scramble(tiny_dynamic()), inputs([500], side=12)
+    cost = model.cost(36)
+    exact = float(cost.ratio(model(**x, collect=True).masks)) * cost.static
+    model.pack(torch.tensor([500.0]))
+    a_token = sum(block.groups_tokens for block in cost.blocks) / 36  # through all channels of all MLPs
+    assert exact < macs(model, x) < 1.005 * exact + 3 * a_token
+
+
 def test_cost_has_a_gradient_and_knows_no_text() -> None:
     model = tiny_dynamic()
     out = model(**inputs([999, 500]), gates=noise(2), collect=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from typing import Any
@@ -266,6 +267,14 @@ def test_autocast_runs_packed_blocks_too(family: Family, caplog: pytest.LogCaptu
     rounding = float((masked.float() - exact).abs().mean())
     assert 0 < float((packed.float() - exact).abs().mean()) < 1.5 * rounding
 
+    model, counts = scramble(family.make()), torch.full((1, len(model.dynamic_blocks())), 2)
+    steps = family.steps(0.5)
+    model.pack(steps, capacity=TokenCapacity(steps, counts))
+    exact = model(**family.x(0.5, 0.5)).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        some = model(**family.x(0.5, 0.5)).sample.float()
+    assert 0 < float((some - exact).abs().mean()) < 0.05 * float(exact.abs().mean())
+
 
 @each
 def test_recorded_gradients_run_masked_and_say_so(family: Family, caplog: pytest.LogCaptureFixture) -> None:
@@ -306,6 +315,22 @@ def test_backends_that_cannot_run_say_why() -> None:
     model.unpack()
     with pytest.raises(ValueError, match="the model is not packed"):
         Execution(model)
+
+
+@torch.no_grad()
+def test_what_no_graph_can_hold_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    family, model = FAMILIES[1], packed()
+    expected = model(**family.x(0.9, 0.5)).sample
+    run = Execution(model)
+    run._plain, run._signature, run._plan = model.forward, inspect.signature(model.forward), model._plan
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(run._replayed(**family.x(0.9, 0.5)).sample, expected)
+    assert run.op_by_op == "a batch of several timesteps" and caplog.text.count("runs op by op") == 1
+    asked = Execution(model)
+    asked._plain, asked._signature, asked._plan = model.forward, inspect.signature(model.forward), model._plan
+    asked._replayed(**family.x(0.9), collect=True)
+    assert asked.op_by_op is None, "a forward that is asked for its masks is no sampling"
 
 
 @torch.no_grad()
