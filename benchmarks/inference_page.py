@@ -148,18 +148,22 @@ def plot(results: list[Result]) -> Any:
     from matplotlib.lines import Line2D
 
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "speed", "font.size": 9}
-    headlines = [(f"{_title(where)}, {result['dtype']}", row) for result, where, _, row in _headlines(results)]
+    headlines = [
+        (f"{where['size']}, {result['device']} {result['dtype']}, batch {where['batch']}, {_steps(where)}, "
+         f"{_masks(where)}", row)
+        for result, where, _, row in _headlines(results)
+    ]  # fmt: skip
     panels = [(result, *comparison) for result in results for comparison in _comparisons(result["rows"])]
     panels = [panel for panel in panels if len(panel[2]) >= DETAILED]
     most, lines = max([1, *(len(rows) for _, _, rows in panels)]), -(-len(panels) // 2)
-    heights = [0.21 * len(headlines) + 0.8, *[0.21 * most + 0.9] * lines]
-    figure = Figure(figsize=(11.2, sum(heights) + 0.5), layout="constrained")
-    grid = figure.add_gridspec(1 + lines, 2, height_ratios=heights)
-    top = figure.add_subplot(grid[0, :])
+    heights = [0.21 * len(headlines) + 1.0, (0.21 * most + 0.9) * lines]
+    figure = Figure(figsize=(11.2, sum(heights) + 0.3), layout="constrained")
+    above, details = figure.subfigures(2, 1, height_ratios=[heights[0], max(heights[1], 0.01)])
+    top = above.add_subplot()
     _dots(top, [row for _, row in headlines], [OURS] * len(headlines), [label for label, _ in headlines])
     top.set_title(f"{VARIANTS[HEADLINE]}", loc="left", fontsize=9)
     for i, (result, where, rows) in enumerate(panels):
-        axes = figure.add_subplot(grid[1 + i // 2, i % 2])
+        axes = details.add_subplot(lines, 2, i + 1)
         _dots(axes, rows, [_colour(row["variant"]) for row in rows], [VARIANTS[row["variant"]] for row in rows], most)
         title = f"{where['size']}, {result['device']} {result['dtype']}\nbatch {where['batch']}, {_steps(where)}"
         axes.set_title(f"{title}, {_masks(where)}", loc="left", fontsize=9)
@@ -169,7 +173,7 @@ def plot(results: list[Result]) -> Any:
         Line2D([], [], marker="o", color="#333333", ls="", label="realised (median and quartiles)"),
         *(Line2D([], [], color=colour, lw=4, label=label) for label, colour in colours.items()),
     ]
-    figure.legend(handles=marks, loc="outside upper center", ncols=6, frameon=False)
+    above.legend(handles=marks, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
 

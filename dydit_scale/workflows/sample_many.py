@@ -122,10 +122,10 @@ def _prepared(
     plan = pack_run(run, subjects.of(range(COUNTED)), replace(settings, batch=COUNTED), packing)
     if world.is_main:
         print(packed_line(plan))
-    with Execution(run.network, packing.execution):
+    with Execution(run.network, packing.execution) as execution:
         yield
     if world.is_main:
-        for line in fallback_lines(plan.run.fallback):
+        for line in fallback_lines(plan.run.fallback, execution.op_by_op):
             print(line)
 
 
