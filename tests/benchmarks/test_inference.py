@@ -250,7 +250,8 @@ def test_the_page_shows_every_row(result: dict[str, Any], tmp_path: Path) -> Non
     write_page([few], tmp_path)
     page, plot = (tmp_path / "speed.md").read_text(), (tmp_path / "speed.svg").read_text()
     assert "packed, both: 3 codes or graphs in 4.2 s." in page and "(3 own, 1 shared)" in page
-    assert "dit-s, 2 blocks" in plot and VARIANTS["open"] not in plot, "too few variants for a panel of their own"
+    assert ">dit-s, cpu float32, batch 1, 3 steps, ratio 0.5<" in plot
+    assert f">{VARIANTS['open']}<" not in plot, "too few variants for a panel of their own"
     write_page([], tmp_path)
     assert (tmp_path / "speed.md").read_text().count("There is no result from") == 2
     prose = PAGE.read_text().partition("## Results")[0]
