@@ -30,8 +30,6 @@ from dydit_scale.sampling.speed import SpeedReport, speed_report, timed_pairs
 from dydit_scale.sampling.video import write_video
 from dydit_scale.workflows.runs import LoadedRun, load_run, sample_config, static_pipeline
 
-Drawer = Callable[[int], Any]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
@@ -82,7 +80,7 @@ def sample_run(
         with Execution(run.network, packing.execution) as execution:
             pictures = generate(run.pipeline, prompts, settings, progress="dynamic, packed")
             rows = [generate(static, prompts, settings, progress="static")]
-            timed = timed_pairs(*drawers(run, first, settings), pairs=3)
+            timed = timed_pairs(drawer(static, first, settings), drawer(run.pipeline, first, settings), pairs=3)
         report = replace(
             counted(run, first, settings, timed),
             execution=packing.execution,
@@ -153,23 +151,20 @@ def packed_line(plan: PackedPlan) -> str:
 def measure(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, *, pairs: int = 3) -> SpeedReport:
     """Time the packed dynamic pipeline beside the static one on the same prompts and noise, another noise for each
     pair; then count the MACs of these pictures."""
-    return counted(run, prompts, config, timed_pairs(*drawers(run, prompts, config), pairs))
+    static, dynamic = drawer(static_pipeline(run), prompts, config), drawer(run.pipeline, prompts, config)
+    return counted(run, prompts, config, timed_pairs(static, dynamic, pairs))
 
 
-def drawers(run: LoadedRun, prompts: Sequence[str], config: SampleConfig) -> tuple[Drawer, Drawer]:
-    """What draws the prompts with the static and with the dynamic pipeline, from the noise of a pair's number."""
-
-    def drawer(pipe: Any) -> Drawer:
-        return lambda pair: generate(pipe, prompts, config, first=pair * len(prompts))
-
-    return drawer(static_pipeline(run)), drawer(run.pipeline)
+def drawer(pipe: Any, prompts: Sequence[str], config: SampleConfig) -> Callable[[int], Any]:
+    """What draws the prompts from the noise of a pair's number."""
+    return lambda pair: generate(pipe, prompts, config, first=pair * len(prompts))
 
 
 def counted(
     run: LoadedRun, prompts: Sequence[str], config: SampleConfig, seconds: Sequence[tuple[float, float]]
 ) -> SpeedReport:
     """What the seconds of pairs say beside the MACs of their pictures, which are drawn once more for it."""
-    _, dynamic = drawers(run, prompts, config)
+    dynamic = drawer(run.pipeline, prompts, config)
     with recorded(run.network) as recording:
         for pair in range(1, len(seconds) + 1):
             dynamic(pair)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ from tests.models.tiny_families import FAMILIES
 def test_each_pair_draws_from_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, int]] = []
     monkeypatch.setattr(sample, "generate", lambda pipe, prompts, config, first: drawn.append((pipe, first)))
-    monkeypatch.setattr(sample, "static_pipeline", lambda run: "static")
-    run: Any = SimpleNamespace(pipeline="dynamic")
     config: Any = None
-    sample.timed_pairs(*sample.drawers(run, ["a", "b"], config), pairs=2, progress=False)
+    static, dynamic = (sample.drawer(pipe, ["a", "b"], config) for pipe in ("static", "dynamic"))
+    sample.timed_pairs(static, dynamic, pairs=2, progress=False)
     assert drawn == [(pipe, first) for first in (0, 2, 4) for pipe in ("static", "dynamic")]
 
 
