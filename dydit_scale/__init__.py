@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 def pack(model: DynamicModelMixin, timesteps: Tensor, **options: Any) -> PackedPlan:
     """Cut a sub-network for each timestep of a sampler (``timesteps`` [steps] as the model's forward takes them: for
     FLUX 0..1, from ``sampler_timesteps``; for DiT and Latte their scheduler's); forwards without gradient run them from
-    now on. ``options`` are those of :meth:`dydit_scale.models.base.DynamicModelMixin.pack`.
+    now on. ``options`` are those of :meth:`dydit_scale.models.routed.RoutedModelMixin.pack`.
 
     Raises ValueError if the copied weights would take more than ``max_bytes``.
     """

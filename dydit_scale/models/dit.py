@@ -30,8 +30,9 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
-from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
+from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock, PackedDiTBlock
+from dydit_scale.models.routed import at_full_strength, in_batch_order, timestep_embedding
 
 TIME_FREQUENCIES = 256
 """Sinusoids of a timestep, half of them cosines."""

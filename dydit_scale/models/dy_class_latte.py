@@ -22,12 +22,13 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
-from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
+from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.blocks import BlockGates
 from dydit_scale.models.class_latte import BLOCK_SETTINGS, ClassLatteTransformer3DModel, FrameAxis
 from dydit_scale.models.dit import TIME_FREQUENCIES
 from dydit_scale.models.dit_blocks import DyDiTAttnProcessor, DyDiTTransformerBlock, PackedDiTBlock
 from dydit_scale.models.latte import check_dynamic, with_idle_temporal
+from dydit_scale.models.routed import in_batch_order, timestep_embedding
 
 
 class DyClassLatteOutput(NamedTuple):

@@ -23,14 +23,14 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
-from dydit_scale.models.base import DynamicModelMixin, at_full_strength, in_batch_order, timestep_embedding
+from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.flux_blocks import (
     DyFluxAttnProcessor,
     DyFluxSingleTransformerBlock,
     DyFluxTransformerBlock,
-    PackedFluxBlock,
-    PackedFluxSingleBlock,
 )
+from dydit_scale.models.flux_packed import PackedFluxBlock, PackedFluxSingleBlock, mask_of_samples
+from dydit_scale.models.routed import at_full_strength, in_batch_order, timestep_embedding
 
 
 class DyFluxOutput(NamedTuple):
@@ -137,14 +137,14 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
                 raise ValueError("packed sampling of a batch with several timesteps does not go with ControlNet")
             rows = list(steps.values())
             batched = (hidden_states, encoder_hidden_states, pooled_projections, timestep)
-            shared: dict[str, Any] = {
-                "img_ids": img_ids,
-                "txt_ids": txt_ids,
-                "joint_attention_kwargs": joint_attention_kwargs,
-            }
-            shared |= {"collect": collect, "return_dict": False}
+            shared = {"img_ids": img_ids, "txt_ids": txt_ids, "collect": collect, "return_dict": False}
             parts = [
-                self(*(x[r] for x in batched), guidance=None if guidance is None else guidance[r], **shared)
+                self(
+                    *(x[r] for x in batched),
+                    guidance=None if guidance is None else guidance[r],
+                    joint_attention_kwargs=_of_rows(joint_attention_kwargs, r),
+                    **shared,
+                )
                 for r in rows
             ]
             return self._result(*in_batch_order(parts, rows), return_dict)
@@ -248,6 +248,12 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         return self.time_text_embed(*scaled, pooled)
 
 
+def _of_rows(options: dict[str, Any] | None, rows: list[int]) -> dict[str, Any] | None:
+    """``joint_attention_kwargs`` with the mask of these rows of the batch."""
+    mask = (options or {}).get("attention_mask")
+    return options if mask is None else {**(options or {}), "attention_mask": mask_of_samples(mask, rows)}
+
+
 class ControlNetResiduals(NamedTuple):
     """ControlNet's samples for double and single blocks, spread over the blocks as diffusers does."""
 
@@ -278,12 +284,13 @@ def _double_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -
 
 def _single_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -> BlockCost:
     both = image + text
-    skips_output = config.single_bypass == "attn_out+mlp"
+    of_query = 2 * d * d + 2 * both * d  # projections of query and output, and attention to all
+    asks_chosen = config.single_bypass == "attn_out+mlp"
     return BlockCost(
         fixed=3 * d * d,
         router=router_macs(config, d, image),
-        heads=3 * d * d * both + 2 * both * both * d + d * d * (text if skips_output else both),
-        heads_tokens=d * d * image if skips_output else 0,
+        heads=2 * d * d * both + of_query * (text if asks_chosen else both),
+        heads_tokens=of_query * image if asks_chosen else 0,
         groups=2 * d * f * text,
         groups_tokens=2 * d * f * image,
     )

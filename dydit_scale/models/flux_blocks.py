@@ -293,8 +293,9 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         out_attn = LinearColumns(self.proj_out, 0, dim, bias=True)
         out_mlp = LinearColumns(self.proj_out, dim, channels, bias=False)
         mlp_alone = self.dynamic.single_bypass == "mlp"  # else chosen tokens need both in one sum
+        streams = (Stream.of(attn, out_attn),)
         return {
-            "attn": AttentionSource((Stream.of(attn, out_attn),), attn.head_dim, self.dy_head_unit, attn.processor),
+            "attn": AttentionSource(streams, attn.head_dim, self.dy_head_unit, attn.processor, not mlp_alone),
             "mlp": MLPSource(self.proj_mlp, self.act_mlp, out_mlp, self.dy_channel_unit, mlp_alone),
         }
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.packing import fold, pieces
@@ -45,7 +45,7 @@ class PackedFluxBlock(PackedBlock):
         image = self.attn.project(modulated(self.norm1.norm, hidden_states, shift, scale), 0)
         text = self.attn.project(modulated(self.norm1_context.norm, encoder_hidden_states, c_shift, c_scale), 1)
         qkv = [torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)]
-        out = _attend(self.attn, qkv, image_rotary_emb, joint_attention_kwargs)
+        out = _attend(self.attn, qkv, image_rotary_emb, _mask_of(joint_attention_kwargs))
         text_out, image_out = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         image_stream = gated_sum(hidden_states, gate, self.attn.project_out(image_out, 0))
         text_stream = gated_sum(encoder_hidden_states, c_gate, self.attn.project_out(text_out, 1))
@@ -88,23 +88,52 @@ class PackedFluxSingleBlock(PackedBlock):
         stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = self._modulation(temb, gates).chunk(3, dim=1)
         x = modulated(self.norm.norm, stream, shift, scale)
-        attn = _attend(self.attn, self.attn.project(x), image_rotary_emb, joint_attention_kwargs)
-        if tokens.rows is None:
-            stream = gated_sum(stream, gate, self.attn.project_out(attn).add_(self.mlp(x)))
-        elif self.mlp.fuses:  # the attention is kept, then
-            stream = gated_sum(stream, gate, self.attn.project_out(attn))
-            stream = self.mlp.add_on_rows(x, _among_all(tokens.rows, len(x), texts, images), gate, stream)
+        mask = _mask_of(joint_attention_kwargs)
+        if tokens.rows is not None and not self.keeps_attention:
+            keys, values = self.attn.keys_and_values(x)
+            attended = _Attended(_rotated(keys, image_rotary_emb), values, image_rotary_emb, mask)
+            for n, rows in enumerate(_of_each(tokens.rows, len(x), images, gates.capacity)):
+                places, one = _among_all(rows - n * images, 1, texts, images), slice(n, n + 1)
+                self._add_on_chosen_(stream[one], x[one], places, gate[one], attended.of(n))
         else:
-            rows = _among_all(tokens.rows, len(x), texts, images)
-            if self.keeps_attention:
-                stream = gated_sum(stream, gate, self.attn.project_out(attn))
-            for piece in pieces(rows, texts + images, in_few_sizes=self.mlp.is_laid_out):
-                update = self.mlp(piece.taken(x))
-                if not self.keeps_attention:
-                    update = update.add_(self.attn.project_out(piece.taken(attn)))
-                piece.add_(stream, update, gate)
+            qkv = self.attn.project(x)
+            attn = self.attn.project_out(_attend(self.attn, qkv, image_rotary_emb, mask))
+            if tokens.rows is None:
+                stream = gated_sum(stream, gate, attn.add_(self.mlp(x)))
+            else:
+                rows = _among_all(tokens.rows, len(x), texts, images)
+                stream = self._with_mlp(gated_sum(stream, gate, attn), x, rows, gate)
         text, image = finite(stream).split([texts, images], dim=1)
         return (text, image, ones_or(tokens.keep, image)) if collect else (text, image)
+
+    def _with_mlp(
+        self,
+        stream: Float[Tensor, "batch tokens dim"],
+        x: Float[Tensor, "batch tokens dim"],
+        rows: Int64[Tensor, " rows"],
+        gate: Float[Tensor, "batch dim"],
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """``stream``, which may be written over, with the gated MLP of these rows of ``x`` added."""
+        if self.mlp.fuses:
+            return self.mlp.add_on_rows(x, rows, gate, stream)
+        for piece in pieces(rows, x.shape[1], in_few_sizes=self.mlp.is_laid_out):
+            piece.add_(stream, self.mlp(piece.taken(x)), gate)
+        return stream
+
+    def _add_on_chosen_(
+        self,
+        stream: Float[Tensor, "1 tokens dim"],
+        x: Float[Tensor, "1 tokens dim"],
+        places: Int64[Tensor, " chosen"],
+        gate: Float[Tensor, "1 dim"],
+        attended: _Attended,
+    ) -> None:
+        """Add to one sample's ``stream`` what its chosen tokens do: attention, for which they alone ask, and MLP."""
+        for piece in pieces(places, x.shape[1], in_few_sizes=self.mlp.is_laid_out):
+            chosen = piece.taken(x)
+            query = _rotated(self.attn.queries(chosen[None]), attended.rotary_at(piece.rows))
+            attn = self.attn.attend(query, attended.keys, attended.values, attended.mask_at(piece.rows))
+            piece.add_(stream, self.mlp(chosen).add_(self.attn.project_out(attn[0])), gate)
 
     @property
     def modulation(self) -> tuple[nn.Module, ...]:
@@ -112,19 +141,68 @@ class PackedFluxSingleBlock(PackedBlock):
         return (self.norm.linear,)
 
 
+class _Attended(NamedTuple):
+    """What some tokens of each sample attend to: all of its tokens."""
+
+    keys: Float[Tensor, "batch tokens heads head_dim"]
+    values: Float[Tensor, "batch tokens heads head_dim"]
+    rotary: tuple[Tensor, Tensor] | None
+    """Of all tokens; the keys have theirs."""
+    mask: Shaped[Tensor, "*batch tokens_or_1 tokens"] | None
+
+    def of(self, sample: int) -> _Attended:
+        """That of one sample."""
+        one = slice(sample, sample + 1)
+        mask = None if self.mask is None else mask_of_samples(self.mask, [sample])
+        return _Attended(self.keys[one], self.values[one], self.rotary, mask)
+
+    def rotary_at(self, places: Int64[Tensor, " some"]) -> tuple[Tensor, Tensor] | None:
+        """The rotary table of queries at these places."""
+        return None if self.rotary is None else (self.rotary[0][places], self.rotary[1][places])
+
+    def mask_at(self, places: Int64[Tensor, " some"]) -> Tensor | None:
+        """The mask of queries at these places."""
+        return self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask.index_select(-2, places)
+
+
+def _mask_of(options: dict[str, Any] | None) -> Tensor | None:
+    """The mask among ``joint_attention_kwargs``; ValueError for others."""
+    if others := set(options or {}) - {"attention_mask"}:
+        got = ", ".join(sorted(others))
+        raise ValueError(f"joint_attention_kwargs: packed blocks take 'attention_mask'; got {got}")
+    return (options or {}).get("attention_mask")
+
+
+def mask_of_samples(mask: Shaped[Tensor, "*shape"], samples: list[int]) -> Shaped[Tensor, "*shape_of_samples"]:
+    """An attention mask's part for these samples of a batch; one of fewer than four dimensions is the same for all."""
+    return mask if mask.ndim < 4 or len(mask) == 1 else mask[samples]
+
+
+def _rotated(
+    x: Float[Tensor, "batch tokens heads head_dim"], rotary: tuple[Tensor, Tensor] | None
+) -> Float[Tensor, "batch tokens heads head_dim"]:
+    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+
+
 def _attend(
     attn: AttentionPart,
     qkv: Sequence[Float[Tensor, "batch tokens heads head_dim"]],
     rotary: tuple[Tensor, Tensor] | None,
-    options: dict[str, Any] | None,
+    mask: Tensor | None,
 ) -> Float[Tensor, "batch tokens channels"]:
-    if others := set(options or {}) - {"attention_mask"}:
-        got = ", ".join(sorted(others))
-        raise ValueError(f"joint_attention_kwargs: packed blocks take 'attention_mask'; got {got}")
     query, key, value = qkv
-    if rotary is not None:
-        query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-    return attn.attend(query, key, value, (options or {}).get("attention_mask"))
+    return attn.attend(_rotated(query, rotary), _rotated(key, rotary), value, mask)
+
+
+def _of_each(
+    rows: Int64[Tensor, " rows"], batch: int, images: int, capacity: int | None
+) -> Sequence[Int64[Tensor, " some"]]:
+    """The chosen image tokens of each sample; a fixed ``capacity`` is the same for all."""
+    if batch == 1:
+        return [rows]
+    if capacity is not None:
+        return rows.view(batch, len(rows) // batch).unbind()
+    return rows.split(torch.bincount(rows // images, minlength=batch).tolist())
 
 
 def _among_all(rows: Int64[Tensor, " rows"], batch: int, texts: int, images: int) -> Int64[Tensor, " all_rows"]:

@@ -26,9 +26,10 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
-from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
+from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.class_latte import over_frames
 from dydit_scale.models.latte_blocks import DyLatteAttnProcessor, DyLatteTransformerBlock, PackedLatteBlock
+from dydit_scale.models.routed import in_batch_order, timestep_embedding
 
 
 class DyLatteOutput(NamedTuple):

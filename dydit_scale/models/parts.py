@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -58,6 +59,8 @@ class AttentionSource:
     unit_of: Int64[Tensor, " heads"]
     processor: Any
     """Tells the backend, and follows ``set_attention_backend``."""
+    asks_chosen: bool = False
+    """Whether nothing but chosen tokens reads its output, so that theirs are the only queries."""
 
     def part(
         self, units: Int64[Tensor, " active"] | None, *, fused: bool, t_emb: Float[Tensor, "1 dim"] | None
@@ -65,11 +68,12 @@ class AttentionSource:
         """The attention with these units' heads (None: all) in their order.
 
         Args:
-            fused: q, k and v in one matrix, which is a copy.
+            fused: q, k and v in one matrix, or k and v where only chosen tokens ask; it is a copy.
         """
         heads = None if units is None else members_of(units, self.unit_of)
         rows = None if heads is None else channels_of(heads, self.head_dim)
-        streams = [_CutStream(stream, rows, self.head_dim, fused, t_emb) for stream in self.streams]
+        products = 3 if not fused else 2 if self.asks_chosen else 1
+        streams = [_CutStream(stream, rows, self.head_dim, products, t_emb) for stream in self.streams]
         size = len(self.unit_of) // (int(self.unit_of.max()) + 1)
         return AttentionPart(streams, self.head_dim, size, self.processor)
 
@@ -83,18 +87,22 @@ class AttentionSource:
         return itemsize * _weights(self.layers, len(self.unit_of) * self.head_dim) // (int(self.unit_of.max()) + 1)
 
 
+_FUSED = {1: (3,), 2: (1, 2), 3: (1, 1, 1)}
+"""How many of q, k and v each product gives, by the number of products."""
+
+
 class _CutStream(nn.Module):
     def __init__(
         self,
         stream: Stream,
         rows: Int64[Tensor, " channels"] | None,
         head_dim: int,
-        fused: bool,
+        products: int,
         t_emb: Float[Tensor, "1 dim"] | None,
     ) -> None:
         super().__init__()
-        inputs = (stream.query, stream.key, stream.value)
-        groups = [inputs] if fused else [(layer,) for layer in inputs]
+        inputs = iter((stream.query, stream.key, stream.value))
+        groups = [list(islice(inputs, count)) for count in _FUSED[products]]
         self.qkv = nn.ModuleList(CutLinear(g, rows=rows, run=head_dim, t_emb=t_emb) for g in groups)
         self.out = None if stream.out is None else CutLinear([stream.out], cols=rows, t_emb=t_emb)
         self.norm_query, self.norm_key = stream.norm_query, stream.norm_key
@@ -118,12 +126,28 @@ class AttentionPart(nn.Module):
     ) -> tuple[Float[Tensor, "*rows heads head_dim"], ...]:
         """Queries, keys and values of one stream's tokens."""
         cut: Any = self.streams[stream]
-        if len(cut.qkv) == 1:
-            query, key, value = cut.qkv[0](x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
-        else:
-            query, key, value = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in cut.qkv)
+        query, key, value = self._products(x, cut, slice(None))
         query = query if cut.norm_query is None else cut.norm_query(query)
         return query, key if cut.norm_key is None else cut.norm_key(key), value
+
+    def queries(self, x: Float[Tensor, "*rows dim"], stream: int = 0) -> Float[Tensor, "*rows heads head_dim"]:
+        """The queries alone, where they are a product of their own (``asks_chosen``)."""
+        cut: Any = self.streams[stream]
+        (query,) = self._products(x, cut, slice(1))
+        return query if cut.norm_query is None else cut.norm_query(query)
+
+    def keys_and_values(
+        self, x: Float[Tensor, "*rows dim"], stream: int = 0
+    ) -> tuple[Float[Tensor, "*rows heads head_dim"], Float[Tensor, "*rows heads head_dim"]]:
+        """The keys and values alone, where the queries are a product of their own (``asks_chosen``)."""
+        cut: Any = self.streams[stream]
+        key, value = self._products(x, cut, slice(1, None))
+        return key if cut.norm_key is None else cut.norm_key(key), value
+
+    def _products(self, x: Tensor, cut: Any, which: slice) -> list[Tensor]:
+        """What these of the products give, apart."""
+        products = zip(cut.qkv[which], _FUSED[len(cut.qkv)][which], strict=True)
+        return [y for product, n in products for y in product(x).unflatten(-1, (-1, n, self.head_dim)).unbind(-2)]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None

@@ -22,7 +22,7 @@ from dydit_scale.models.parts import AttentionSource, MLPPart, Source
 from dydit_scale.models.weight_state import WeightState
 
 if TYPE_CHECKING:
-    from dydit_scale.models.base import DynamicModelMixin
+    from dydit_scale.models.routed import RoutedModelMixin
 
 
 SLACK = 2**20
@@ -40,7 +40,7 @@ class StepTable:
 
     @classmethod
     @torch.no_grad()
-    def build(cls, model: DynamicModelMixin, timesteps: Float[Tensor, " steps"]) -> StepTable:
+    def build(cls, model: RoutedModelMixin, timesteps: Float[Tensor, " steps"]) -> StepTable:
         device = next(p.device for p in model.parameters())  # type: ignore[attr-defined]
         t_emb = model.routing_embedding(timesteps.to(device).float())
         masks = model.width_masks(t_emb, "threshold")
@@ -178,7 +178,7 @@ class PackedPlan:
     @torch.no_grad()
     def build(
         cls,
-        model: DynamicModelMixin,
+        model: RoutedModelMixin,
         timesteps: Float[Tensor, " steps"],
         *,
         max_bytes: int | None,
@@ -234,7 +234,7 @@ class PackedPlan:
             "tokens": self.tokens, "run": self.run,
         }  # fmt: skip
 
-    def stale(self, model: DynamicModelMixin) -> str | None:
+    def stale(self, model: RoutedModelMixin) -> str | None:
         """What has changed in the model since, so that the sub-networks are no longer its own; None if nothing has."""
         if not self.adapters.still_holds(model):  # type: ignore[arg-type]
             return "adapters have changed since pack"

@@ -90,20 +90,24 @@ def sample_run(
         print(report.table())
         if execution.recompilations:
             print(f"{packing.execution}: {execution.recompilations} made in {execution.warmup_seconds:.1f} s, once")
+    _write_pictures(out, pictures, rows, fps)
+    if report is not None:
+        (out / "speed.json").write_text(json.dumps(report.as_dict(), indent=1))
+    return report
+
+
+def _write_pictures(out: Path, pictures: np.ndarray, rows: Sequence[np.ndarray], fps: int) -> None:
+    """Numbered pictures or clips, and a grid of them below the ``rows`` that they are compared with."""
     out.mkdir(parents=True, exist_ok=True)
-    sheet = np.concatenate([*rows, pictures])
     columns = len(pictures) if rows else min(8, len(pictures))
-    zoom = max(1, 128 // max(settings.height, settings.width))
-    Image.fromarray(picture_grid(sheet, columns, zoom)).save(out / "grid.png")
+    zoom = max(1, 128 // max(pictures.shape[-3:-1]))
+    Image.fromarray(picture_grid(np.concatenate([*rows, pictures]), columns, zoom)).save(out / "grid.png")
     for i, picture in enumerate(pictures):
         if picture.ndim == 3:
             Image.fromarray(picture).save(out / f"{i:05d}.png")
             continue
         for ending in ("gif", "mp4"):
             write_video(out / f"{i:05d}.{ending}", picture, fps)
-    if report is not None:
-        (out / "speed.json").write_text(json.dumps(report.as_dict(), indent=1))
-    return report
 
 
 def pack_run(run: LoadedRun, prompts: Sequence[str], config: SampleConfig, packing: PackOptions) -> PackedPlan:

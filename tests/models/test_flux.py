@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +32,7 @@ from tests.models.tiny import (
     without_gradient,
 )
 
+TOKENS = TEXT + IMAGE
 KINDS = [
     {"token_router": router, "single_bypass": bypass, "mlp_groups": groups}
     for router in ("dit", "flux")
@@ -80,6 +83,34 @@ def test_packed_equals_masked_for_mixed_batches_too(config: dict) -> None:
         model.pack(torch.tensor(timesteps))
         torch.testing.assert_close(model(**x).sample, masked, atol=1e-5, rtol=0)
         model.unpack()
+
+
+@pytest.mark.parametrize("bypass", ["mlp", "attn_out+mlp"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, TOKENS), (2, 1, TOKENS, TOKENS), (TOKENS, TOKENS)], ids=str)
+@torch.no_grad()
+def test_an_attention_mask_reaches_packed_blocks(shape: tuple[int, ...], bypass: str) -> None:
+    model, x = scramble(tiny_dynamic(single_bypass=bypass)), inputs([0.5, 0.2])
+    options = {"attention_mask": 8 * torch.rand(shape, generator=torch.Generator().manual_seed(0))}
+    masked = model(**x, joint_attention_kwargs=options).sample
+    assert not torch.allclose(masked, model(**x).sample, atol=1e-3)
+    model.pack(torch.tensor([0.5, 0.2]))
+    torch.testing.assert_close(model(**x, joint_attention_kwargs=options).sample, masked, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_tokens_that_miss_attention_ask_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, asked = scramble(tiny_dynamic(single_bypass="attn_out+mlp")), inputs([0.5]), []
+
+    def record(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append((query.shape[1], key.shape[1]))
+        return dispatch_attention_fn(query, key, *args, **kwargs)
+
+    monkeypatch.setattr("dydit_scale.models.parts.dispatch_attention_fn", record)
+    model.pack(torch.tensor([0.5]), kernel_layout=False)  # no rows to fill up
+    kept = model(**x, collect=True).masks.tokens.sum(-1).flatten().int().tolist()
+    doubles = len(model.transformer_blocks)
+    assert min(kept[doubles:]) < IMAGE
+    assert asked == [(TOKENS, TOKENS)] * doubles + [(TEXT + n, TOKENS) for n in kept[doubles:]]
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@ adapters, in turn."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -21,6 +23,10 @@ from tests.adapters.tiny import shake
 from tests.models.tiny import scramble
 from tests.models.tiny_families import FAMILIES, STEPS, Family
 
+FLUX = next(family for family in FAMILIES if family.name == "flux")
+RELEASED = replace(FLUX, name="flux, released", make=partial(FLUX.make, single_bypass="attn_out+mlp"))
+"""Skipped tokens of its single blocks ask for no attention."""
+SUBJECTS = [*FAMILIES, RELEASED]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT = {
     "laid out": {}, "own": {"kernel_layout": False}, "shared": {"kernel_layout": False}, "in place": {},
@@ -32,12 +38,12 @@ LARGEST_ERROR = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.004}
 """Of the output, relative; half precision rounds sums that packing takes in another order."""
 CASES = [
     (family.name, dtype, kept, TOKENS[(k + d) % 3], ADAPTERS[(f + k + d) % 4])
-    for (f, family), (k, kept), (d, dtype) in product(enumerate(FAMILIES), enumerate(KEPT), enumerate(DTYPES))
+    for (f, family), (k, kept), (d, dtype) in product(enumerate(SUBJECTS), enumerate(KEPT), enumerate(DTYPES))
 ]
 
 
 def test_all_pairs_are_there() -> None:
-    ways = ([f.name for f in FAMILIES], list(DTYPES), list(KEPT), list(TOKENS), list(ADAPTERS))
+    ways = ([f.name for f in SUBJECTS], list(DTYPES), list(KEPT), list(TOKENS), list(ADAPTERS))
     for a, b in combinations(range(5), 2):
         assert {(case[a], case[b]) for case in CASES} == set(product(ways[a], ways[b])), (ways[a], ways[b])
 
@@ -49,7 +55,7 @@ def test_packed_is_masked(
 ) -> None:
     if kept == "laid out" and not has_kernel_layout(torch.device("cpu"), DTYPES[dtype]):
         pytest.skip(f"no kernel layout for {dtype} here")
-    family = next(f for f in FAMILIES if f.name == name)
+    family = next(f for f in SUBJECTS if f.name == name)
     model = _adapted(scramble(family.make(tokens=tokens != "none")), family, adapter).to(DTYPES[dtype])
     steps, counts = family.steps(*STEPS), torch.randint(1, 6, (len(STEPS), 8), generator=torch.manual_seed(0))
     capacity = TokenCapacity(steps, counts[:, : len(model.dynamic_blocks())]) if tokens == "capacity" else None

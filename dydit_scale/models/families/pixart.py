@@ -30,7 +30,7 @@ from dydit_scale.dynamic.config import DynamicConfig
 from dydit_scale.dynamic.cost import BlockCost, ModelCost
 from dydit_scale.dynamic.masks import DynamicMasks, GateMode
 from dydit_scale.dynamic.tokens import router_macs
-from dydit_scale.models.base import DynamicModelMixin, in_batch_order, timestep_embedding
+from dydit_scale.models.base import DynamicModelMixin
 from dydit_scale.models.encoders import PixelAutoencoder, small_text_encoders
 from dydit_scale.models.family import (
     Family,
@@ -41,6 +41,7 @@ from dydit_scale.models.family import (
     to_uint8,
 )
 from dydit_scale.models.latte_blocks import DyLatteAttnProcessor, DyLatteTransformerBlock
+from dydit_scale.models.routed import in_batch_order, timestep_embedding
 
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "norm_type": ("ada_norm_single",),
