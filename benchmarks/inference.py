@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.inference_masks import drawn_shares
-from benchmarks.inference_page import write_page
+from benchmarks.inference_page import comparisons_of, write_page
 from benchmarks.inference_peers import Skipped, counted_macs
 from benchmarks.inference_plan import FEW, ON_CPU, ON_GPU, Comparison, check, names, planned
 from benchmarks.inference_sizes import SIZES, Size
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page that --plot makes")
     args = parser.parse_args()
     if args.plot is not None:
-        write_page([json.loads(file.read_text()) for file in args.plot], args.docs)
+        write_page([summarised(json.loads(file.read_text())) for file in args.plot], args.docs)
         return
     for name, value in (ON_GPU if args.device == "cuda" else ON_CPU).items():
         setattr(args, name, getattr(args, name) or value)
@@ -147,9 +147,7 @@ def compare(
             row |= {"warmup_seconds": variant.execution.warmup_seconds}
     setting.stack.close()
     torch._dynamo.reset()  # codes of one comparison count towards the next one's limit
-    by_name = {row["variant"]: row for row in rows}
-    for row in rows:
-        row |= summary(row, by_name)
+    for row in summarise(rows):
         tqdm.write(line(title, row))
     return rows, skipped
 
@@ -216,6 +214,21 @@ def _finite(variant: Variant, setting: Setting) -> None:
     assert bool(variant.run(setting.inputs).isfinite().all()), f"{variant.name}: the sample is not finite"
 
 
+def summarised(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of any date with its rows summed up as today."""
+    for _, rows in comparisons_of(result["rows"]):
+        summarise(rows)
+    return result
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one comparison with what they come to."""
+    by_name = {row["variant"]: row for row in rows}
+    for row in rows:
+        row |= summary(row, by_name)
+    return rows
+
+
 def summary(row: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Ideal and realised, each as a speed-up over the variant beside it, and over ours with open gates."""
     beside, open_row = by_name[row["beside"]], by_name["open"]
@@ -225,7 +238,7 @@ def summary(row: dict[str, Any], by_name: dict[str, dict[str, Any]]) -> dict[str
     over_open = statistics.median(a / b for a, b in zip(open_row["seconds"], row["seconds"], strict=True))
     return {
         "cost_ratio": row["macs"] / by_name["static"]["macs"],
-        "ideal": beside["macs"] / row["macs"],
+        "ideal": statistics.median(ideals),
         "realised": statistics.median(realised),
         "realised_iqr": _quartiles(realised),
         "share": statistics.median(a / b for a, b in zip(realised, ideals, strict=True)),

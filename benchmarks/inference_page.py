@@ -60,7 +60,7 @@ def _summary(results: list[Result]) -> list[str]:
 
 def _headlines(results: list[Result]) -> list[tuple[Result, Row, list[Row], Row]]:
     """Each comparison with a packed model: the result, what its rows have in common, the rows, and the model's."""
-    found = [(result, *comparison) for result in results for comparison in _comparisons(result["rows"])]
+    found = [(result, *comparison) for result in results for comparison in comparisons_of(result["rows"])]
     return [(result, where, rows, row) for result, where, rows in found for row in rows if row["variant"] == HEADLINE]
 
 
@@ -71,7 +71,7 @@ def _section(result: Result) -> str:
         f"torch {result['versions']['torch']}, diffusers {result['versions']['diffusers']}, {result['date']}; "
         f"{result['settings']['repetitions']} rounds. MACs counted by torch over those of the cost model: {checks}.\n",
     ]
-    for where, rows in _comparisons(result["rows"]):
+    for where, rows in comparisons_of(result["rows"]):
         lines = [_line(row, _over_packed(row, rows)) for row in rows]
         masks = f"{_title(where)}" + (f" ({result['settings']['masks']})" if where["target"] is None else "")
         parts += [f"**{masks}**\n", "\n".join([*HEADER, *lines]) + "\n"]
@@ -92,7 +92,7 @@ def _section(result: Result) -> str:
     return "\n".join(parts)
 
 
-def _comparisons(rows: list[Row]) -> list[tuple[Row, list[Row]]]:
+def comparisons_of(rows: list[Row]) -> list[tuple[Row, list[Row]]]:
     """What rows have in common, and the rows."""
     groups = [list(group) for _, group in groupby(rows, key=lambda row: [row[key] for key in WHERE])]
     return [({key: group[0][key] for key in WHERE}, group) for group in groups]
@@ -153,7 +153,7 @@ def plot(results: list[Result]) -> Any:
          f"{_masks(where)}", row)
         for result, where, _, row in _headlines(results)
     ]  # fmt: skip
-    panels = [(result, *comparison) for result in results for comparison in _comparisons(result["rows"])]
+    panels = [(result, *comparison) for result in results for comparison in comparisons_of(result["rows"])]
     panels = [panel for panel in panels if len(panel[2]) >= DETAILED]
     most, lines = max([1, *(len(rows) for _, _, rows in panels)]), -(-len(panels) // 2)
     heights = [0.21 * len(headlines) + 1.0, (0.21 * most + 0.9) * lines]

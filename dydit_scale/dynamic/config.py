@@ -29,7 +29,8 @@ class DynamicConfig:
     token_bottleneck: int = 64
     """Width between the time embedding and the ``flux`` router's modulation; 0 for DyFLUX's single wide layer."""
     single_bypass: SingleBypass = "mlp"
-    """What a skipped image token misses in FLUX's single blocks: the MLP, or (as released) the whole output."""
+    """What a skipped image token misses in FLUX's single blocks: the MLP, or (as released) the whole output, so that
+    packed blocks leave out its query and its attention, too."""
     width_bias: float = 3.0
     """Start of the width routers' bias; sigmoid(bias / temperature) is the first keep rate. The release uses 15."""
     token_bias: float = 3.0
@@ -51,6 +52,11 @@ class DynamicConfig:
             )
         if self.token_bottleneck < 0:
             raise ValueError(f"dynamic.token_bottleneck: expected 0 or more; got {self.token_bottleneck}")
+
+    @property
+    def skips_attention(self) -> bool:
+        """Whether skipped image tokens of FLUX's single blocks get no attention either."""
+        return self.single_bypass == "attn_out+mlp"
 
     def for_family(self, token_router: TokenRouterKind) -> DynamicConfig:
         """The config with the family's token router where none was chosen."""

@@ -27,7 +27,7 @@ class BlockCost:
     heads: int | float = 0
     """In proportion to the active heads: projections and attention."""
     heads_tokens: int | float = 0
-    """In proportion to active heads and kept tokens (an output projection that skipped tokens miss)."""
+    """In proportion to active heads and kept tokens (attention that skipped tokens miss: query, scores, output)."""
     groups: int | float = 0
     """In proportion to the active MLP groups: tokens that never skip (text)."""
     groups_tokens: int | float = 0

@@ -1,4 +1,4 @@
-"""What every dynamic model shares: made from a static one and turned back, routed, packed, saved and loaded."""
+"""What every dynamic model shares: made from a static one and turned back, saved and loaded, and routed (routed.py)."""
 
 from __future__ import annotations
 

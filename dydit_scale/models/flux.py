@@ -29,7 +29,7 @@ from dydit_scale.models.flux_blocks import (
     DyFluxSingleTransformerBlock,
     DyFluxTransformerBlock,
 )
-from dydit_scale.models.flux_packed import PackedFluxBlock, PackedFluxSingleBlock, mask_of_samples
+from dydit_scale.models.flux_packed import PackedFluxBlock, PackedFluxSingleBlock, full_mask
 from dydit_scale.models.routed import at_full_strength, in_batch_order, timestep_embedding
 
 
@@ -132,17 +132,19 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
         """
         self._check(joint_attention_kwargs)
         steps = self._planned_steps(timestep.float(), gates, hidden_states)
+        tokens = encoder_hidden_states.shape[1] + hidden_states.shape[1]
         if len(steps) > 1:
             if controlnet_block_samples or controlnet_single_block_samples:
                 raise ValueError("packed sampling of a batch with several timesteps does not go with ControlNet")
             rows = list(steps.values())
+            masked = full_mask(joint_attention_kwargs, len(hidden_states), tokens)
             batched = (hidden_states, encoder_hidden_states, pooled_projections, timestep)
             shared = {"img_ids": img_ids, "txt_ids": txt_ids, "collect": collect, "return_dict": False}
             parts = [
                 self(
                     *(x[r] for x in batched),
                     guidance=None if guidance is None else guidance[r],
-                    joint_attention_kwargs=_of_rows(joint_attention_kwargs, r),
+                    joint_attention_kwargs=_of_rows(masked, r),
                     **shared,
                 )
                 for r in rows
@@ -150,6 +152,8 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
             return self._result(*in_batch_order(parts, rows), return_dict)
 
         step = next(iter(steps), None)
+        if step is not None:
+            joint_attention_kwargs = full_mask(joint_attention_kwargs, len(hidden_states), tokens)
         t_emb, blocks, width = self._network_at(step, timestep, gates)
         control = ControlNetResiduals(
             controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
@@ -165,7 +169,7 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
                 temb,
                 lambda t: self._condition(t, guidance, pooled_projections, temb.dtype),
             )
-            tokens: list[Tensor] = []
+            kept: list[Tensor] = []
             for i, block in enumerate(blocks):
                 state = (hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs)
                 options = (t_emb, self._block_gates(i, step, width, gates, ahead), collect)
@@ -174,12 +178,12 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
                 else:
                     out = block(*state, *options)
                 encoder_hidden_states, hidden_states = out[:2]
-                tokens.extend(out[2:])
+                kept.extend(out[2:])
                 hidden_states = control.add(
                     hidden_states, i, len(self.transformer_blocks), len(self.single_transformer_blocks)
                 )
             sample = self.proj_out(self.norm_out(hidden_states, temb))
-        return self._result(sample, self._masks(step, width, torch.stack(tokens)) if collect else None, return_dict)
+        return self._result(sample, self._masks(step, width, torch.stack(kept)) if collect else None, return_dict)
 
     def dynamic_blocks(self) -> list[nn.Module]:
         """Double blocks, then single ones."""
@@ -249,9 +253,9 @@ class DyFluxTransformer2DModel(DynamicModelMixin, FluxTransformer2DModel):
 
 
 def _of_rows(options: dict[str, Any] | None, rows: list[int]) -> dict[str, Any] | None:
-    """``joint_attention_kwargs`` with the mask of these rows of the batch."""
+    """``joint_attention_kwargs`` with the mask of these rows of the batch, where each has its own."""
     mask = (options or {}).get("attention_mask")
-    return options if mask is None else {**(options or {}), "attention_mask": mask_of_samples(mask, rows)}
+    return options if mask is None or len(mask) == 1 else {**(options or {}), "attention_mask": mask[rows]}
 
 
 class ControlNetResiduals(NamedTuple):
@@ -285,12 +289,11 @@ def _double_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -
 def _single_cost(config: DynamicConfig, d: int, f: int, image: int, text: int) -> BlockCost:
     both = image + text
     of_query = 2 * d * d + 2 * both * d  # projections of query and output, and attention to all
-    asks_chosen = config.single_bypass == "attn_out+mlp"
     return BlockCost(
         fixed=3 * d * d,
         router=router_macs(config, d, image),
-        heads=2 * d * d * both + of_query * (text if asks_chosen else both),
-        heads_tokens=of_query * image if asks_chosen else 0,
+        heads=2 * d * d * both + of_query * (text if config.skips_attention else both),
+        heads_tokens=of_query * image if config.skips_attention else 0,
         groups=2 * d * f * text,
         groups_tokens=2 * d * f * image,
     )

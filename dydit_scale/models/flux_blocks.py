@@ -244,7 +244,7 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         self, stream: Tensor, x: Tensor, attn: Tensor, gate: Tensor, keep: Tensor | None, gates: BlockGates
     ) -> Tensor:
         mlp = self.act_mlp(self.proj_mlp(x))
-        heads, of_mlp = self._head_mask(gates), None if self.dynamic.single_bypass == "attn_out+mlp" else keep
+        heads, of_mlp = self._head_mask(gates), None if self.dynamic.skips_attention else keep
         both = masked_cat(
             attn,
             None if heads is None else head_channels(heads, attn.shape[2]),
@@ -265,7 +265,7 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         def mlp(rows: Tensor) -> Tensor:
             return self.act_mlp(self.proj_mlp(take_rows(tokens, rows)))
 
-        if self.dynamic.single_bypass == "attn_out+mlp":
+        if self.dynamic.skips_attention:
             both = lambda rows: self.proj_out(torch.cat([take_rows(heads, rows), mlp(rows)], dim=1))  # noqa: E731
             return self._add_on_kept(stream, both, keep, gate)
         stream = gated_add(stream, gate, self.out_attn(attn))
@@ -292,11 +292,16 @@ class DyFluxSingleTransformerBlock(_DyFluxBlock, FluxSingleTransformerBlock):
         attn, dim, channels = self.attn, self.attn.inner_dim, self.mlp_hidden_dim
         out_attn = LinearColumns(self.proj_out, 0, dim, bias=True)
         out_mlp = LinearColumns(self.proj_out, dim, channels, bias=False)
-        mlp_alone = self.dynamic.single_bypass == "mlp"  # else chosen tokens need both in one sum
-        streams = (Stream.of(attn, out_attn),)
+        together = self.dynamic.skips_attention  # chosen tokens need both in one sum
         return {
-            "attn": AttentionSource(streams, attn.head_dim, self.dy_head_unit, attn.processor, not mlp_alone),
-            "mlp": MLPSource(self.proj_mlp, self.act_mlp, out_mlp, self.dy_channel_unit, mlp_alone),
+            "attn": AttentionSource(
+                (Stream.of(attn, out_attn),),
+                attn.head_dim,
+                self.dy_head_unit,
+                attn.processor,
+                queries_apart=together and self.dy_token is not None,
+            ),
+            "mlp": MLPSource(self.proj_mlp, self.act_mlp, out_mlp, self.dy_channel_unit, on_chosen=not together),
         }
 
     def assembled(self, parts: dict[str, Any], t_emb: Float[Tensor, "1 dim"]) -> PackedFluxSingleBlock:

@@ -1,17 +1,18 @@
-"""FLUX's blocks cut to some of their heads and channels, the MLP on the chosen image tokens only; for inference."""
+"""FLUX's blocks cut to some of their heads and channels, the MLP (as released also attention) for the chosen image
+tokens only; for inference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dydit_scale.dynamic.packing import fold, pieces
-from dydit_scale.models.blocks import BlockGates, PackedBlock, ones_or
+from dydit_scale.models.blocks import BlockGates, PackedBlock, PackedTokens, ones_or
 from dydit_scale.models.parts import AttentionPart, MLPPart, gated_sum, mlp_on_tokens_, modulated
 
 
@@ -69,7 +70,7 @@ class PackedFluxSingleBlock(PackedBlock):
         super().__init__(block)
         self.norm: Any = fold(block.norm, t_emb)
         self.attn, self.mlp = attn, mlp
-        self.keeps_attention = block.dynamic.single_bypass == "mlp"
+        self.skips_attention = block.dynamic.skips_attention
 
     def forward(
         self,
@@ -89,12 +90,10 @@ class PackedFluxSingleBlock(PackedBlock):
         shift, scale, gate = self._modulation(temb, gates).chunk(3, dim=1)
         x = modulated(self.norm.norm, stream, shift, scale)
         mask = _mask_of(joint_attention_kwargs)
-        if tokens.rows is not None and not self.keeps_attention:
-            keys, values = self.attn.keys_and_values(x)
-            attended = _Attended(_rotated(keys, image_rotary_emb), values, image_rotary_emb, mask)
-            for n, rows in enumerate(_of_each(tokens.rows, len(x), images, gates.capacity)):
-                places, one = _among_all(rows - n * images, 1, texts, images), slice(n, n + 1)
-                self._add_on_chosen_(stream[one], x[one], places, gate[one], attended.of(n))
+        if tokens.rows is not None and self.skips_attention:
+            rows = _among_all(tokens.rows, len(x), texts, images).sort().values  # sample by sample
+            counts = [texts + count for count in _counts(tokens, len(x), gates.capacity)]
+            self._add_on_chosen_(stream, x, rows, counts, gate, image_rotary_emb, mask)
         else:
             qkv = self.attn.project(x)
             attn = self.attn.project_out(_attend(self.attn, qkv, image_rotary_emb, mask))
@@ -122,47 +121,39 @@ class PackedFluxSingleBlock(PackedBlock):
 
     def _add_on_chosen_(
         self,
-        stream: Float[Tensor, "1 tokens dim"],
-        x: Float[Tensor, "1 tokens dim"],
-        places: Int64[Tensor, " chosen"],
-        gate: Float[Tensor, "1 dim"],
-        attended: _Attended,
+        stream: Float[Tensor, "batch tokens dim"],
+        x: Float[Tensor, "batch tokens dim"],
+        rows: Int64[Tensor, " rows"],
+        counts: list[int],
+        gate: Float[Tensor, "batch dim"],
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
     ) -> None:
-        """Add to one sample's ``stream`` what its chosen tokens do: attention, for which they alone ask, and MLP."""
-        for piece in pieces(places, x.shape[1], in_few_sizes=self.mlp.is_laid_out):
-            chosen = piece.taken(x)
-            query = _rotated(self.attn.queries(chosen[None]), attended.rotary_at(piece.rows))
-            attn = self.attn.attend(query, attended.keys, attended.values, attended.mask_at(piece.rows))
-            piece.add_(stream, self.mlp(chosen).add_(self.attn.project_out(attn[0])), gate)
+        """Add to ``stream`` what the chosen tokens do: attention, for which they alone ask, and MLP.
+
+        Args:
+            counts: how many of the rows, which are in order, belong to each sample.
+        """
+        key, value = self.attn.keys_and_values(x)
+        key, begin = _rotated(key, rotary), 0
+        for piece in pieces(rows, x.shape[1], in_few_sizes=self.mlp.is_laid_out):
+            chosen, places = piece.taken(x), piece.rows % x.shape[1]
+            at = None if rotary is None else (rotary[0].to(x.device)[places], rotary[1].to(x.device)[places])
+            query = _rotated(self.attn.queries(chosen)[None], at)[0]
+            lengths = _lengths(counts, begin, len(query))
+            attn = [
+                self.attn.attend(one[None], key[n : n + 1], value[n : n + 1], _mask_at(mask, n, where))[0]
+                for n, (one, where) in enumerate(zip(query.split(lengths), places.split(lengths), strict=True))
+                if len(one)
+            ]
+            if attn:
+                piece.add_(stream, self.mlp(chosen).add_(self.attn.project_out(torch.cat(attn))), gate)
+            begin += piece.length
 
     @property
     def modulation(self) -> tuple[nn.Module, ...]:
         """That of both streams."""
         return (self.norm.linear,)
-
-
-class _Attended(NamedTuple):
-    """What some tokens of each sample attend to: all of its tokens."""
-
-    keys: Float[Tensor, "batch tokens heads head_dim"]
-    values: Float[Tensor, "batch tokens heads head_dim"]
-    rotary: tuple[Tensor, Tensor] | None
-    """Of all tokens; the keys have theirs."""
-    mask: Shaped[Tensor, "*batch tokens_or_1 tokens"] | None
-
-    def of(self, sample: int) -> _Attended:
-        """That of one sample."""
-        one = slice(sample, sample + 1)
-        mask = None if self.mask is None else mask_of_samples(self.mask, [sample])
-        return _Attended(self.keys[one], self.values[one], self.rotary, mask)
-
-    def rotary_at(self, places: Int64[Tensor, " some"]) -> tuple[Tensor, Tensor] | None:
-        """The rotary table of queries at these places."""
-        return None if self.rotary is None else (self.rotary[0][places], self.rotary[1][places])
-
-    def mask_at(self, places: Int64[Tensor, " some"]) -> Tensor | None:
-        """The mask of queries at these places."""
-        return self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask.index_select(-2, places)
 
 
 def _mask_of(options: dict[str, Any] | None) -> Tensor | None:
@@ -173,9 +164,39 @@ def _mask_of(options: dict[str, Any] | None) -> Tensor | None:
     return (options or {}).get("attention_mask")
 
 
-def mask_of_samples(mask: Shaped[Tensor, "*shape"], samples: list[int]) -> Shaped[Tensor, "*shape_of_samples"]:
-    """An attention mask's part for these samples of a batch; one of fewer than four dimensions is the same for all."""
-    return mask if mask.ndim < 4 or len(mask) == 1 else mask[samples]
+def full_mask(options: dict[str, Any] | None, batch: int, tokens: int) -> dict[str, Any] | None:
+    """``joint_attention_kwargs`` with the mask, if there is one, as [batch or 1, 1, tokens or 1, tokens].
+
+    Raises:
+        ValueError: a mask that is nothing of the kind, or that tells heads apart: packed blocks have not all of them.
+    """
+    mask = (options or {}).get("attention_mask")
+    if mask is None:
+        return options
+    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if shape == [batch, tokens]:  # so the native backend reads it
+        mask = mask[:, None, None]
+    elif shape == [tokens, tokens]:
+        mask = mask[None, None]
+    whole = (batch, 1, tokens, tokens)
+    if (
+        not isinstance(mask, Tensor)
+        or mask.ndim != 4
+        or any(size not in (1, full) for size, full in zip(mask.shape, whole, strict=True))
+    ):
+        raise ValueError(
+            f"attention_mask: packed blocks take [batch, tokens], [tokens, tokens] or [batch, 1, tokens or 1, tokens] "
+            f"for {batch} samples of {tokens} tokens; got {shape}"
+        )
+    return {**(options or {}), "attention_mask": mask}
+
+
+def _mask_at(mask: Tensor | None, sample: int, places: Int64[Tensor, " some"]) -> Tensor | None:
+    """A sample's part of a full mask, for the queries at these places."""
+    if mask is None:
+        return None
+    own = mask if len(mask) == 1 else mask[sample : sample + 1]
+    return own if own.shape[2] == 1 else own.index_select(2, places)
 
 
 def _rotated(
@@ -194,15 +215,24 @@ def _attend(
     return attn.attend(_rotated(query, rotary), _rotated(key, rotary), value, mask)
 
 
-def _of_each(
-    rows: Int64[Tensor, " rows"], batch: int, images: int, capacity: int | None
-) -> Sequence[Int64[Tensor, " some"]]:
-    """The chosen image tokens of each sample; a fixed ``capacity`` is the same for all."""
-    if batch == 1:
-        return [rows]
-    if capacity is not None:
-        return rows.view(batch, len(rows) // batch).unbind()
-    return rows.split(torch.bincount(rows // images, minlength=batch).tolist())
+def _counts(tokens: PackedTokens, batch: int, capacity: int | None) -> list[int]:
+    """How many image tokens of each sample are chosen; the host asks for them only where it cannot know."""
+    assert tokens.rows is not None, "all are chosen"
+    if batch == 1 or capacity is not None:
+        return [len(tokens.rows) // batch] * batch
+    assert tokens.keep is not None, "a threshold leaves gates"
+    return tokens.keep.sum(1).int().tolist()
+
+
+def _lengths(counts: list[int], begin: int, length: int) -> list[int]:
+    """How many of ``length`` rows from ``begin`` on belong to each sample; what fills them up to the last one's."""
+    lengths, first = [], 0
+    for count in counts:
+        lengths.append(max(0, min(first + count, begin + length) - max(first, begin)))
+        first += count
+    last = max((n for n, own in enumerate(lengths) if own), default=0)
+    lengths[last] += length - sum(lengths)
+    return lengths
 
 
 def _among_all(rows: Int64[Tensor, " rows"], batch: int, texts: int, images: int) -> Int64[Tensor, " all_rows"]:

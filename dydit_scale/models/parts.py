@@ -59,8 +59,8 @@ class AttentionSource:
     unit_of: Int64[Tensor, " heads"]
     processor: Any
     """Tells the backend, and follows ``set_attention_backend``."""
-    asks_chosen: bool = False
-    """Whether nothing but chosen tokens reads its output, so that theirs are the only queries."""
+    queries_apart: bool = False
+    """Whether the queries are a product of their own, because not all tokens ask for attention."""
 
     def part(
         self, units: Int64[Tensor, " active"] | None, *, fused: bool, t_emb: Float[Tensor, "1 dim"] | None
@@ -68,11 +68,11 @@ class AttentionSource:
         """The attention with these units' heads (None: all) in their order.
 
         Args:
-            fused: q, k and v in one matrix, or k and v where only chosen tokens ask; it is a copy.
+            fused: q, k and v in one matrix, which is a copy; k and v alone where the queries are apart.
         """
         heads = None if units is None else members_of(units, self.unit_of)
         rows = None if heads is None else channels_of(heads, self.head_dim)
-        products = 3 if not fused else 2 if self.asks_chosen else 1
+        products = (1, 1, 1) if not fused else (1, 2) if self.queries_apart else (3,)
         streams = [_CutStream(stream, rows, self.head_dim, products, t_emb) for stream in self.streams]
         size = len(self.unit_of) // (int(self.unit_of.max()) + 1)
         return AttentionPart(streams, self.head_dim, size, self.processor)
@@ -87,22 +87,19 @@ class AttentionSource:
         return itemsize * _weights(self.layers, len(self.unit_of) * self.head_dim) // (int(self.unit_of.max()) + 1)
 
 
-_FUSED = {1: (3,), 2: (1, 2), 3: (1, 1, 1)}
-"""How many of q, k and v each product gives, by the number of products."""
-
-
 class _CutStream(nn.Module):
     def __init__(
         self,
         stream: Stream,
         rows: Int64[Tensor, " channels"] | None,
         head_dim: int,
-        products: int,
+        products: tuple[int, ...],
         t_emb: Float[Tensor, "1 dim"] | None,
     ) -> None:
         super().__init__()
         inputs = iter((stream.query, stream.key, stream.value))
-        groups = [list(islice(inputs, count)) for count in _FUSED[products]]
+        self.products = products  # how many of q, k and v each gives
+        groups = [list(islice(inputs, count)) for count in products]
         self.qkv = nn.ModuleList(CutLinear(g, rows=rows, run=head_dim, t_emb=t_emb) for g in groups)
         self.out = None if stream.out is None else CutLinear([stream.out], cols=rows, t_emb=t_emb)
         self.norm_query, self.norm_key = stream.norm_query, stream.norm_key
@@ -131,7 +128,7 @@ class AttentionPart(nn.Module):
         return query, key if cut.norm_key is None else cut.norm_key(key), value
 
     def queries(self, x: Float[Tensor, "*rows dim"], stream: int = 0) -> Float[Tensor, "*rows heads head_dim"]:
-        """The queries alone, where they are a product of their own (``asks_chosen``)."""
+        """The queries alone, where they are a product of their own (``queries_apart``)."""
         cut: Any = self.streams[stream]
         (query,) = self._products(x, cut, slice(1))
         return query if cut.norm_query is None else cut.norm_query(query)
@@ -139,14 +136,14 @@ class AttentionPart(nn.Module):
     def keys_and_values(
         self, x: Float[Tensor, "*rows dim"], stream: int = 0
     ) -> tuple[Float[Tensor, "*rows heads head_dim"], Float[Tensor, "*rows heads head_dim"]]:
-        """The keys and values alone, where the queries are a product of their own (``asks_chosen``)."""
+        """The keys and values alone, where the queries are a product of their own (``queries_apart``)."""
         cut: Any = self.streams[stream]
         key, value = self._products(x, cut, slice(1, None))
         return key if cut.norm_key is None else cut.norm_key(key), value
 
     def _products(self, x: Tensor, cut: Any, which: slice) -> list[Tensor]:
         """What these of the products give, apart."""
-        products = zip(cut.qkv[which], _FUSED[len(cut.qkv)][which], strict=True)
+        products = zip(list(cut.qkv)[which], cut.products[which], strict=True)
         return [y for product, n in products for y in product(x).unflatten(-1, (-1, n, self.head_dim)).unbind(-2)]
 
     def attend(

@@ -10,7 +10,7 @@ from dydit_scale.sampling import execution
 from dydit_scale.sampling.execution import Execution
 from tests.adapters.tiny import flux_config, shake
 from tests.models.tiny import inputs, scramble, tiny_dynamic
-from tests.models.tiny_families import FAMILIES, Family
+from tests.models.tiny_families import FAMILIES, RELEASED, Family
 
 
 @torch.no_grad()
@@ -92,6 +92,9 @@ if __name__ == "__main__":
         print(each.name)
         check_execution(each, fixed=bool(number % 2))  # both of all would take ten minutes
         print(f"{each.name} execution")
+    for fixed in (False, True):
+        check_execution(RELEASED, fixed=fixed)
+    print(f"{RELEASED.name} execution")
     check_limit(FAMILIES[1])
     print("limit")
     for scope in ("layer", "network"):

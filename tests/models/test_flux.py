@@ -86,15 +86,26 @@ def test_packed_equals_masked_for_mixed_batches_too(config: dict) -> None:
 
 
 @pytest.mark.parametrize("bypass", ["mlp", "attn_out+mlp"])
-@pytest.mark.parametrize("shape", [(2, 1, 1, TOKENS), (2, 1, TOKENS, TOKENS), (TOKENS, TOKENS)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 1, 1, TOKENS), (3, TOKENS), (3, 1, TOKENS, TOKENS), (1, 1, TOKENS, TOKENS), (TOKENS, TOKENS)], ids=str
+)
 @torch.no_grad()
 def test_an_attention_mask_reaches_packed_blocks(shape: tuple[int, ...], bypass: str) -> None:
-    model, x = scramble(tiny_dynamic(single_bypass=bypass)), inputs([0.5, 0.2])
+    model, x = scramble(tiny_dynamic(single_bypass=bypass)), inputs([0.5, 0.5, 0.2])
     options = {"attention_mask": 8 * torch.rand(shape, generator=torch.Generator().manual_seed(0))}
     masked = model(**x, joint_attention_kwargs=options).sample
     assert not torch.allclose(masked, model(**x).sample, atol=1e-3)
     model.pack(torch.tensor([0.5, 0.2]))
     torch.testing.assert_close(model(**x, joint_attention_kwargs=options).sample, masked, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, TOKENS), (3, HEADS, 1, TOKENS), (3, 1, TOKENS - 1, TOKENS), (TOKENS,)], ids=str)
+@torch.no_grad()
+def test_packed_blocks_refuse_a_mask_that_they_cannot_follow(shape: tuple[int, ...]) -> None:
+    model, x = scramble(tiny_dynamic()), inputs([0.5, 0.5, 0.2])
+    model.pack(torch.tensor([0.5, 0.2]))
+    with pytest.raises(ValueError, match=rf"for 3 samples of {TOKENS} tokens; got \[{shape[0]}"):
+        model(**x, joint_attention_kwargs={"attention_mask": torch.zeros(shape)})
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@ adapters, in turn."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -21,11 +19,8 @@ from dydit_scale.models import plan
 from dydit_scale.models.part_store import PartStore
 from tests.adapters.tiny import shake
 from tests.models.tiny import scramble
-from tests.models.tiny_families import FAMILIES, STEPS, Family
+from tests.models.tiny_families import FAMILIES, RELEASED, STEPS, Family
 
-FLUX = next(family for family in FAMILIES if family.name == "flux")
-RELEASED = replace(FLUX, name="flux, released", make=partial(FLUX.make, single_bypass="attn_out+mlp"))
-"""Skipped tokens of its single blocks ask for no attention."""
 SUBJECTS = [*FAMILIES, RELEASED]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT = {
@@ -62,7 +57,7 @@ def test_packed_is_masked(
     if kept in ("shared", "in place"):
         monkeypatch.setattr(plan, "allot", lambda stores, max_bytes: _keep(stores, kept))
     made = model.pack(steps, capacity=capacity, **KEPT[kept])
-    for times in (STEPS[:1], STEPS[1:2], STEPS[2:], STEPS):  # alone, and all in one batch
+    for times in (STEPS[:1], STEPS[1:2], STEPS[2:], (*STEPS, *STEPS[:2])):  # alone, and in one batch
         x = _halved(family.x(*times), DTYPES[dtype])
         packed = model(**x, collect=True)
         with_masks = model(**x, gates=_forced(packed.masks)).sample  # those that the packed blocks took

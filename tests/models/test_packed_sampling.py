@@ -19,7 +19,7 @@ from dydit_scale.models.plan import PackedPlan
 from dydit_scale.sampling.execution import Execution
 from tests.adapters.tiny import flux_config, shake
 from tests.models.tiny import inputs, scramble, tiny_dynamic
-from tests.models.tiny_families import FAMILIES, STEPS, Family, each
+from tests.models.tiny_families import FAMILIES, RELEASED, STEPS, Family, each
 
 
 def masks_of(tokens: list[list[int]]) -> DynamicMasks:
@@ -372,7 +372,7 @@ def test_graphs_follow_experts_outside_the_blocks() -> None:
 
 
 @pytest.mark.gpu
-@each
+@pytest.mark.parametrize("family", [*FAMILIES, RELEASED], ids=lambda f: f.name)
 @torch.no_grad()
 def test_graphs_replay_what_ran_op_by_op(family: Family) -> None:
     model = scramble(family.make()).cuda()

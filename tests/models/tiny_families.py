@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,8 @@ FAMILIES = [
     Family("latte-classes", class_latte.tiny_dynamic, class_latte.inputs, "attn1", 1000),
     Family("pixart", pixart.tiny_dynamic, pixart.inputs, "attn1", 1000),
 ]
+RELEASED = replace(FAMILIES[0], name="flux, released", make=partial(tiny.tiny_dynamic, single_bypass="attn_out+mlp"))
+"""Skipped tokens of its single blocks ask for no attention."""
 STEPS = (0.9, 0.5, 0.2)
 each = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
