@@ -141,11 +141,11 @@ class PackedFluxSingleBlock(PackedBlock):
             at = None if rotary is None else (rotary[0].to(x.device)[places], rotary[1].to(x.device)[places])
             query = _rotated(self.attn.queries(chosen)[None], at)[0]
             lengths = _lengths(counts, begin, len(query))
-            attn = [
-                self.attn.attend(one[None], key[n : n + 1], value[n : n + 1], _mask_at(mask, n, where))[0]
-                for n, (one, where) in enumerate(zip(query.split(lengths), places.split(lengths), strict=True))
-                if len(one)
-            ]
+            attn: list[Tensor] = []
+            for n, (one, where) in enumerate(zip(query.split(lengths), places.split(lengths), strict=True)):
+                if lengths[n]:
+                    own = slice(n, n + 1)
+                    attn.append(self.attn.attend(one[None], key[own], value[own], _mask_at(mask, n, where))[0])
             if attn:
                 piece.add_(stream, self.mlp(chosen).add_(self.attn.project_out(torch.cat(attn))), gate)
             begin += piece.length
@@ -226,12 +226,16 @@ def _counts(tokens: PackedTokens, batch: int, capacity: int | None) -> list[int]
 
 def _lengths(counts: list[int], begin: int, length: int) -> list[int]:
     """How many of ``length`` rows from ``begin`` on belong to each sample; what fills them up to the last one's."""
+    if len(counts) == 1:
+        return [length]
     lengths, first = [], 0
     for count in counts:
         lengths.append(max(0, min(first + count, begin + length) - max(first, begin)))
         first += count
-    last = max((n for n, own in enumerate(lengths) if own), default=0)
-    lengths[last] += length - sum(lengths)
+    filling, last = length - sum(lengths), len(lengths) - 1
+    while last and not lengths[last]:
+        last -= 1
+    lengths[last] += filling
     return lengths
 
 

@@ -143,8 +143,10 @@ class AttentionPart(nn.Module):
 
     def _products(self, x: Tensor, cut: Any, which: slice) -> list[Tensor]:
         """What these of the products give, apart."""
-        products = zip(list(cut.qkv)[which], cut.products[which], strict=True)
-        return [y for product, n in products for y in product(x).unflatten(-1, (-1, n, self.head_dim)).unbind(-2)]
+        found: list[Tensor] = []  # a comprehension over modules is a frame of its own, whose code dynamo mixes up
+        for product, n in zip(list(cut.qkv)[which], cut.products[which], strict=True):
+            found.extend(product(x).unflatten(-1, (-1, n, self.head_dim)).unbind(-2))
+        return found
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
