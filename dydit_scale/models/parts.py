@@ -143,7 +143,7 @@ class AttentionPart(nn.Module):
 
     def _products(self, x: Tensor, cut: Any, which: slice) -> list[Tensor]:
         """What these of the products give, apart."""
-        found: list[Tensor] = []  # a comprehension over modules is a frame of its own, whose code dynamo mixes up
+        found: list[Tensor] = []
         for product, n in zip(list(cut.qkv)[which], cut.products[which], strict=True):
             found.extend(product(x).unflatten(-1, (-1, n, self.head_dim)).unbind(-2))
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from types import NoneType, TracebackType
 from typing import Any, Literal, get_args
 
@@ -77,8 +77,10 @@ class Execution(AbstractContextManager["Execution"]):
                 "force_parameter_static_shapes": False,
                 "capture_dynamic_output_shape_ops": True,
             }
-            self._config = torch._dynamo.config.patch(**settings, recompile_limit=RECOMPILE_LIMIT)
-            self._config.__enter__()
+            self._config = ExitStack()
+            self._config.enter_context(torch._dynamo.config.patch(**settings, recompile_limit=RECOMPILE_LIMIT))
+            # An entry of an older version of a block was found for a newer one, and gave other numbers (torch 2.13).
+            self._config.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         self._plain, self._before = self.model.forward, vars(self.model).get("forward")
         self._signature = inspect.signature(self._plain)
         self.model.forward = self._forward
@@ -95,7 +97,7 @@ class Execution(AbstractContextManager["Execution"]):
         else:
             self.model.forward = self._before
         if self.backend == "compile":
-            self._config.__exit__(kind, error, trace)
+            self._config.close()
             if self.op_by_op is not None:  # functions at their limit stay so, and the next one is not told
                 torch._dynamo.reset()
             for block in self._sub_blocks() if self.model._plan is not None else []:

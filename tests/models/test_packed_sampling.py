@@ -333,6 +333,16 @@ def test_what_no_graph_can_hold_is_told(caplog: pytest.LogCaptureFixture) -> Non
     assert asked.op_by_op is None, "a forward that is asked for its masks is no sampling"
 
 
+def test_compiled_code_is_not_taken_from_another_version_of_a_block() -> None:
+    config, model = torch._functorch.config, scramble(FAMILIES[1].make())
+    model.pack(FAMILIES[1].steps(*STEPS), kernel_layout=False)
+    before = config.enable_autograd_cache
+    assert before, "torch keeps such code by itself"
+    with Execution(model, "compile"):
+        assert not config.enable_autograd_cache
+    assert config.enable_autograd_cache is before
+
+
 @torch.no_grad()
 def test_steps_share_a_graph_unless_layers_outside_the_blocks_tell_them_apart() -> None:
     steps = torch.tensor([0.9, 0.5])
